@@ -1,0 +1,1 @@
+"""depthfuse: make vision networks shallower, and run what is left fast."""

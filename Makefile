@@ -1,0 +1,43 @@
+# `make demo` and `make test` work on a fresh clone: they build .venv first, from pinned versions.
+PYTHON ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+
+.PHONY: help venv demo test lint format test-gpu bench-gpu clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: .venv/.installed ## build the virtual environment .venv from requirements.txt
+
+.venv/.installed: pyproject.toml requirements.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "depthfuse needs Python 3.11 or later; $(PYTHON) is older or missing. Try: make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: venv ## prune, merge and accelerate a CNN and a ViT on the embedded images, into runs/demo
+	$(BIN)/depthfuse demo --out runs/demo
+
+test: venv ## run the test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+lint: venv ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv ## apply the formatter and the safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# A GPU machine has its own torch and Triton: these two use that Python, not .venv.
+test-gpu: ## run the tests that need a GPU, in the environment of $(PYTHON)
+	$(PYTHON) -m pytest tests -m gpu
+
+bench-gpu: ## run the kernel benchmarks on the GPU, in the environment of $(PYTHON)
+	$(PYTHON) -m benchmarks.kernels --device cuda
+
+clean: ## remove .venv, builds and caches; runs/ stays
+	rm -rf .venv build dist depthfuse.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,38 @@
+"""Set-up of every test run: must happen before a test module imports depthfuse or triton."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Works from a checkout that is not installed, in this process and in those that tests start.
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+# Triton reads this when a kernel is decorated, so it must be set before the first kernel module is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Several workers with a pool of threads each would slow each other down many times over.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seeds Python, NumPy and torch before each test, so that a failure repeats; returns the seed."""
+    value = 20240112
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    return value

@@ -1,0 +1,6 @@
+"""Which blocks of a timm model can be pruned, and how. Importing this package registers all families."""
+
+from depthfuse.adapters import convnext, mobilenet, resnet, vit
+from depthfuse.adapters.base import BlockInfo, Candidate, find_blocks, register
+
+__all__ = ["BlockInfo", "Candidate", "convnext", "find_blocks", "mobilenet", "register", "resnet", "vit"]

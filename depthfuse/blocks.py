@@ -1,0 +1,57 @@
+"""What a block becomes after merging: plain trainable modules, in the dtype of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """Batch norm over the last axis of x [..., C]: the statistics run over batch and tokens, class token included."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., C] -> [..., C]
+        return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+
+class MergedConv(nn.Module):
+    """conv -> act -> norm: a merged ResNet, MobileNet or dense ConvNeXt block (UPDP, fig. 2).
+
+    The norm follows a non-linearity and therefore stays.
+    """
+
+    def __init__(self, conv: nn.Conv2d, act: nn.Module, norm: nn.BatchNorm2d):
+        super().__init__()
+        self.conv, self.act, self.norm = conv, act, norm
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, K, H', W']
+        return self.norm(self.act(self.conv(x)))
+
+
+class MergedFactorised(nn.Module):
+    """(pointwise(depthwise(x)) + x) -> act -> norm: a merged ConvNeXt block with its skip beside the convolutions.
+
+    A dense 7x7 kernel would cost 49 times the pointwise one; a depthwise and a 1x1 convolution with nothing between
+    them are the same map.
+    """
+
+    def __init__(self, depthwise: nn.Conv2d, pointwise: nn.Conv2d, act: nn.Module, norm: nn.BatchNorm2d):
+        super().__init__()
+        self.depthwise, self.pointwise, self.act, self.norm = depthwise, pointwise, act, norm
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, C, H, W]
+        return self.norm(self.act(self.pointwise(self.depthwise(x)) + x))
+
+
+class MergedTransformerBlock(nn.Module):
+    """attention (+) -> fc -> act -> norm: a merged ViT block. The norm before the attention is folded into its qkv."""
+
+    def __init__(
+        self, attn: nn.Module, scale: nn.Module, fc: nn.Linear, act: nn.Module, norm: TokenBatchNorm
+    ):
+        super().__init__()
+        self.attn, self.scale, self.fc, self.act, self.norm = attn, scale, fc, act, norm
+
+    def forward(self, x: Tensor, **attention: Any) -> Tensor:  # [B, N, D] -> [B, N, D]
+        x = x + self.scale(self.attn(x, **attention))
+        return self.norm(self.act(self.fc(x)))

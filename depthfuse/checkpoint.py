@@ -1,0 +1,248 @@
+"""Artefacts on disk: weights and training state as safetensors, everything else as JSON. Never pickle.
+
+Every write is atomic: a temporary file beside the target is written, flushed to the disk and renamed over it,
+so that a reader finds the old file or the new one, whole, whatever interrupts the writer. Every safetensors file
+carries a SHA-256 over its contents, so that a flipped byte is found as surely as a missing one.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+# All of ours lives in one metadata entry, because safetensors keeps several in no fixed order, and equal
+# contents should give equal files.
+_ENTRY = "depthfuse"
+_REMEDY = "delete it and run the stage that writes it again, or restore a whole copy"
+
+
+class CheckpointError(RuntimeError):
+    """A file that cannot be written, or cannot be trusted; the message names it and says what to do."""
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write named tensors and a few strings atomically. Equal contents give equal bytes.
+
+    Args:
+        path: the file; its folder is created.
+        tensors: dense tensors of any shape, dtype and device; views and shared storage are copied apart.
+        metadata: strings to strings.
+
+    Raises:
+        CheckpointError: a write that failed (the earlier file stays whole), or contents that cannot be stored.
+    """
+    _save(path, "tensors", tensors, dict(metadata or {}))
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what `save_tensors` wrote: CPU tensors, contiguous, and the metadata.
+
+    Raises:
+        CheckpointError: a file that is missing, truncated, corrupt, or of another kind.
+    """
+    return _load(path, "tensors")
+
+
+def save_state(path: str | Path, state: Mapping[Any, Any]) -> None:
+    """Write nested training state atomically.
+
+    Args:
+        path: the file; its folder is created.
+        state: dicts (keys: str, int, float, bool, None), lists and tuples of int, float, str, bool, None and
+            tensors, to any depth. Numbers come back exactly, NaN and infinities included; order is kept.
+
+    Raises:
+        CheckpointError: as for `save_tensors`; for a value of another type it names the place and the type.
+    """
+    tensors: dict[str, Tensor] = {}
+    try:
+        structure = _encode(state, "state", tensors)
+    except TypeError as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+    _save(path, "state", tensors, structure)
+
+
+def load_state(path: str | Path) -> dict[Any, Any]:
+    """Read what `save_state` wrote, with tensors on the CPU. Raises CheckpointError like `load_tensors`."""
+    tensors, structure = _load(path, "state")
+    return _decode(structure, tensors)
+
+
+def save_json(path: str | Path, document: Any) -> None:
+    """Write a document as indented JSON, atomically.
+
+    Raises:
+        CheckpointError: a write that failed (the earlier file stays whole), or a document that is no JSON
+            (NaN and infinities are not).
+    """
+    try:
+        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+        data = (text + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"cannot write {path}: not storable as JSON: {error}") from error
+    _replace(path, data)
+
+
+def load_json(path: str | Path) -> Any:
+    """Read a JSON document. Raises CheckpointError for a file that is missing, unreadable or no JSON."""
+    try:
+        return json.loads(_read(path))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise CheckpointError(f"{path} is not valid JSON ({error}), or was cut short: {_REMEDY}") from error
+
+
+def _save(path: str | Path, kind: str, tensors: Mapping[str, Tensor], extra: Any) -> None:
+    apart: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise CheckpointError(f"cannot write {path}: {name!r} is no dense tensor, but {tensor!r:.80}")
+        dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        # safetensors refuses tensors that share storage; on the way in, each is its own.
+        if dense.untyped_storage().data_ptr() in storages:
+            dense = dense.clone()
+        storages.add(dense.untyped_storage().data_ptr())
+        apart[name] = dense
+    entry = {"kind": kind, "extra": extra, "sha256": _digest(kind, extra, apart)}
+    try:
+        data = safetensors.torch.save(apart, {_ENTRY: json.dumps(entry)})
+    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+    _replace(path, data)
+
+
+def _load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Any]:
+    data = _read(path)
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is no safetensors file, or was cut short or damaged ({error}): {_REMEDY}"
+        ) from error
+    try:
+        entry = json.loads(header["__metadata__"][_ENTRY])
+        found, extra, sha256 = entry["kind"], entry["extra"], entry["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} was not written by depthfuse, or is damaged (no {_ENTRY!r} metadata): {_REMEDY}"
+        ) from error
+    if sha256 != _digest(found, extra, tensors):
+        raise CheckpointError(f"{path} is damaged (its checksum does not match its contents): {_REMEDY}")
+    if found != kind:
+        raise CheckpointError(f"{path} holds {found!r}, where {kind!r} is expected: give the right file")
+    return tensors, extra
+
+
+def _digest(kind: str, extra: Any, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over everything that a load gives back; `tensors` are contiguous and on the CPU."""
+    described = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in sorted(tensors)]
+    digest = hashlib.sha256(json.dumps([kind, extra, described]).encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON for `value`: scalars and lists as they are, the rest as an object with one key, its type."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        name = f"{len(tensors)}.{place}"  # the number makes it unique, the place makes it readable
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, list | tuple):
+        items = [_encode(item, f"{place}[{index}]", tensors) for index, item in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, Mapping):
+        pairs = []
+        for key, item in value.items():
+            if not (key is None or isinstance(key, bool | int | float | str)):
+                raise TypeError(f"a key of {place} is of type {type(key).__name__}, which cannot be stored")
+            pairs.append([key, _encode(item, f"{place}.{key}", tensors)])
+        return {"dict": pairs}
+    raise TypeError(f"{place} is of type {type(value).__name__}, which cannot be stored")
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "tuple":
+        return tuple(_decode(item, tensors) for item in content)
+    return {key: _decode(item, tensors) for key, item in content}
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} does not exist: check the path, or run the stage that writes it"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _replace(path: str | Path, data: bytes) -> None:
+    """Put `data` in the place of `path` in one step; on failure the old file stays and nothing else is left."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror or error}. What stood there before is untouched; "
+            "free some space or choose another folder, and run again"
+        ) from error
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Delete temporary files of writers of `path` that were killed half-way."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        writer = leftover.name.split(".")[-2]
+        if writer.isdigit() and not _is_running(int(writer)):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,200 @@
+"""Find convolution and linear chains in a graph and put one fused module in the place of each.
+
+A chain starts at a convolution or linear layer and follows its only reader, as long as what that does fits
+
+    y = scale * act(conv(x) + bias + residual) + shift
+
+Batch norm, LayerScale and constants before the residual and the activation are folded into weight and bias,
+in float64; after them they become scale and shift. Permutations on the way (ConvNeXt goes from [N, H, W, C]
+back to [N, C, H, W]) are moved behind the fused module, and their inverse before the residual; in
+channels_last both are free.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+from depthfuse import nn as fused_nn
+from depthfuse.accelerate.elements import Act, Add, Affine, read
+from depthfuse.accelerate.graph import free_name, has_hooks, module_of, path_of
+
+CONV_CHANNEL_AXIS = -3
+LINEAR_CHANNEL_AXIS = -1
+
+
+@dataclass
+class Chain:
+    """A product layer and all that was found to follow it, as the arguments of a fused module (float64)."""
+
+    start: fx.Node
+    layer: nn.Conv2d | nn.Linear
+    weight: Tensor
+    bias: Tensor | None
+    channel_axis: int
+    end: fx.Node
+    nodes: list[fx.Node]
+    residual: fx.Node | None = None
+    residual_permute: tuple[int, ...] | None = None  # how the output lay where the residual was added
+    act: str | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    permute: tuple[int, ...] | None = None  # of the output, so far
+    pieces: list[str] = field(default_factory=list)
+
+    def take(self, element) -> bool:
+        """Absorb one element if it fits; says whether it did."""
+        if isinstance(element, Affine):
+            return self._take_affine(element)
+        if isinstance(element, Act):
+            if self.act is not None or self.scale is not None or self.shift is not None:
+                return False
+            self.act = element.name
+            self.pieces.append(element.name)
+            return True
+        if isinstance(element, Add):
+            if (
+                self.residual is not None
+                or self.act is not None
+                or self.scale is not None
+                or self.shift is not None
+            ):
+                return False
+            self.residual, self.residual_permute = element.other, self.permute
+            self.pieces.append("residual")
+            return True
+        ndim = len(element.dims)
+        before = self.permute or tuple(range(ndim))
+        axis = element.dims.index(ndim + self.channel_axis)
+        self.permute = tuple(before[d] for d in element.dims)
+        self.channel_axis = axis - ndim
+        return True
+
+    def _take_affine(self, element: Affine) -> bool:
+        wide = any(v is not None and v.dim() == 1 and len(v) > 1 for v in (element.scale, element.shift))
+        if wide and element.axis != self.channel_axis:
+            return False
+        channels = self.weight.shape[0]
+        scale = None if element.scale is None else element.scale.expand(channels)
+        shift = None if element.shift is None else element.shift.expand(channels)
+        if self.act is None and self.residual is None:
+            self._fold(scale, shift)
+        else:
+            if scale is not None:
+                self.scale = scale if self.scale is None else self.scale * scale
+                self.shift = None if self.shift is None else self.shift * scale
+            if shift is not None:
+                self.shift = shift if self.shift is None else self.shift + shift
+        self.pieces.append("affine")
+        return True
+
+    def _fold(self, scale: Tensor | None, shift: Tensor | None) -> None:
+        if scale is not None:
+            self.weight = self.weight * scale.view(-1, *[1] * (self.weight.dim() - 1))
+            self.bias = None if self.bias is None else self.bias * scale
+        if shift is not None:
+            self.bias = shift if self.bias is None else self.bias + shift
+
+
+def start_chain(node: fx.Node) -> Chain | None:
+    """A chain that holds only the layer of `node`, or None if that is no convolution or linear that we can
+    run.
+    """
+    if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        return None
+    layer = module_of(node)
+    if type(layer) is nn.Conv2d:
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            return None
+        axis = CONV_CHANNEL_AXIS
+    elif type(layer) is nn.Linear:
+        axis = LINEAR_CHANNEL_AXIS
+    else:
+        return None
+    if has_hooks(layer):
+        return None
+    bias = None if layer.bias is None else layer.bias.detach().double()
+    return Chain(node, layer, layer.weight.detach().double(), bias, axis, node, [node])
+
+
+def grow(chain: Chain) -> None:
+    """Follow the only reader as far as the fused module's schema goes."""
+    while len(chain.end.users) == 1:
+        (user,) = chain.end.users
+        if user.op == "call_module" and has_hooks(module_of(user)):
+            return
+        longer = copy.copy(chain)
+        longer.pieces = list(chain.pieces)
+        elements = read(user, chain.end)
+        if elements is None or not all(longer.take(element) for element in elements):
+            return
+        longer.end, longer.nodes = user, [*chain.nodes, user]
+        vars(chain).update(vars(longer))
+
+
+def fuse(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> dict[str, list[str]]:
+    """Replace every chain of `plan` by a fused module, in place.
+
+    Returns:
+        For each fused module's name, the original paths of the nodes that it stands for.
+    """
+    origins: dict[str, list[str]] = {}
+    for node in list(plan.graph.nodes):
+        chain = start_chain(node)
+        if chain is None:
+            continue
+        grow(chain)
+        name = free_name(plan, node.target)
+        plan.add_submodule(name, build(chain, dtype, backend))
+        origins[name] = [path_of(n) for n in chain.nodes]
+        emit(plan, chain, name)
+    plan.graph.eliminate_dead_code()
+    return origins
+
+
+def build(chain: Chain, dtype: torch.dtype, backend: str) -> nn.Module:
+    """The fused module of a chain."""
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype)
+
+    tensors = (cast(chain.weight), cast(chain.bias), cast(chain.scale), cast(chain.shift))
+    act = chain.act or "none"
+    if isinstance(chain.layer, nn.Linear):
+        return fused_nn.FusedLinear(*tensors, act=act, backend=backend)
+    layer = chain.layer
+    return fused_nn.FusedConv2d(
+        *tensors,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+        act=act,
+        backend=backend,
+    )
+
+
+def emit(plan: fx.GraphModule, chain: Chain, name: str) -> None:
+    """Put a call of the fused module where the chain ended, with the permutations around it."""
+    graph = plan.graph
+    with graph.inserting_before(chain.end):
+        arguments = [chain.start.args[0]]
+        if chain.residual is not None:
+            residual = chain.residual
+            if chain.residual_permute is not None:
+                inverse = tuple(chain.residual_permute.index(d) for d in range(len(chain.residual_permute)))
+                residual = graph.call_method("permute", (residual, *inverse))
+            arguments.append(residual)
+        result = graph.call_module(name, tuple(arguments))
+        shape, permute = chain.end.meta.get("shape"), chain.permute
+        result.meta = dict(chain.end.meta)
+        if permute is not None:
+            result.meta["shape"] = tuple(shape[permute.index(d)] for d in range(len(permute)))
+            result = graph.call_method("permute", (result, *permute))
+            result.meta = dict(chain.end.meta)
+    chain.end.replace_all_uses_with(result)
+    for node in reversed(chain.nodes):
+        graph.erase_node(node)

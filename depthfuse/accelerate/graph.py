@@ -1,0 +1,142 @@
+"""Small questions to ask and changes to make on an fx graph."""
+
+from __future__ import annotations
+
+import copy
+import operator
+
+import torch
+from torch import Tensor, fx, nn
+
+
+def module_of(node: fx.Node) -> nn.Module:
+    """The module that a call_module node calls."""
+    return node.graph.owning_module.get_submodule(node.target)
+
+
+def attribute_of(plan: fx.GraphModule, path: str) -> object:
+    """The parameter, buffer or other attribute at a dotted path."""
+    value: object = plan
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def constant_of(node: object) -> Tensor | None:
+    """The tensor that a get_attr node reads, or None for anything else."""
+    if isinstance(node, fx.Node) and node.op == "get_attr":
+        value = attribute_of(node.graph.owning_module, node.target)
+        return value if isinstance(value, Tensor) else None
+    return None
+
+
+def path_of(node: fx.Node) -> str:
+    """The original module path that the node's work came from, for the report."""
+    if node.op == "call_module":
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack")
+    inside = list(stack.values())[-1][0] if stack else ""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return f"{inside}:{name}" if inside else name
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches or changes what goes through this module (weight and spectral norm do so
+    too).
+    """
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or getattr(module, "parametrizations", None)
+    )
+
+
+def free_name(plan: fx.GraphModule, wanted: str) -> str:
+    """A top-level attribute name, made from `wanted`, that the plan does not use yet."""
+    base = "fused_" + wanted.replace(".", "_")
+    name, count = base, 1
+    while hasattr(plan, name):
+        count += 1
+        name = f"{base}_{count}"
+    return name
+
+
+def own_layers(plan: fx.GraphModule) -> None:
+    """Drop the layers that `plan` no longer calls and copy the rest, so that nothing is shared with the
+    model.
+    """
+    plan.delete_all_unused_submodules()
+    memo: dict[int, object] = {}
+    for node in plan.graph.nodes:
+        if node.op not in ("call_module", "get_attr"):
+            continue
+        parent_path, _, name = node.target.rpartition(".")
+        parent = plan.get_submodule(parent_path)
+        value = getattr(parent, name)
+        if isinstance(value, Tensor):
+            if name in parent._parameters:
+                delattr(parent, name)
+                parent.register_buffer(name, value.detach().clone())
+        elif not name.startswith("fused_"):
+            setattr(parent, name, copy.deepcopy(value, memo))
+    for parameter in plan.parameters():
+        parameter.requires_grad_(False)
+    plan.eval()
+
+
+# Called on a constant these would change the model's own parameter.
+_IN_PLACE = {operator.iadd, operator.imul, operator.isub, operator.itruediv}
+
+
+def fold_constants(plan: fx.GraphModule) -> None:
+    """Evaluate once what depends on parameters alone: views and products of them."""
+    for node in list(plan.graph.nodes):
+        inputs = node.all_input_nodes
+        if node.op not in ("call_function", "call_method") or not inputs or node.target in _IN_PLACE:
+            continue
+        if isinstance(node.target, str) and node.target.endswith("_"):
+            continue
+        if not all(constant_of(value) is not None for value in inputs):
+            continue
+        arguments = fx.map_arg(node.args, constant_of)
+        keywords = fx.map_arg(node.kwargs, constant_of)
+        with torch.no_grad():
+            if node.op == "call_method":
+                result = getattr(arguments[0], node.target)(*arguments[1:], **keywords)
+            else:
+                result = node.target(*arguments, **keywords)
+        if not isinstance(result, Tensor):
+            continue
+        name = free_name(plan, "constant")
+        plan.register_buffer(name, result.detach().clone())
+        with plan.graph.inserting_before(node):
+            constant = plan.graph.get_attr(name)
+        constant.meta = dict(node.meta)
+        node.replace_all_uses_with(constant)
+        plan.graph.erase_node(node)
+    plan.graph.eliminate_dead_code()
+
+
+def in_place_input(node: fx.Node) -> fx.Node | None:
+    """The value that a node overwrites, or None."""
+    overwrites = node.target in _IN_PLACE or (
+        isinstance(node.target, str) and node.op == "call_method" and node.target.endswith("_")
+    )
+    if node.op == "call_module":
+        overwrites = bool(getattr(module_of(node), "inplace", False))
+    if node.op == "call_function" and node.kwargs.get("inplace", False):
+        overwrites = True
+    first = node.args[0] if overwrites and node.args else None
+    return first if isinstance(first, fx.Node) else None
+
+
+def redirect_in_place(plan: fx.GraphModule) -> None:
+    """Make later readers of an overwritten value read the result instead, so that graph edges tell the whole
+    truth.
+    """
+    order = {node: index for index, node in enumerate(plan.graph.nodes)}
+    for node in plan.graph.nodes:
+        overwritten = in_place_input(node)
+        if overwritten is None:
+            continue
+        for user in list(overwritten.users):
+            if order[user] > order[node]:
+                user.replace_input_with(overwritten, node)

@@ -1,0 +1,73 @@
+"""`AcceleratedModel`: a plan that checks its inputs, runs without autograd, and reports what it is made
+of.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from depthfuse.accelerate.report import Report
+from depthfuse.nn import SWALLOWS_NAN, FusedConv2d, FusedLinear, propagate_nan
+
+# Beyond this a value may overflow inside the net, and what then turns into NaN has to come out as NaN.
+_LARGE = 1e6
+
+
+class AcceleratedModel(nn.Module):
+    """The result of `depthfuse.accelerate`: call it as you called the model. Not trainable.
+
+    Inputs of another floating-point dtype are cast to the plan's; other memory formats and batch sizes are
+    fine.
+    """
+
+    def __init__(self, plan: nn.Module, report: Report, dtype: torch.dtype, in_channels: int | None) -> None:
+        super().__init__()
+        self.plan = plan
+        self._report = report
+        self.dtype = dtype
+        self.in_channels = in_channels
+        fused = [m for m in plan.modules() if isinstance(m, FusedConv2d | FusedLinear)]
+        self._swallows_nan = any(m.act in SWALLOWS_NAN and m._packed is not None for m in fused)
+        self.eval()
+
+    def report(self) -> Report:
+        """Every operation: its path in the original model, what runs it, what was fused. `print` it for a
+        table.
+        """
+        return self._report
+
+    def train(self, mode: bool = True) -> AcceleratedModel:
+        """Stays in evaluation mode. Raises RuntimeError for mode=True: train the model it was made from."""
+        if mode:
+            raise RuntimeError("an accelerated model cannot be trained: train the model it was made from")
+        return super().train(False)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Run the plan. Raises TypeError or ValueError for inputs that the model could not take either."""
+        inputs = tuple(self._check(x) for x in inputs)
+        with torch.no_grad():
+            if self._swallows_nan and not torch.compiler.is_compiling() and not all(map(_is_tame, inputs)):
+                with propagate_nan():
+                    return self.plan(*inputs)
+            return self.plan(*inputs)
+
+    def _check(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(
+                f"input has dtype {x.dtype}, expected {self.dtype} (or another floating-point dtype, "
+                "which is cast); convert images to floating point and normalise them first"
+            )
+        if self.in_channels is not None and (x.dim() != 4 or x.shape[1] != self.in_channels):
+            raise ValueError(f"input has shape {list(x.shape)}, expected [N, {self.in_channels}, H, W]")
+        return x if x.dtype == self.dtype else x.to(self.dtype)
+
+
+def _is_tame(x: Tensor) -> bool:
+    """Whether all values are finite and none is huge (NaN fails every comparison)."""
+    if x.numel() == 0:
+        return True
+    low, high = torch.aminmax(x)
+    return bool((low > -_LARGE) & (high < _LARGE))

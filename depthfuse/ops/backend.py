@@ -1,0 +1,68 @@
+"""Which backend runs an op: "triton" (our kernels) or "reference" (PyTorch; on CPU, oneDNN's fused ops)."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "triton", "reference")
+_logged: set[tuple[str, str]] = set()
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run here."""
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    """The reason why the Triton kernels cannot run on `device`, or None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda":
+        return None
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"the Triton kernels need a CUDA or ROCm device, and the device is {device}"
+
+
+def resolve_backend(backend: str, device: torch.device | str) -> tuple[str, str]:
+    """Choose the backend for `device`.
+
+    Args:
+        backend: "auto", "triton" or "reference". "auto" takes Triton on a GPU where it is installed, else the
+            reference, and logs the reason once.
+        device: where the tensors live.
+
+    Returns:
+        (name, reason): "triton" or "reference", and why in words.
+
+    Raises:
+        ValueError: an unknown backend name.
+        BackendError: a backend asked for by name that cannot run, with the reason.
+    """
+    device = torch.device(device)
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if backend == "reference":
+        return "reference", "asked for by name"
+    missing = _why_not_triton(device)
+    if backend == "triton":
+        if missing:
+            raise BackendError(
+                f"backend 'triton' cannot run: {missing}; pass backend='auto' or 'reference', or set "
+                "TRITON_INTERPRET=1 before the start to debug the kernels on a CPU"
+            )
+        return "triton", "asked for by name"
+    if device.type == "cuda" and missing is None:
+        return "triton", f"Triton kernels on {device}"
+    reason = (
+        missing or "Triton's interpreter is for debugging: it runs only where backend='triton' asks for it"
+    )
+    if (device.type, reason) not in _logged:
+        _logged.add((device.type, reason))
+        logger.info("depthfuse ops on %s use the PyTorch reference: %s", device, reason)
+    return "reference", reason

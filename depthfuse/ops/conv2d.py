@@ -1,0 +1,210 @@
+"""y = scale * act(conv2d(x, weight) + bias + residual) + shift: the op `depthfuse::conv2d`.
+
+Residual before the activation, affine after it: a merged block is Conv -> activation -> BatchNorm. Declared
+once here; "triton" and "reference" implement it. Depthwise convolution is its case groups == C, with a Triton
+kernel of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from depthfuse.ops.activations import activation
+from depthfuse.ops.backend import resolve_backend
+from depthfuse.ops.checks import check_same_kind, check_shape, shape_text
+
+torch.library.define(
+    "depthfuse::conv2d",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? scale, Tensor? shift, "
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, str act, str backend) -> Tensor",
+)
+
+
+def conv2d(
+    x: Tensor,  # [N, C, H, W]
+    weight: Tensor,  # [K, C / groups, R, S]
+    bias: Tensor | None = None,  # [K]
+    residual: Tensor | None = None,  # [N, K, P, Q], the output's shape
+    scale: Tensor | None = None,  # [K]
+    shift: Tensor | None = None,  # [K]
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    act: str = "none",
+    backend: str = "auto",
+) -> Tensor:
+    """scale * act(conv2d(x, weight) + bias + residual) + shift, without autograd.
+
+    Args:
+        x: [N, C, H, W], any strides; channels_last is read in place, anything else is copied first. N may be
+            0.
+        weight: [K, C / groups, R, S]; bias, scale, shift: [K] or None; residual: [N, K, P, Q] or None. All of
+            x's dtype (float32, float16, bfloat16; the reference takes float64 too) and on its device.
+        stride, padding, dilation: one integer or (height, width).
+        act: "none", "relu", "relu6", "gelu", "gelu_tanh", "silu" or "hardswish".
+        backend: "auto", "triton" or "reference", see `depthfuse.ops.resolve_backend`.
+
+    Returns:
+        [N, K, P, Q] in channels_last.
+
+    Raises:
+        ValueError: shapes, devices or names that do not fit. TypeError: dtypes that do not. BackendError.
+    """
+    return torch.ops.depthfuse.conv2d(
+        x,
+        weight,
+        bias,
+        residual,
+        scale,
+        shift,
+        _pair(stride),
+        _pair(padding),
+        _pair(dilation),
+        groups,
+        act,
+        backend,
+    )
+
+
+def conv2d_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str,
+) -> Tensor:
+    """The op in plain PyTorch: oracle, baseline, and what runs where no kernel does. Shapes as in
+    `conv2d`.
+    """
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if residual is not None:
+        y = y + residual
+    y = activation(act).apply(y)
+    if scale is not None:
+        y = y * scale.view(1, -1, 1, 1)
+    if shift is not None:
+        y = y + shift.view(1, -1, 1, 1)
+    return y
+
+
+def conv2d_flops(x_shape, weight_shape, output_shape) -> int:
+    """2 * N * P * Q * K * (C / groups) * R * S: a multiplication and an addition a tap, as PyTorch counts
+    conv2d.
+    """
+    batch, _, height, width = output_shape
+    filters, group_channels, kernel_h, kernel_w = weight_shape
+    return 2 * batch * height * width * filters * group_channels * kernel_h * kernel_w
+
+
+def output_size(size: Sequence[int], kernel: Sequence[int], stride, padding, dilation) -> list[int]:
+    """Output height and width of a convolution."""
+    return [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
+    ]
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    pair = [value, value] if isinstance(value, int | torch.SymInt) else list(value)
+    if len(pair) != 2:
+        raise ValueError(f"conv2d: expected one integer or two (height, width), got {value}")
+    return pair
+
+
+def check_arguments(
+    x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act
+) -> list[int]:
+    """Check everything that `conv2d` promises to check; returns the output's shape."""
+    activation(act)
+    check_same_kind(
+        "conv2d", x, {"weight": weight, "bias": bias, "residual": residual, "scale": scale, "shift": shift}
+    )
+    if x.dim() != 4:
+        raise ValueError(f"conv2d: x has shape {shape_text(x.shape)}, expected [N, C, H, W]")
+    if weight.dim() != 4:
+        raise ValueError(
+            f"conv2d: weight has shape {shape_text(weight.shape)}, expected [K, C / groups, R, S]"
+        )
+    batch, channels, *size = x.shape
+    filters, group_channels, *kernel = weight.shape
+    if groups < 1 or channels % groups or filters % groups:
+        raise ValueError(
+            f"conv2d: groups {groups} must divide x's {channels} channels and weight's {filters} filters"
+        )
+    if group_channels * groups != channels:
+        raise ValueError(
+            f"conv2d: weight has shape {shape_text(weight.shape)}, expected [K, {channels // groups}, R, S] "
+            f"(x has {channels} channels, groups is {groups})"
+        )
+    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if min(pair) < least:
+            raise ValueError(f"conv2d: {name} is {tuple(pair)}, expected at least {least}")
+    out_size = output_size(size, kernel, stride, padding, dilation)
+    if min(out_size) < 1:
+        raise ValueError(
+            f"conv2d: x of {shape_text(x.shape)} is smaller than the kernel {shape_text(kernel)} with "
+            f"padding {tuple(padding)} and dilation {tuple(dilation)}"
+        )
+    shape = [batch, filters, *out_size]
+    for name, vector in (("bias", bias), ("scale", scale), ("shift", shift)):
+        check_shape("conv2d", name, vector, [filters], f"weight has {filters} filters")
+    check_shape("conv2d", "residual", residual, shape, "the output's shape")
+    return shape
+
+
+@torch.library.register_fake("depthfuse::conv2d")
+def _conv2d_fake(x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act, backend):
+    shape = check_arguments(x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act)
+    return x.new_empty(shape, memory_format=torch.channels_last)
+
+
+@torch.library.impl("depthfuse::conv2d", "CompositeExplicitAutograd")
+def _conv2d(x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act, backend):
+    shape = check_arguments(x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act)
+    name, _ = resolve_backend(backend, x.device)
+    if 0 in shape:
+        return x.new_empty(shape, memory_format=torch.channels_last)
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+    if name == "reference":
+        y = conv2d_reference(x, weight, bias, residual, scale, shift, **geometry, groups=groups, act=act)
+        return y.new_empty(shape, memory_format=torch.channels_last).copy_(y) if not _is_dense_nhwc(y) else y
+    x = _nhwc(x)
+    weight = _nhwc(weight)
+    residual = None if residual is None else _nhwc(residual)
+    if groups == x.shape[1] and weight.shape[0] == groups:
+        from depthfuse.kernels.depthwise import depthwise_conv2d
+
+        return depthwise_conv2d(x, weight, bias, residual, scale, shift, **geometry, act=act)
+    from depthfuse.kernels.conv2d import conv2d as triton_conv2d
+
+    return triton_conv2d(x, weight, bias, residual, scale, shift, **geometry, groups=groups, act=act)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _is_dense_nhwc(x: Tensor) -> bool:
+    # Exact strides, not `is_contiguous(memory_format=...)`: that one ignores axes of size 1, the fake kernel
+    # does not.
+    _, channels, height, width = x.shape
+    return x.stride() == (height * width * channels, 1, width * channels, channels)
+
+
+@register_flop_formula(torch.ops.depthfuse.conv2d)
+def _conv2d_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return conv2d_flops(x_shape, weight_shape, out_shape)

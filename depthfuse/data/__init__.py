@@ -1,0 +1,7 @@
+"""Images for training, search and measurement: an embedded set, folders, and timm's named data sets."""
+
+from depthfuse.data.bundle import Batches, DataBundle, SeededMixup
+from depthfuse.data.config import DataConfig, DataError
+from depthfuse.data.opening import open_data
+
+__all__ = ["Batches", "DataBundle", "DataConfig", "DataError", "SeededMixup", "open_data"]

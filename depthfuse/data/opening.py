@@ -1,0 +1,207 @@
+"""`open_data`: from a `DataConfig` to a `DataBundle`, with every fault of the data named here and now."""
+
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from torch import Tensor
+
+from depthfuse.data import embedded, folder, order, transforms
+from depthfuse.data.bundle import DataBundle, IndexedBundle
+from depthfuse.data.config import DataConfig, DataError
+from depthfuse.data.images import ArrayImages, DecodedImages, ImageSource
+from depthfuse.data.pixels import PixelSource
+from depthfuse.data.stream import StreamBundle
+from depthfuse.data.transforms import InputFormat
+
+EMBEDDED = "fashion-mnist"
+_STREAMS = ("hfids", "tfds", "wds")
+_NAMED = ("torch", "hfds", *_STREAMS)
+
+# Of the 10,000 embedded training images (the script that cut them is benchmarks/cut_fashion_mnist.py).
+_EMBEDDED_MEAN, _EMBEDDED_STD = 0.2863, 0.3526
+
+
+def open_data(
+    config: DataConfig, *, num_classes: int | None, in_chans: int = 3, model_cfg: dict[str, Any] | None = None
+) -> DataBundle:
+    """Open a data set for a model.
+
+    Args:
+        config: which data, and how it is prepared.
+        num_classes: outputs of the model, which must be the classes of the data; None does not check.
+        in_chans: input channels of the model, 1 or 3.
+        model_cfg: the model's `pretrained_cfg`: size, normalisation and crop of its input.
+
+    Raises:
+        DataError: naming what is missing, empty, unknown, or does not fit.
+    """
+    if in_chans not in (1, 3):
+        raise DataError(f"images have 1 or 3 channels, but the model takes {in_chans}")
+    if config.data == EMBEDDED:
+        bundle = _open_embedded(config, in_chans)
+    else:
+        format = transforms.resolve_format(config, in_chans, model_cfg)
+        if _prefix(config.data) in _STREAMS:
+            bundle = _open_stream(config, format, num_classes)
+        else:
+            bundle = _open_indexed(config, format)
+    if num_classes is not None and num_classes != bundle.num_classes:
+        shown = ", ".join(bundle.class_names[:5]) + (", ..." if bundle.num_classes > 5 else "")
+        raise DataError(
+            f"the model has {num_classes} classes, but {config.data} has {bundle.num_classes} ({shown}): "
+            f"build the model with num_classes={bundle.num_classes}"
+        )
+    return bundle
+
+
+def _open_embedded(config: DataConfig, in_chans: int) -> DataBundle:
+    size = config.img_size or embedded.IMAGE_SIZE
+    format = InputFormat(
+        in_chans, size, (_EMBEDDED_MEAN,) * in_chans, (_EMBEDDED_STD,) * in_chans, "bilinear", 1.0, "center"
+    )
+    sources = []
+    for split in ("train", "test"):
+        images, labels = embedded.load(split)
+        if config.augment == "imagenet":
+            pillow_images = ArrayImages(images, labels, format.pillow_mode)
+            sources.append(ImageSource(pillow_images, *transforms.build(config, format), config.workers))
+        else:
+            sources.append(
+                PixelSource(
+                    images,
+                    labels,
+                    img_size=size,
+                    in_chans=in_chans,
+                    mean=_EMBEDDED_MEAN,
+                    std=_EMBEDDED_STD,
+                    augment=config.augment == "light",
+                )
+            )
+    if config.holdout_split is not None:
+        raise DataError(f"{EMBEDDED} has no split {config.holdout_split!r}: use holdout, a share of training")
+    labels = embedded.load("train")[1]
+    positions, held_out = _divide(config, labels, len(labels))
+    return IndexedBundle(
+        config,
+        list(embedded.CLASS_NAMES),
+        format,
+        train=sources[0],
+        train_positions=positions,
+        train_labels=labels,
+        holdout=sources[0],
+        holdout_positions=held_out,
+        val=sources[1],
+        val_positions=torch.arange(len(embedded.load("test")[1])),
+    )
+
+
+def _open_indexed(config: DataConfig, format: InputFormat) -> DataBundle:
+    """Folders of images, torchvision data sets, Hugging Face data sets on disk."""
+    if _prefix(config.data) not in _NAMED:
+        _check_path(config)
+    both = transforms.build(config, format)
+
+    def open_source(split: str) -> tuple[ImageSource, Tensor | None, list[str]]:
+        images = DecodedImages(_create(config, split), format.pillow_mode)
+        labels, names = images.labels(), images.class_names()
+        if labels is not None and not names:
+            names = [str(number) for number in range(int(labels.max()) + 1)]
+        return ImageSource(images, *both, config.workers), labels, names
+
+    train, labels, class_names = open_source(config.train_split)
+    val, _, val_names = open_source(config.val_split)
+    folder.check_same_classes(class_names, val_names, config.train_split, config.val_split)
+    if config.holdout_split is None:
+        holdout = train
+        positions, held_out = _divide(config, labels, len(train.images))
+    else:
+        holdout, _, names = open_source(config.holdout_split)
+        folder.check_same_classes(class_names, names, config.train_split, config.holdout_split)
+        positions, _ = _divide(config, labels, len(train.images))
+        held_out = torch.arange(len(holdout.images))
+    return IndexedBundle(
+        config,
+        class_names,
+        format,
+        train=train,
+        train_positions=positions,
+        train_labels=labels,
+        holdout=holdout,
+        holdout_positions=held_out,
+        val=val,
+        val_positions=torch.arange(len(val.images)),
+    )
+
+
+def _open_stream(config: DataConfig, format: InputFormat, num_classes: int | None) -> DataBundle:
+    def open_split(split: str, is_training: bool, seed: int) -> Any:
+        return _create(config, split, is_training=is_training, seed=seed, input_img_mode=format.pillow_mode)
+
+    numbers = getattr(open_split(config.train_split, False, 0).reader, "class_to_idx", None) or {}
+    names = [str(name) for name in sorted(numbers, key=numbers.__getitem__)]
+    if not names and num_classes is None:
+        raise DataError(f"the stream {config.data} does not name its classes: the model must say how many")
+    train_transform, eval_transform = transforms.build(config, format)
+    return StreamBundle(
+        config,
+        names or [str(number) for number in range(num_classes or 0)],
+        format,
+        open_split=open_split,
+        train_transform=train_transform,
+        eval_transform=eval_transform,
+    )
+
+
+def _divide(config: DataConfig, labels: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    """Positions for (training, holdout), after `max_train_images`."""
+    positions = torch.arange(count)
+    if config.max_train_images is not None:
+        positions = order.balanced(positions, labels, config.max_train_images)
+    share = config.holdout if config.holdout_split is None else 0.0
+    return order.split_holdout(positions, labels, share)
+
+
+def _prefix(data: str) -> str:
+    prefix, slash, _ = data.partition("/")
+    return prefix.lower() if slash else ""
+
+
+def _check_path(config: DataConfig) -> None:
+    path = Path(config.data)
+    if path.is_dir():
+        return
+    known = f"{EMBEDDED}, a folder of images, or {', '.join(prefix + '/NAME' for prefix in _NAMED)}"
+    if path.exists():
+        raise DataError(f"{path} is a file, where a data set is expected: {known}")
+    if path.is_absolute() or config.data.startswith(".") or len(path.parts) > 1:
+        raise DataError(f"the folder {path} does not exist; data can be {known}")
+    raise DataError(f"unknown data set {config.data!r}, and no such folder exists; known are {known}")
+
+
+def _create(config: DataConfig, split: str, **stream: Any) -> Any:
+    """timm's data set for a split, without a transform."""
+    keys = {"input_key": config.input_key, "target_key": config.target_key}
+    keys = {name: value for name, value in keys.items() if value is not None}
+    if _prefix(config.data) not in _NAMED:
+        path = folder.split_folder(Path(config.data), split)
+        folder.check_classes(path)
+        return timm.data.create_dataset("", root=str(path), search_split=False)
+    try:
+        return timm.data.create_dataset(
+            config.data,
+            root=config.data_dir,
+            split=split,
+            download=config.download,
+            batch_size=config.batch_size,
+            **keys,
+            **stream,
+        )
+    # timm hands over to five libraries, and each reports an unknown name, a missing file or a missing
+    # package in its own way.
+    except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
+        raise DataError(
+            f"cannot open the split {split!r} of {config.data} (data_dir {config.data_dir}): "
+            f"{type(error).__name__}: {error}"
+        ) from error

@@ -22,8 +22,10 @@ logger = logging.getLogger(__name__)
 
 # Nodes that compute nothing: the report leaves them out.
 _VIEWS = frozenset(
-    "view reshape permute transpose flatten unbind expand unflatten size squeeze unsqueeze chunk split getattr "
-    "getitem _assert eq contiguous dim".split()
+    [
+        *("view", "reshape", "permute", "transpose", "flatten", "unbind", "expand", "unflatten", "squeeze"),
+        *("unsqueeze", "chunk", "split", "contiguous", "getitem", "getattr", "size", "dim", "eq", "_assert"),
+    ]
 )
 
 

@@ -70,6 +70,11 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def device_name(device: torch.device) -> str:
+    """The device as its maker calls it, for labels on measurements."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
 def _gpu(index: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(index)
     architecture = getattr(properties, "gcnArchName", None) or f"sm_{properties.major}{properties.minor}"

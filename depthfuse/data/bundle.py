@@ -80,7 +80,7 @@ class DataBundle(ABC):
     def train_loader(
         self, *, seed: int, epoch: int, start_batch: int = 0, rank: int = 0, world_size: int = 1
     ) -> Batches:
-        """Augmented training batches of an epoch, from `start_batch` on; they depend on the arguments only."""
+        """Augmented training batches of an epoch, from `start_batch` on; only the arguments matter."""
 
     @abstractmethod
     def val_loader(self) -> Batches:
@@ -122,7 +122,7 @@ class DataBundle(ABC):
 
 
 def equal_batch_size(num_images: int, largest: int) -> int:
-    """The size that divides the images into as few batches as possible, all equal and none above `largest`."""
+    """The size that divides the images into the fewest equal batches of at most `largest`."""
     return num_images // -(-num_images // largest)
 
 

@@ -18,7 +18,8 @@ class StreamBundle(DataBundle):
     """A streamed data set. Its order depends on (seed, epoch) and on the number of workers.
 
     Resuming reads and throws away what comes before. Nothing can be divided off a stream, so that
-    `holdout_split` must name the images that score the search.
+    `holdout_split` must name the images that score the search. timm's reader skips unreadable images of a
+    shard and logs them.
 
     Args:
         open_split: (split, is_training, seed) -> a timm `IterableImageDataset` without a transform.

@@ -1,0 +1,97 @@
+"""Streamed data, as WebDataset shards: order, resuming, and its own errors."""
+
+import io
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+from depthfuse.data import DataConfig, DataError, open_data
+
+pytest.importorskip("webdataset", reason="WebDataset is an optional dependency (extra: data)")
+
+CLASSES, IMAGES = 3, 24
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two shards a split; the grey level of an image is its number, its class the number modulo 3."""
+    for split in ("train", "val"):
+        for shard in range(2):
+            with tarfile.open(tmp_path / f"{split}-{shard}.tar", "w") as tar:
+                for number in range(shard * 12, shard * 12 + 12):
+                    buffer = io.BytesIO()
+                    Image.new("RGB", (16, 16), (number * 10,) * 3).save(buffer, "PNG")
+                    for suffix, data in (("png", buffer.getvalue()), ("cls", b"%d" % (number % CLASSES))):
+                        info = tarfile.TarInfo(f"{number:03d}.{suffix}")
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+    return tmp_path
+
+
+def config(shards, **kwargs):
+    values = {
+        "data": "wds/shards",
+        "data_dir": str(shards),
+        "train_split": f"train-{{0..1}}.tar|{IMAGES}",
+        "val_split": f"val-{{0..1}}.tar|{IMAGES}",
+        "img_size": 16,
+        "batch_size": 5,
+        "val_batch_size": 10,
+    }
+    return DataConfig(**(values | kwargs))
+
+
+def numbers(bundle, images):
+    """Which images these are, by their grey level."""
+    grey = images[:, 0, 8, 8] * bundle.std[0] + bundle.mean[0]
+    return (grey * 25.5).round().long()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_epoch_repeats_and_resumes(shards, workers):
+    bundle = open_data(config(shards, workers=workers), num_classes=CLASSES)
+    assert bundle.train_batches() == 4
+    whole = list(bundle.train_loader(seed=1, epoch=2))
+    torch.rand(3)
+    again = list(
+        open_data(config(shards, workers=workers), num_classes=CLASSES).train_loader(seed=1, epoch=2)
+    )
+    rest = list(bundle.train_loader(seed=1, epoch=2, start_batch=3))
+    assert (len(whole), len(rest)) == (4, 1)
+    for (a, b), (c, d) in [*zip(whole, again, strict=True), (whole[3], rest[0])]:
+        assert torch.equal(a, c) and torch.equal(b, d)
+    other = list(bundle.train_loader(seed=1, epoch=3))
+    assert not all(torch.equal(a, c) for (a, _), (c, _) in zip(whole, other, strict=True))
+
+
+def test_evaluation_shows_every_image_once_in_order(shards):
+    bundle = open_data(config(shards), num_classes=CLASSES)
+    batches = list(bundle.val_loader())
+    assert len(batches) == len(bundle.val_loader()) == 3
+    assert torch.cat([numbers(bundle, images) for images, _ in batches]).tolist() == list(range(IMAGES))
+    assert torch.cat([labels for _, labels in batches]).tolist() == [n % 3 for n in range(IMAGES)]
+    assert [len(labels) for _, labels in bundle.calibration_loader(15)] == [7, 7]
+
+
+def test_holdout_needs_a_split_of_its_own(shards):
+    with pytest.raises(DataError, match="name a holdout_split"):
+        open_data(config(shards), num_classes=CLASSES).holdout_loader()
+    bundle = open_data(config(shards, holdout_split="val-1.tar|12"), num_classes=CLASSES)
+    images = torch.cat([images for images, _ in bundle.holdout_loader()])
+    assert numbers(bundle, images).tolist() == list(range(12, 24))
+
+
+def test_errors_name_the_fault(shards):
+    with pytest.raises(DataError, match="max_train_images"):
+        open_data(config(shards, max_train_images=5), num_classes=CLASSES)
+    with pytest.raises(DataError, match="how many"):
+        open_data(config(shards), num_classes=None)
+    with pytest.raises(DataError, match="does not say how many images its split 'train-0.tar'"):
+        open_data(config(shards, train_split="train-0.tar"), num_classes=CLASSES)
+    with pytest.raises(DataError, match="24 training images .* batch of 64"):
+        open_data(config(shards, batch_size=64), num_classes=CLASSES)
+    bundle = open_data(config(shards), num_classes=2)
+    with pytest.raises(DataError, match="an image of class 2, but has 2"):
+        list(bundle.val_loader())

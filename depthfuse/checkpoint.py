@@ -1,10 +1,11 @@
 """Artefacts on disk: weights and training state as safetensors, everything else as JSON. Never pickle.
 
-Every write is atomic: a temporary file beside the target is written, flushed to the disk and renamed over it,
-so that a reader finds the old file or the new one, whole, whatever interrupts the writer. Every safetensors file
-carries a SHA-256 over its contents, so that a flipped byte is found as surely as a missing one.
+Every write is atomic: a temporary file beside the target is written, flushed to the disk and renamed over
+it, so that a reader finds the old file or the new one, whole, whatever interrupts the writer. Every
+safetensors file carries a SHA-256 over its contents, so that a flipped byte is found like a missing one.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -38,9 +39,13 @@ def save_tensors(
         metadata: strings to strings.
 
     Raises:
-        CheckpointError: a write that failed (the earlier file stays whole), or contents that cannot be stored.
+        CheckpointError: a write that failed (the earlier file stays whole), or contents that are not storable.
     """
-    _save(path, "tensors", tensors, dict(metadata or {}))
+    strings = dict(metadata or {})
+    for key, value in strings.items():
+        if not (isinstance(key, str) and isinstance(value, str)):
+            raise CheckpointError(f"cannot write {path}: metadata must be strings, not {key!r}: {value!r}")
+    _save(path, "tensors", tensors, strings)
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -198,7 +203,7 @@ def _read(path: str | Path) -> bytes:
 
 
 def _replace(path: str | Path, data: bytes) -> None:
-    """Put `data` in the place of `path` in one step; on failure the old file stays and nothing else is left."""
+    """Put `data` in the place of `path` in one step; on failure the old file stays and nothing else."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -223,7 +228,7 @@ def _replace(path: str | Path, data: bytes) -> None:
 
 def _remove_leftovers(path: Path) -> None:
     """Delete temporary files of writers of `path` that were killed half-way."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         writer = leftover.name.split(".")[-2]
         if writer.isdigit() and not _is_running(int(writer)):
             leftover.unlink(missing_ok=True)

@@ -1,0 +1,361 @@
+"""Checkpoints: exact round trips, and no file that is half-written or half-read."""
+
+import errno
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections import OrderedDict
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from depthfuse import checkpoint
+from depthfuse.checkpoint import (
+    CheckpointError,
+    load_json,
+    load_state,
+    load_tensors,
+    save_json,
+    save_state,
+    save_tensors,
+)
+
+SAVERS = {
+    "tensors": (lambda path: save_tensors(path, {"w": torch.arange(3.0)}, {"a": "b"}), load_tensors),
+    "state": (lambda path: save_state(path, {"step": 3, "m": torch.ones(2)}), load_state),
+    "json": (lambda path: save_json(path, {"blocks": ["layer1.0", "layer2.1"], "share": 0.7}), load_json),
+}
+
+
+def same(a, b) -> bool:
+    """Equality in value and type, with NaN equal to itself and -0.0 unlike 0.0."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and a.equal(b)
+    if isinstance(a, dict):
+        return (
+            list(a) == list(b)
+            and all(type(k) is type(j) for k, j in zip(a, b, strict=True))
+            and all(same(a[key], b[key]) for key in a)
+        )
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, float):
+        return (math.isnan(a) and math.isnan(b)) or (a == b and math.copysign(1, a) == math.copysign(1, b))
+    return a == b
+
+
+def leftovers(folder):
+    return [path.name for path in folder.iterdir() if path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.complex64,
+        torch.int64,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    ],
+)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (4, 3, 2)])
+def test_tensors_round_trip_bit_for_bit(tmp_path, dtype, shape):
+    bytes_per_item = torch.empty((), dtype=dtype).element_size()
+    raw = torch.randint(0, 2 if dtype == torch.bool else 256, (math.prod(shape) * bytes_per_item,))
+    tensor = raw.to(torch.uint8).view(dtype).reshape(shape)
+    save_tensors(tmp_path / "w", {"x": tensor}, {"net": "résnet"})
+    loaded, metadata = load_tensors(tmp_path / "w")
+    assert metadata == {"net": "résnet"}
+    assert loaded["x"].dtype == dtype and loaded["x"].shape == tensor.shape
+    # bytes, because random bits hold NaNs
+    assert loaded["x"].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8))
+
+
+def test_views_shared_and_strided_tensors_are_stored_apart(tmp_path):
+    base = torch.arange(24.0)
+    parameter = torch.nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
+    tensors = {
+        "whole": base,
+        "again": base,
+        "slice": base[5:9],
+        "transposed": base.view(4, 6).t(),
+        "expanded": base[:1].expand(5),
+        "parameter": parameter,
+        "conjugate": torch.tensor([1 + 2j]).conj(),
+    }
+    save_tensors(tmp_path / "w", tensors)
+    loaded, _ = load_tensors(tmp_path / "w")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].equal(tensor.detach()), name
+        assert loaded[name].is_contiguous()
+    loaded["whole"].zero_()
+    assert loaded["again"].equal(base)
+    assert tensors["parameter"].requires_grad and parameter.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_equal_contents_give_equal_bytes(tmp_path):
+    code = (
+        "import sys, torch; from depthfuse.checkpoint import save_tensors\n"
+        "names = ['b', 'a', 'c'] if sys.argv[2] == '0' else ['a', 'c', 'b']\n"
+        "save_tensors(sys.argv[1], {n: torch.full((2,), ord(n)) for n in names}, {'k': 'v', 'l': 'w'})\n"
+    )
+    for run in ("0", "1"):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / run), run], check=True)
+    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
+
+
+scalars = st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text()
+keys = st.text() | st.integers(-1000, 1000) | st.booleans() | st.none()
+states = st.recursive(
+    scalars | st.lists(st.integers(-9, 9), max_size=3).map(torch.tensor),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=4).map(tuple)
+        | st.dictionaries(keys, inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(keys, states, max_size=4))
+def test_any_state_round_trips(tmp_path_factory, state):
+    path = tmp_path_factory.mktemp("state") / "s"
+    save_state(path, state)
+    assert same(state, load_state(path))
+
+
+def test_state_of_an_optimizer_continues_it_bit_for_bit(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, betas=(0.9, 0.95))
+
+    def step(model, optimizer, x):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+    inputs = torch.randn(6, 5, 3)
+    model, optimizer = build()
+    for x in inputs[:3]:
+        step(model, optimizer, x)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+    save_state(tmp_path / "s", state)
+    for x in inputs[3:]:
+        step(model, optimizer, x)
+
+    resumed, resumed_optimizer = build()
+    loaded = load_state(tmp_path / "s")
+    resumed.load_state_dict(loaded["model"])
+    resumed_optimizer.load_state_dict(loaded["optimizer"])
+    assert loaded["rng"].equal(state["rng"])
+    for x in inputs[3:]:
+        step(resumed, resumed_optimizer, x)
+    assert all(
+        a.equal(b) for a, b in zip(model.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
+
+
+def test_mappings_become_dicts(tmp_path):
+    save_state(tmp_path / "s", OrderedDict(b=1, a=torch.Size([2, 3])))
+    loaded = load_state(tmp_path / "s")
+    assert type(loaded) is dict and list(loaded) == ["b", "a"] and loaded["a"] == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"a": {"b": [1, object()]}}, r"state.a.b\[1\] is of type object"),
+        ({"a": torch.nn.Linear(1, 1)}, "state.a is of type Linear"),
+        ({(1, 2): 3}, "a key of state is of type tuple"),
+        ({"a": b"bytes"}, "state.a is of type bytes"),
+        ({"a": torch.eye(2).to_sparse()}, "is no dense tensor"),
+    ],
+)
+def test_state_that_cannot_be_stored_is_named(tmp_path, state, message):
+    with pytest.raises(CheckpointError, match=message):
+        save_state(tmp_path / "s", state)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_contents_that_are_no_json_or_no_strings_are_refused(tmp_path):
+    for document in ({"a": float("nan")}, {"a": object()}, {"a": torch.ones(1)}):
+        with pytest.raises(CheckpointError, match="not storable as JSON"):
+            save_json(tmp_path / "j", document)
+    with pytest.raises(CheckpointError, match="metadata must be strings"):
+        save_tensors(tmp_path / "w", {}, {"epoch": 3})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", SAVERS)
+def test_truncation_at_every_byte_is_found(tmp_path, kind):
+    save, load = SAVERS[kind]
+    save(tmp_path / "whole")
+    data = (tmp_path / "whole").read_bytes()
+    # the newline at the end of JSON is no content
+    for length in range(len(data) - (kind == "json")):
+        (tmp_path / "cut").write_bytes(data[:length])
+        with pytest.raises(CheckpointError, match=f"{tmp_path / 'cut'}.*delete it and run the stage"):
+            load(tmp_path / "cut")
+    load(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["tensors", "state"])
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path, kind):
+    save, load = SAVERS[kind]
+    save(tmp_path / "whole")
+    data = (tmp_path / "whole").read_bytes()
+    expected = load(tmp_path / "whole")
+    harmless = []
+    for position in range(len(data)):
+        for bit in range(8):
+            damaged = bytearray(data)
+            damaged[position] ^= 1 << bit
+            (tmp_path / "bad").write_bytes(damaged)
+            try:
+                loaded = load(tmp_path / "bad")
+            except CheckpointError as error:
+                assert str(tmp_path / "bad") in str(error)
+            else:
+                harmless.append(position)
+                assert same(expected, loaded)
+    # only the padding after the header may change unnoticed
+    assert all(data[position : position + 1] == b" " for position in harmless)
+
+
+@pytest.mark.parametrize("kind", SAVERS)
+def test_garbage_after_the_end_is_found(tmp_path, kind):
+    save, load = SAVERS[kind]
+    save(tmp_path / "file")
+    with open(tmp_path / "file", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(CheckpointError, match="file"):
+        load(tmp_path / "file")
+
+
+def test_files_of_another_kind_are_refused(tmp_path):
+    import safetensors.torch
+
+    for kind, (save, _) in SAVERS.items():
+        save(tmp_path / kind)
+    with pytest.raises(CheckpointError, match="state holds 'state', where 'tensors' is expected"):
+        load_tensors(tmp_path / "state")
+    with pytest.raises(CheckpointError, match="tensors holds 'tensors', where 'state' is expected"):
+        load_state(tmp_path / "tensors")
+    with pytest.raises(CheckpointError, match="json is no safetensors file"):
+        load_tensors(tmp_path / "json")
+    with pytest.raises(CheckpointError, match="state is not valid JSON"):
+        load_json(tmp_path / "state")
+    torch.save({"w": torch.ones(1)}, tmp_path / "pickle")
+    with pytest.raises(CheckpointError, match="pickle is no safetensors file"):
+        load_tensors(tmp_path / "pickle")
+    safetensors.torch.save_file({"w": torch.ones(1)}, tmp_path / "foreign")
+    with pytest.raises(CheckpointError, match="foreign was not written by depthfuse"):
+        load_tensors(tmp_path / "foreign")
+    for load in (load_tensors, load_state, load_json):
+        with pytest.raises(CheckpointError, match="missing does not exist"):
+            load(tmp_path / "missing")
+        with pytest.raises(CheckpointError, match=f"cannot read {tmp_path}"):
+            load(tmp_path)
+
+
+def fail(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class FullDisk(io.FileIO):
+    """A file that takes half of what is written to it."""
+
+    def write(self, data):
+        super().write(data[: len(data) // 2])
+        fail()
+
+
+@pytest.mark.parametrize("kind", SAVERS)
+@pytest.mark.parametrize("failing", ["write", "fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch, kind, failing):
+    save, load = SAVERS[kind]
+    save(tmp_path / "file")
+    before = (tmp_path / "file").read_bytes()
+
+    if failing == "write":
+        monkeypatch.setattr(checkpoint, "open", FullDisk, raising=False)
+    else:
+        monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(CheckpointError, match=f"cannot write {tmp_path / 'file'}: No space left on device"):
+        save(tmp_path / "file")
+    monkeypatch.undo()
+    assert (tmp_path / "file").read_bytes() == before
+    assert leftovers(tmp_path) == []
+    load(tmp_path / "file")
+
+
+def test_a_file_that_the_system_refuses_to_grow_leaves_the_old_one(tmp_path):
+    """The kernel itself cuts the write short, at the size limit of the process."""
+    code = (
+        "import resource, signal, sys, torch\n"
+        "from depthfuse.checkpoint import CheckpointError, save_tensors\n"
+        "save_tensors(sys.argv[1], {'w': torch.zeros(10)})\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try:\n"
+        "    save_tensors(sys.argv[1], {'w': torch.ones(100_000)})\n"
+        "except CheckpointError as error:\n"
+        "    print(error)\n"
+    )
+    path = tmp_path / "w"
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    assert f"cannot write {path}: File too large" in result.stdout
+    assert load_tensors(path)[0]["w"].equal(torch.zeros(10))
+    assert leftovers(tmp_path) == []
+
+
+def test_a_killed_writer_leaves_the_old_file_and_its_rest_is_cleared(tmp_path):
+    code = (
+        "import os, signal, sys, torch\n"
+        "from depthfuse import checkpoint\n"
+        "checkpoint.save_tensors(sys.argv[1], {'w': torch.zeros(10)})\n"
+        "checkpoint.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "checkpoint.save_tensors(sys.argv[1], {'w': torch.ones(10)})\n"
+    )
+    path = tmp_path / "w"
+    result = subprocess.run([sys.executable, "-c", code, str(path)])
+    assert result.returncode == -signal.SIGKILL
+    assert load_tensors(path)[0]["w"].equal(torch.zeros(10))
+    assert len(leftovers(tmp_path)) == 1
+    save_tensors(path, {"w": torch.full((10,), 2.0)})
+    assert leftovers(tmp_path) == []
+    assert load_tensors(path)[0]["w"].equal(torch.full((10,), 2.0))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=f"cannot write {tmp_path / 'file' / 'w'}"):
+        save_tensors(tmp_path / "file" / "w", {})
+
+
+def test_folders_are_created_and_files_follow_the_umask(tmp_path):
+    path = tmp_path / "a" / "b" / "c.json"
+    old = os.umask(0o022)
+    try:
+        save_json(path, [1, 2])
+    finally:
+        os.umask(old)
+    assert json.loads(path.read_text()) == load_json(path) == [1, 2]
+    assert path.stat().st_mode & 0o777 == 0o644

@@ -4,9 +4,29 @@ from depthfuse import _torchvision
 
 _torchvision.ensure()
 
-from depthfuse.merge import merge  # noqa: E402  timm must not be imported before the line above
+# timm must not be imported before the line above
+from depthfuse.accelerate import accelerate  # noqa: E402
+from depthfuse.config import PruneConfig  # noqa: E402
+from depthfuse.data import DataConfig, open_data  # noqa: E402
+from depthfuse.merge import merge  # noqa: E402
+from depthfuse.pipeline import load, prune  # noqa: E402
+from depthfuse.search import search  # noqa: E402
 from depthfuse.spec import BlockChoice, ModelSource, SubnetSpec  # noqa: E402
 from depthfuse.supernet import Supernet, recalibrate  # noqa: E402
 
-__all__ = ["BlockChoice", "ModelSource", "SubnetSpec", "Supernet", "merge", "recalibrate"]
+__all__ = [
+    "BlockChoice",
+    "DataConfig",
+    "ModelSource",
+    "PruneConfig",
+    "SubnetSpec",
+    "Supernet",
+    "accelerate",
+    "load",
+    "merge",
+    "open_data",
+    "prune",
+    "recalibrate",
+    "search",
+]
 __version__ = "0.1.0"

@@ -11,7 +11,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
 
 from depthfuse.algebra import norm_affine
-from depthfuse.spec import ModelSource
+from depthfuse.spec import ModelSource, SubnetSpec
 from depthfuse.supernet import Supernet, SwitchBlock
 
 log = logging.getLogger(__name__)
@@ -89,18 +89,33 @@ def _fuse_switches(model: nn.Module) -> None:
         model.set_submodule(path, block.fuse())
 
 
-def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) that a timm model expects: its own image size where it has one, else its pretrained_cfg."""
-    size = ModelSource.of(model).kwargs.get("img_size")
+def merged_structure(spec: SubnetSpec) -> nn.Module:
+    """The merged model of a spec with arbitrary weights, in eval mode: what a merged state dict is loaded into.
+
+    Raises SpecError for a spec that does not fit the model it names.
+    """
+    supernet = Supernet(spec.source.build()).eval()
+    supernet.set_choices(spec)
+    _fuse_switches(supernet.model)
+    fold_batch_norms(supernet.model)
+    supernet.model.depthfuse_source = spec.source
+    return supernet.model
+
+
+def fixed_image_size(model: nn.Module) -> tuple[int, int] | None:
+    """(H, W) that a model is bound to by its patch embedding or position table; None where it takes any size."""
     patch = getattr(model, "patch_embed", None)
-    if size is None and getattr(patch, "img_size", None) is not None:
-        size = patch.img_size
+    size = getattr(patch, "img_size", None)
+    return None if size is None else (int(size[0]), int(size[1]))
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) that a timm model expects: its fixed size where it has one, else its pretrained_cfg's."""
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, height, width = config.get("input_size", (3, 224, 224))
-    if size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
+    height, width = fixed_image_size(model) or (height, width)
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return (first.in_channels * first.groups if first is not None else channels), height, width
+    return (first.in_channels if first is not None else channels), height, width
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Set-up of every test run: must happen before a test module imports depthfuse or triton."""
 
+import importlib
 import os
 import random
 import sys
@@ -19,6 +20,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 # Triton reads this when a kernel is decorated, so it must be set before the first kernel module is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+importlib.import_module("depthfuse")  # first, so that a test may import timm beside a CPU-only torch
 
 # Several workers with a pool of threads each would slow each other down many times over.
 if "PYTEST_XDIST_WORKER" in os.environ:

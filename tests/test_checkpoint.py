@@ -108,14 +108,14 @@ def test_views_shared_and_strided_tensors_are_stored_apart(tmp_path):
 
 
 def test_equal_contents_give_equal_bytes(tmp_path):
-    code = (
-        "import sys, torch; from depthfuse.checkpoint import save_tensors\n"
-        "names = ['b', 'a', 'c'] if sys.argv[2] == '0' else ['a', 'c', 'b']\n"
-        "save_tensors(sys.argv[1], {n: torch.full((2,), ord(n)) for n in names}, {'k': 'v', 'l': 'w'})\n"
-    )
-    for run in ("0", "1"):
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / run), run], check=True)
-    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
+    tensors = {name: torch.full((2,), ord(name)) for name in "bac"}
+    metadata = {name: "v" for name in "klmnop"}
+    written = set()
+    for run in range(10):
+        save_tensors(tmp_path / str(run), tensors, metadata)
+        written.add((tmp_path / str(run)).read_bytes())
+        tensors = dict(reversed(tensors.items()))
+    assert len(written) == 1
 
 
 scalars = st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text()
@@ -307,19 +307,23 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch, kind, f
 def test_a_file_that_the_system_refuses_to_grow_leaves_the_old_one(tmp_path):
     """The kernel itself cuts the write short, at the size limit of the process."""
     code = (
-        "import resource, signal, sys, torch\n"
-        "from depthfuse.checkpoint import CheckpointError, save_tensors\n"
+        "import resource, runpy, signal, sys, torch\n"
+        "checkpoint = runpy.run_path(sys.argv[2])\n"
+        "save_tensors = checkpoint['save_tensors']\n"
         "save_tensors(sys.argv[1], {'w': torch.zeros(10)})\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try:\n"
         "    save_tensors(sys.argv[1], {'w': torch.ones(100_000)})\n"
-        "except CheckpointError as error:\n"
+        "except checkpoint['CheckpointError'] as error:\n"
         "    print(error)\n"
     )
     path = tmp_path / "w"
     result = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(path), checkpoint.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert f"cannot write {path}: File too large" in result.stdout
     assert load_tensors(path)[0]["w"].equal(torch.zeros(10))
@@ -328,14 +332,14 @@ def test_a_file_that_the_system_refuses_to_grow_leaves_the_old_one(tmp_path):
 
 def test_a_killed_writer_leaves_the_old_file_and_its_rest_is_cleared(tmp_path):
     code = (
-        "import os, signal, sys, torch\n"
-        "from depthfuse import checkpoint\n"
-        "checkpoint.save_tensors(sys.argv[1], {'w': torch.zeros(10)})\n"
-        "checkpoint.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "checkpoint.save_tensors(sys.argv[1], {'w': torch.ones(10)})\n"
+        "import os, runpy, signal, sys, torch\n"
+        "save_tensors = runpy.run_path(sys.argv[2])['save_tensors']\n"
+        "save_tensors(sys.argv[1], {'w': torch.zeros(10)})\n"
+        "os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "save_tensors(sys.argv[1], {'w': torch.ones(10)})\n"
     )
     path = tmp_path / "w"
-    result = subprocess.run([sys.executable, "-c", code, str(path)])
+    result = subprocess.run([sys.executable, "-c", code, str(path), checkpoint.__file__])
     assert result.returncode == -signal.SIGKILL
     assert load_tensors(path)[0]["w"].equal(torch.zeros(10))
     assert len(leftovers(tmp_path)) == 1

@@ -64,12 +64,13 @@ class BlockInfo:
 def find_blocks(model: nn.Module) -> list[BlockInfo]:
     """All blocks of a model in order, by type, prunable or not, each with the reason.
 
-    A block of unknown type is an element of a container (`nn.Sequential`, `nn.ModuleList`) whose class is defined by
-    timm's models and that holds no smaller such block. A model without any gives an empty list.
+    A block of unknown type is one of a numbered row (element of an `nn.Sequential` or `nn.ModuleList`, or "b1", "b2",
+    ...) whose class is defined by timm's models and that holds no smaller such block. A model without any
+    gives an empty list.
     """
     found: list[BlockInfo] = []
 
-    def visit(module: nn.Module, path: str, in_container: bool) -> bool:
+    def visit(module: nn.Module, path: str, numbered: bool) -> bool:
         known = _CANDIDATES.get(type(module))
         if known is not None:
             refusals = {c.name: c.refusal(module) for c in known}
@@ -78,10 +79,11 @@ def find_blocks(model: nn.Module) -> list[BlockInfo]:
             found.append(BlockInfo(path, type(module).__name__, usable, "; ".join(dict.fromkeys(reasons))))
             return True
         container = isinstance(module, nn.Sequential | nn.ModuleList)
-        inner = [visit(m, f"{path}.{n}" if path else n, container) for n, m in module.named_children()]
+        children = module.named_children()
+        inner = [visit(m, f"{path}.{n}" if path else n, container or n[-1:].isdigit()) for n, m in children]
         if any(inner):
             return True
-        if in_container and type(module).__module__.startswith("timm.models."):
+        if numbered and type(module).__module__.startswith("timm.models."):
             found.append(BlockInfo(path, type(module).__name__, (), "unknown block type"))
             return True
         return False

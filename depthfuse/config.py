@@ -1,0 +1,195 @@
+"""The configuration of a run: one definition for Python, command line and YAML."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from depthfuse.data import DataConfig
+from depthfuse.progressive import Schedule
+
+
+class ConfigError(ValueError):
+    """A configuration that is malformed or contradicts itself."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training stage. The learning rate warms up linearly and falls along a cosine, per iteration."""
+
+    epochs: int = 10
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 1e-5
+    warmup_epochs: float = 1.0
+    opt: str = "adamw"
+    """Any optimiser name of timm."""
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.1
+    clip_grad: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of the weights; 0 keeps none."""
+
+
+@dataclass(frozen=True)
+class SupernetConfig(TrainConfig):
+    """Supernet training."""
+
+    random_subnets: int = 1
+    """Random subnets a step, beside the full and the fully pruned net."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+    """Progressive training of the chosen subnet."""
+
+    lambda_schedule: Schedule = "cosine"
+    lambda_share: float = 0.7
+    """Share of the training after which lambda has reached 0."""
+    distill: float = 0.5
+    """Weight of the original net's soft labels; 0 trains on labels alone."""
+    temperature: float = 2.0
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Evolutionary search. Exactly one of blocks, budget_ms and speedup sets the budget."""
+
+    blocks: int | None = None
+    """Prune exactly this many blocks."""
+    budget_ms: float | None = None
+    """Latency of the accelerated subnet, at most."""
+    speedup: float | None = None
+    """Accelerated baseline latency over accelerated subnet latency, at least."""
+    population: int = 24
+    parents: int = 8
+    generations: int = 4
+    mutation: float = 0.1
+    """Chance that a mutation changes a block."""
+    calibration_images: int = 512
+    """Training images for re-estimating batch norm statistics of each candidate subnet."""
+    losing_merges: bool = False
+    """Allow merges that are no faster than the block they replace on this device."""
+
+
+@dataclass(frozen=True)
+class LatencyConfig:
+    """How latencies are measured."""
+
+    batch_size: int = 1
+    rounds: int = 15
+    """Interleaved rounds; medians are reported."""
+    backend: Literal["auto", "triton", "reference"] = "auto"
+    table: Path | None = None
+    """A latency table measured before (latency.json of another run), in place of measuring."""
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """The whole job: baseline, supernet, search, progressive training, merge, acceleration, comparison."""
+
+    model: str = "resnet34"
+    """Any timm model with prunable blocks (see `depthfuse inspect`)."""
+    model_kwargs: tuple[str, ...] = ()
+    """Keyword arguments of timm.create_model, as name=value (img_size=32)."""
+    out: Path = Path("runs/prune")
+    pretrained: bool = False
+    """Take timm's pretrained weights as the baseline instead of training one."""
+    weights: Path | None = None
+    """Baseline weights: a safetensors file of the model's state dict."""
+    data: DataConfig = field(default_factory=DataConfig)
+    baseline: TrainConfig = field(default_factory=TrainConfig)
+    supernet: SupernetConfig = field(default_factory=SupernetConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
+    seed: int = 0
+    amp: Literal["no", "bf16", "fp16"] = "no"
+    cpu: bool = False
+    """Use the CPU even where a GPU is present."""
+    checkpoint_seconds: float = 60.0
+    """How often a stage under way is saved, beside the end of each epoch."""
+
+
+def parse_model_kwargs(pairs: tuple[str, ...] | list[str]) -> dict[str, Any]:
+    """("img_size=32", "channels=(16,32)") -> {"img_size": 32, "channels": (16, 32)}; words stay strings."""
+    result: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"model arguments are written name=value, got {pair!r}")
+        try:
+            result[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            result[name] = text
+    return result
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain YAML types."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, tuple):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(config)
+
+
+def from_dict(cls: type, values: Any, where: str = "config") -> Any:
+    """Rebuild a config from plain YAML types. Raises ConfigError that names an unknown or wrongly typed entry."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected a mapping, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise ConfigError(f"{where}: unknown entries {', '.join(unknown)}; known: {', '.join(names)}")
+    return cls(**{name: _typed(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(args[0], v, where) for v in value)
+    if origin is typing.Literal and value in args:
+        return value
+    if args and origin not in (tuple, typing.Literal):  # a union such as int | None
+        if value is None and type(None) in args:
+            return None
+        hint = next(a for a in args if a is not type(None))
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    expected = " or ".join(map(repr, args)) if origin is typing.Literal else getattr(hint, "__name__", hint)
+    raise ConfigError(f"{where}: expected {expected}, got {value!r}")
+
+
+def load_yaml(path: str | Path, cls: type = PruneConfig) -> Any:
+    """Read a config file. Entries that it does not name keep their defaults."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read config {path}: {error}") from error
+    return from_dict(cls, values or {}, where=str(path))
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config, as it is saved beside the results."""
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False)

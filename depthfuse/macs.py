@@ -1,0 +1,24 @@
+"""Multiply-accumulates and parameters of a model, counted on a real forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@torch.no_grad()
+def count_macs(net: nn.Module, input_size: tuple[int, ...], device: torch.device | str = "cpu") -> int:
+    """Multiply-accumulates of convolutions, linears and attention for one input of `input_size` (without batch)."""
+    was_training = net.training
+    net.eval()
+    parameter = next(net.parameters(), None)
+    x = torch.zeros(1, *input_size, device=device, dtype=None if parameter is None else parameter.dtype)
+    with FlopCounterMode(display=False) as counter:
+        net(x)
+    net.train(was_training)
+    return counter.get_total_flops() // 2
+
+
+def count_parameters(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())

@@ -1,0 +1,315 @@
+"""The whole job as restartable stages: baseline, supernet, search, finetune, merge, compare.
+
+Each stage writes one artefact atomically when it is done, and reads those of the stages before it from the disk. A
+run that was stopped anywhere is started again with the same command: finished stages are skipped, a stage under way
+goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from depthfuse import report
+from depthfuse.accelerate import accelerate
+from depthfuse.checkpoint import CheckpointError, load_json, load_tensors, save_json, save_tensors
+from depthfuse.config import ConfigError, PruneConfig, load_yaml, parse_model_kwargs, to_dict, to_yaml
+from depthfuse.data import DataBundle, open_data
+from depthfuse.latency import LatencyTable, measure_latencies
+from depthfuse.macs import count_macs, count_parameters
+from depthfuse.merge import fixed_image_size, input_size, merge, merged_structure
+from depthfuse.objectives import Objective, ProgressiveObjective, SandwichObjective
+from depthfuse.search import SearchSpace, search
+from depthfuse.spec import ModelSource, SpecError, SubnetSpec
+from depthfuse.supernet import Supernet
+from depthfuse.timing import time_interleaved
+from depthfuse.train import calibrate, fit, make_accelerator, seed_iteration, top1
+
+log = logging.getLogger(__name__)
+
+STAGES = ("baseline", "supernet", "search", "finetune", "merge", "compare")
+
+
+class Run:
+    """One output folder and its stages. Create it with a config; `run` does all stages up to a given one."""
+
+    def __init__(self, config: PruneConfig):
+        self.config = config
+        self.dir = config.out
+        self._claim()
+        self.accelerator = make_accelerator(config.amp, config.cpu)
+        self.device = self.accelerator.device
+        self.data, self.source = self._open()
+
+    def _claim(self) -> None:
+        """Take the folder: write the resolved config, or check that the one there is the same."""
+        path = self.dir / "config.yaml"
+        if path.exists():
+            here, there = to_dict(self.config), to_dict(load_yaml(path))
+            ignored = ("out", "checkpoint_seconds")
+            differing = [k for k in here if k not in ignored and here[k] != there.get(k)]
+            if differing:
+                raise ConfigError(
+                    f"{self.dir} holds a run with another configuration ({', '.join(differing)} differ): "
+                    "choose another --out, or delete that folder to start over"
+                )
+
+    def _open(self) -> tuple[DataBundle, ModelSource]:
+        """Open the data and settle the model; nothing is written before both are known to be good."""
+        kwargs = parse_model_kwargs(self.config.model_kwargs)
+        probe = ModelSource.make(self.config.model, **kwargs).build()
+        Supernet(probe)  # raises where there is nothing to prune
+        channels = input_size(probe)[0]
+        fixed = fixed_image_size(probe)
+        wanted = self.config.data
+        if fixed is not None and wanted.img_size is None:
+            wanted = dataclasses.replace(wanted, img_size=fixed[0])
+        if fixed is not None and fixed != (wanted.img_size,) * 2:
+            raise ConfigError(
+                f"{self.config.model} takes images of {fixed[0]}x{fixed[1]} pixels, the data gives {wanted.img_size}: "
+                f"set --model-kwargs img_size={wanted.img_size} or --data.img-size {fixed[0]}"
+            )
+        model_cfg = getattr(probe, "pretrained_cfg", None)
+        data = open_data(wanted, num_classes=kwargs.get("num_classes"), in_chans=channels, model_cfg=model_cfg)
+        source = ModelSource.make(self.config.model, **{**kwargs, "num_classes": data.num_classes})
+        if not (self.dir / "config.yaml").exists() and self.accelerator.is_main_process:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            (self.dir / "config.yaml").write_text(to_yaml(self.config))
+        return data, source
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        return self.data.in_chans, self.data.img_size, self.data.img_size
+
+    def run(self, until: str = "compare") -> None:
+        """Do all stages up to `until`, skipping those that are done."""
+        for stage in STAGES[: STAGES.index(until) + 1]:
+            seed_iteration(self.config.seed, STAGES.index(stage))
+            getattr(self, f"_{stage}")()
+            self.accelerator.wait_for_everyone()
+
+    # Each stage returns what later ones need; the artefact on the disk is the only thing passed on.
+
+    def _baseline(self) -> nn.Module:
+        path = self.dir / "baseline.safetensors"
+        model = self._build(pretrained=self.config.pretrained and not path.exists())
+        if path.exists():
+            return self._load_weights(model, path)
+        if self.config.weights is not None:
+            model.load_state_dict(read_weights(self.config.weights, model))
+        elif not self.config.pretrained:
+            self._fit(
+                Objective(model, self.config.baseline.label_smoothing), "baseline", self.config.baseline
+            )
+        self._save_weights(model, path)
+        return model
+
+    def _supernet(self) -> Supernet:
+        path = self.dir / "supernet.safetensors"
+        supernet = Supernet(self._baseline()).to(self.device)
+        if path.exists():
+            return self._load_weights(supernet, path)
+        settings = self.config.supernet
+        # the search space is checked before hours of training are spent on a budget that nothing meets
+        space = SearchSpace(supernet, self.config.search, self._latency(supernet))
+        objective = SandwichObjective(
+            supernet, space.options, settings.random_subnets, settings.label_smoothing
+        )
+        self._fit(objective, "supernet", settings)
+        supernet.set_choices({})
+        self._save_weights(supernet, path)
+        return supernet
+
+    def _latency(self, supernet: Supernet) -> LatencyTable:
+        path = self.dir / "latency.json"
+        if path.exists():  # what the run has been planned with stays, whatever the machine does today
+            return LatencyTable.load(path)
+        if self.config.latency.table is not None:
+            table = LatencyTable.load(self.config.latency.table)
+            table.check_covers(supernet.options(), self.config.latency.table)
+            table.save(path)
+            return table
+        return measure_latencies(supernet, self.size, self.config.latency, cache=path)
+
+    def _search(self) -> SubnetSpec:
+        path = self.dir / "subnet.json"
+        if path.exists():
+            return SubnetSpec.load(path)
+        supernet = self._supernet()
+        journal = self.dir / "search.jsonl"
+        latency = self._latency(supernet)
+        spec = search(
+            supernet, self.data, self.config.search, latency, seed=self.config.seed, journal=journal
+        )
+        spec.save(path)
+        return spec
+
+    def _finetune(self) -> Supernet:
+        path = self.dir / "finetune.safetensors"
+        spec, supernet, settings = self._search(), self._supernet(), self.config.finetune
+        subnet = supernet.subnet(spec, lam=0.0)
+        if path.exists():
+            return self._load_weights(subnet, path)
+        objective = ProgressiveObjective(
+            subnet,
+            settings.lambda_schedule,
+            settings.lambda_share,
+            self._baseline().to(self.device) if settings.distill > 0 else None,
+            settings.distill,
+            settings.temperature,
+            settings.label_smoothing,
+        )
+        self._fit(objective, "finetune", settings)
+        subnet.set_lambda(0.0)
+        calibrate(subnet, self.data, max(self.config.search.calibration_images, 2048))
+        self._save_weights(subnet, path)
+        return subnet
+
+    def _merge(self) -> nn.Module:
+        path = self.dir / "merged.safetensors"
+        if path.exists():
+            return load(self.dir).to(self.device)
+        merged = merge(self._finetune().eval(), self.size)
+        if self.accelerator.is_main_process:
+            save_json(self.dir / "merge.json", report.merge_document(merged.merge_report))
+        self._save_weights(merged, path)
+        return merged
+
+    def _compare(self) -> None:
+        """Accuracy and latency of all forms, side by side; then report.md, metrics.csv and the plots."""
+        path = self.dir / "results.json"
+        if not path.exists():
+            results = self._measure()
+            save_json(path, results)
+        if self.accelerator.is_main_process:
+            report.write(self.dir, load_json(path), self._history())
+
+    def _measure(self) -> dict[str, Any]:
+        backend = self.config.latency.backend
+        x = torch.randn(self.config.latency.batch_size, *self.size, device=self.device)
+        baseline, merged = self._baseline().to(self.device).eval(), self._merge().eval()
+        nets: dict[str, nn.Module] = {
+            "baseline": baseline,
+            "baseline accelerated": accelerate(baseline, x, backend=backend),
+            "pruned": self._finetune().to(self.device).eval(),
+            "merged": merged,
+            "merged accelerated": accelerate(merged, x, backend=backend),
+        }
+        calls: dict[str, Callable[[], object]] = {
+            name: (lambda net=net: net(x)) for name, net in nets.items()
+        }
+        times = time_interleaved(calls, rounds=max(self.config.latency.rounds, 15))
+        rows = []
+        for name, net in nets.items():
+            counted = nets[name.removesuffix(" accelerated")]
+            rows.append(
+                {
+                    "net": name,
+                    "top1": top1(net, self.data.val_loader(), self.accelerator),
+                    "parameters": count_parameters(counted),
+                    "macs": count_macs(counted, self.size, self.device),
+                    "latency_ms": times[name].median_ms,
+                    "latency_quartiles_ms": list(times[name].quartiles_ms),
+                    "speedup": times[name].speedup_over(times["baseline accelerated"]),
+                }
+            )
+        return {
+            "model": self.source.name,
+            "model_kwargs": self.source.kwargs,
+            "conditions": self._latency(Supernet(baseline)).conditions,
+            "rows": rows,
+            "choices": self._search().mapping(),
+            "blocks": Supernet(baseline).options(),
+            "merge": load_json(self.dir / "merge.json")["summary"],
+        }
+
+    def _build(self, pretrained: bool = False) -> nn.Module:
+        seed_iteration(self.config.seed, 0)
+        return self.source.build(pretrained=pretrained)
+
+    def _fit(self, objective: Objective, stage: str, settings: Any) -> None:
+        checkpoint = self.dir / f"{stage}.state"
+        result = fit(
+            objective,
+            self.data,
+            settings,
+            self.accelerator,
+            stage=stage,
+            seed=self.config.seed,
+            checkpoint=checkpoint,
+            checkpoint_seconds=self.config.checkpoint_seconds,
+            calibration_images=self.config.search.calibration_images,
+        )
+        if self.accelerator.is_main_process:
+            save_json(self.dir / f"history_{stage}.json", result.history)
+
+    def _history(self) -> list[dict[str, Any]]:
+        paths = [self.dir / f"history_{stage}.json" for stage in ("baseline", "supernet", "finetune")]
+        return [row for path in paths if path.exists() for row in load_json(path)]
+
+    def _save_weights(self, net: nn.Module, path: Path) -> None:
+        """The artefact of a stage; its training checkpoint is then of no more use."""
+        if self.accelerator.is_main_process:
+            save_tensors(path, net.state_dict(), {"model": self.source.name})
+            path.with_suffix(".state").unlink(missing_ok=True)
+
+    def _load_weights(self, net: nn.Module, path: Path) -> Any:
+        tensors, _ = load_tensors(path)
+        load_strictly(net, tensors, path)
+        return net
+
+
+def load_strictly(net: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Load a state dict. Raises CheckpointError that names the file where it is of another model."""
+    try:
+        net.load_state_dict(tensors)
+    except RuntimeError as error:
+        first = str(error).splitlines()[:3]
+        raise CheckpointError(f"{path} holds the weights of another model: {' '.join(first)}") from error
+
+
+def read_weights(path: Path, model: nn.Module) -> dict[str, torch.Tensor]:
+    """A state dict from anybody's safetensors file. Raises CheckpointError for any other or damaged file."""
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot read weights from {path} (a safetensors file is expected): {error}"
+        ) from error
+    load_strictly(copy.deepcopy(model), tensors, path)
+    return tensors
+
+
+def prune(config: PruneConfig, until: str = "compare") -> Run:
+    """Run the whole job, or the stages up to `until`; see `depthfuse.config.PruneConfig`."""
+    if until not in STAGES:
+        raise ConfigError(f"unknown stage {until!r}; known: {', '.join(STAGES)}")
+    run = Run(config)
+    run.run(until)
+    return run
+
+
+def load(directory: str | Path) -> nn.Module:
+    """Rebuild the merged model of a finished run, in eval mode on the CPU, from subnet.json and merged.safetensors.
+
+    Raises CheckpointError for files that are missing, damaged or of another model, SpecError for a spec that does not
+    fit the model it names.
+    """
+    directory = Path(directory)
+    spec = SubnetSpec.load(directory / "subnet.json")
+    tensors, _ = load_tensors(directory / "merged.safetensors")
+    model = merged_structure(spec)
+    load_strictly(model, tensors, directory / "merged.safetensors")
+    return model
+
+
+__all__ = ["STAGES", "Run", "SpecError", "load", "prune"]

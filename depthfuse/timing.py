@@ -1,0 +1,62 @@
+"""Latency measured honestly: warm-up, interleaved rounds (A B A B ...), medians with their spread."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Latencies of one callable, one per round, in milliseconds."""
+
+    rounds_ms: tuple[float, ...]
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.rounds_ms)
+
+    @property
+    def quartiles_ms(self) -> tuple[float, float]:
+        if len(self.rounds_ms) < 2:
+            return self.median_ms, self.median_ms
+        low, _, high = statistics.quantiles(self.rounds_ms, n=4)
+        return low, high
+
+    def speedup_over(self, other: Timing) -> float:
+        """Median over the rounds of other / self: round by round, because a machine's speed drifts."""
+        return statistics.median(o / s for o, s in zip(other.rounds_ms, self.rounds_ms, strict=True))
+
+
+@torch.inference_mode()
+def time_interleaved(
+    calls: Mapping[str, Callable[[], object]], rounds: int = 15, min_round_ms: float = 5.0, warmup: int = 3
+) -> dict[str, Timing]:
+    """Time each call once a round, in turn, each repeated until a round lasts `min_round_ms`.
+
+    On a GPU the device is synchronised around each round. Nothing else may run on the machine.
+    """
+    sync = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+
+    def run_ms(call: Callable[[], object], repeats: int) -> float:
+        sync()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        sync()
+        return (time.perf_counter() - start) * 1e3 / repeats
+
+    repeats = {}
+    for name, call in calls.items():
+        run_ms(call, warmup)
+        once = run_ms(call, 1)
+        repeats[name] = max(1, min(1000, round(min_round_ms / max(once, 1e-6))))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(run_ms(call, repeats[name]))
+    return {name: Timing(tuple(values)) for name, values in times.items()}

@@ -1,0 +1,130 @@
+"""What a wheel holds and asks for, the native switch, and that importing the package stays light."""
+
+import email
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ["depthfuse", "kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
+
+
+def copy_source(target: Path) -> Path:
+    """The source tree, as in a fresh clone: building leaves files behind."""
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(ROOT / part, target / part, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / part, target / part)
+    return target
+
+
+def build(source: Path, out: Path, **environment: str) -> subprocess.CompletedProcess:
+    """What pip runs, without pip, network or isolation."""
+    out.mkdir()
+    code = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=source,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    source = copy_source(tmp_path_factory.mktemp("source"))
+    (source / "tests").mkdir()
+    (source / "tests" / "test_nothing.py").write_text("")
+    out = tmp_path_factory.mktemp("wheel") / "out"
+    result = build(source, out)
+    assert result.returncode == 0, result.stderr
+    (path,) = out.glob("*.whl")
+    assert path.name == "depthfuse-0.1.0-py3-none-any.whl"
+    return zipfile.ZipFile(path)
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    names = {name for name in wheel.namelist() if not name.startswith("depthfuse-0.1.0.dist-info/")}
+    source = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "depthfuse").rglob("*")
+        if path.suffix in (".py", ".json") or path.name == "py.typed"
+    }
+    # rglob does not follow the symlink
+    source |= {f"depthfuse/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    data = {f"depthfuse/data/fashion_mnist/{name}" for name in ("subset.xz", "LICENSE", "README.md")}
+    assert names == source | data
+
+
+def test_wheel_carries_both_licences(wheel):
+    base = "depthfuse-0.1.0.dist-info/licenses/"
+    assert b"Apache License" in wheel.read(base + "LICENSE")
+    assert b"Zalando" in wheel.read(base + "depthfuse/data/fashion_mnist/LICENSE")
+
+
+def test_metadata_leaves_torch_and_triton_to_the_environment(wheel):
+    metadata = email.message_from_bytes(wheel.read("depthfuse-0.1.0.dist-info/METADATA"))
+    requirements = metadata.get_all("Requires-Dist")
+    base = [requirement for requirement in requirements if "extra ==" not in requirement]
+    assert "torch>=2.11" in base
+    assert "timm>=1.0.20" in base
+    assert not [
+        requirement for requirement in requirements if "triton" in requirement and "extra" not in requirement
+    ]
+    assert 'triton>=3.6; extra == "triton"' in requirements
+    assert not [requirement for requirement in base if "torchvision" in requirement]
+    scripts = wheel.read("depthfuse-0.1.0.dist-info/entry_points.txt").decode()
+    assert "depthfuse = depthfuse.cli:main" in scripts
+
+
+def test_every_direct_dependency_is_pinned():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["dev"] + extras["search"] + extras["triton"]
+    names = {requirement.split(">")[0].lower() for requirement in wanted}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pinned = {line.split("==")[0].lower() for line in lines if "==" in line}
+    assert names <= pinned
+    assert all("==" in line or line.startswith("#") for line in lines)
+
+
+def test_native_switch_without_sources_says_so(tmp_path):
+    source = copy_source(tmp_path)
+    for path in [*(source / "csrc").rglob("*.cpp"), *(source / "csrc").rglob("*.cu")]:
+        path.unlink()
+    result = build(source, tmp_path / "out", DEPTHFUSE_BUILD_EXT="1")
+    assert result.returncode != 0
+    assert "csrc/ holds no sources yet" in result.stderr
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_import_is_light():
+    result = run(
+        "import sys, depthfuse, torch\n"
+        "heavy = ('matplotlib', 'tyro', 'optuna', 'scipy', 'depthfuse.kernels')\n"
+        "loaded = [name for name in heavy if name in sys.modules]\n"
+        "assert not loaded, loaded\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+
+
+def test_import_works_where_there_is_no_triton():
+    result = run(
+        "import sys\nsys.modules['triton'] = None  # makes every import of it fail\nimport depthfuse, timm\n"
+    )
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,264 @@
+"""Dense and grouped 2-d convolution with a fused tail.
+
+    y[n, k, p, q] = scale[k] * act(sum_{c,r,s} x[n, c, p*sh - ph + r*dh, q*sw - pw + s*dw] * w[k, c, r, s]
+                                   + bias[k] + residual[n, k, p, q]) + shift[k]
+
+It is a matrix product that never writes its left operand down (implicit GEMM): rows are output pixels (n, p, q),
+columns are output channels, and the reduction runs over (r, s, c). Everything is channels_last, so that
+
+* the pixel's channels and the weight's (r, s, c) are both contiguous along the reduction: loads are 16 bytes wide, and
+  on AMD the operands come out of LDS with 128-bit reads (weights stored [R, S, C, K] would need 16-bit ones);
+* the output tile is contiguous along channels.
+
+With many channels the reduction walks tap by tap, and one tap is one row of pixels against one slice of channels.
+With few channels (the stem has 3) a tap would leave most of the step empty: there it walks the flat (r, s, c) axis.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from depthfuse.kernels import linear
+from depthfuse.kernels.epilogue import finish
+from depthfuse.kernels.launch import (
+    Launch,
+    Target,
+    ceil_div,
+    empty_output,
+    needs_wide_offsets,
+    require_channels_last,
+    require_dot,
+    require_operands,
+    require_tail,
+    target_of,
+)
+from depthfuse.kernels.tile import GemmConfig, gemm_config, tile_of, within_reduction
+
+
+@triton.jit
+def conv2d_kernel(
+    x,  # [N, H, W, GROUPS * CHANNELS]
+    weight,  # [GROUPS * OUT_CHANNELS, R, S, CHANNELS]
+    bias,  # [GROUPS * OUT_CHANNELS] or None
+    residual,  # like y, or None
+    scale,  # [GROUPS * OUT_CHANNELS] or None
+    shift,  # [GROUPS * OUT_CHANNELS] or None
+    y,  # [N, P, Q, GROUPS * OUT_CHANNELS]
+    pixels,  # N * P * Q
+    height,  # H
+    width,  # W
+    out_height,  # P
+    out_width,  # Q
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,  # input channels of one group
+    OUT_CHANNELS: tl.constexpr,  # output channels of one group
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr,  # 64-bit offsets
+    FLAT: tl.constexpr,  # walk the reduction as one axis, not tap by tap
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    group = tl.program_id(1)
+    tile_m, tile_n = tile_of(
+        tl.program_id(0), tl.cdiv(pixels, BLOCK_M), tl.cdiv(OUT_CHANNELS, BLOCK_N), GROUP_M
+    )
+    if WIDE:
+        tile_m = tile_m.to(tl.int64)
+
+    pixel = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows and columns past the end compute a copy of the last one, which is never stored: no mask in the main loop.
+    source_pixel = tl.minimum(pixel, pixels - 1)
+    source_channel = tl.minimum(channel, OUT_CHANNELS - 1)
+    image = source_pixel // (out_height * out_width)
+    within = source_pixel % (out_height * out_width)
+    top = (within // out_width) * STRIDE_H - PADDING_H
+    left = (within % out_width) * STRIDE_W - PADDING_W
+    x_row = ((image * height + top) * width + left) * (GROUPS * CHANNELS) + group * CHANNELS
+    w_row = (group * OUT_CHANNELS + source_channel) * (R * S * CHANNELS)
+
+    step = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if FLAT:
+        for start in range(0, R * S * CHANNELS, BLOCK_K):
+            flat = start + step
+            row = flat // (S * CHANNELS) * DILATION_H
+            column = flat % (S * CHANNELS) // CHANNELS * DILATION_W
+            c = flat % CHANNELS
+            inside = within_reduction(flat, R * S * CHANNELS, BLOCK_K)[None, :]
+            x_mask = inside
+            if PADDING_H > 0 or PADDING_W > 0:
+                ih = top[:, None] + row[None, :]
+                iw = left[:, None] + column[None, :]
+                x_mask = inside & (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width)
+            x_offset = x_row[:, None] + ((row * width + column) * (GROUPS * CHANNELS) + c)[None, :]
+            a = tl.load(x + x_offset, mask=x_mask, other=0.0)
+            b = tl.load(weight + w_row[:, None] + flat[None, :], mask=inside, other=0.0)
+            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+    else:
+        STEPS: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
+        for i in range(R * S * STEPS):
+            tap = i // STEPS
+            row = tap // S * DILATION_H
+            column = tap % S * DILATION_W
+            c = i % STEPS * BLOCK_K + step
+            x_offset = (x_row + (row * width + column) * (GROUPS * CHANNELS))[:, None] + c[None, :]
+            w_offset = (w_row + tap * CHANNELS)[:, None] + c[None, :]
+            inside = within_reduction(c, CHANNELS, BLOCK_K)[None, :]
+            x_mask = inside
+            if PADDING_H > 0 or PADDING_W > 0:
+                ih = top + row
+                iw = left + column
+                x_mask = inside & ((ih >= 0) & (ih < height) & (iw >= 0) & (iw < width))[:, None]
+            a = tl.load(x + x_offset, mask=x_mask, other=0.0)
+            b = tl.load(weight + w_offset, mask=inside, other=0.0)
+            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+
+    channel_mask = channel < OUT_CHANNELS
+    channel += group * OUT_CHANNELS
+    offset = pixel[:, None] * (GROUPS * OUT_CHANNELS) + channel[None, :]
+    mask = (pixel < pixels)[:, None] & channel_mask[None, :]
+    acc = finish(acc, bias, residual, scale, shift, channel, channel_mask, offset, mask, ACTIVATION)
+    tl.store(y + offset, acc.to(y.dtype.element_ty), mask=mask)
+
+
+def config_for(
+    pixels: int, channels: int, out_channels: int, taps: int, groups: int, dtype: torch.dtype, target: Target
+) -> GemmConfig:
+    """The tile for `pixels` = N * P * Q output pixels; `channels` and `out_channels` are those of one group."""
+    # Tap by tap, a step may not cross into the next tap, so it is the channels that must divide well.
+    depth = channels if channels >= FLAT_BELOW else taps * channels
+    return gemm_config(pixels, out_channels, depth, groups, dtype, target)
+
+
+# Below this many channels a tap-by-tap step of 32 would be more than half empty.
+FLAT_BELOW = 32
+
+
+def plan(
+    x: torch.Tensor,  # [N, C, H, W] channels_last
+    weight: torch.Tensor,  # [K, C / groups, R, S] channels_last
+    bias: torch.Tensor | None,  # [K]
+    residual: torch.Tensor | None,  # [N, K, P, Q] channels_last
+    scale: torch.Tensor | None,  # [K]
+    shift: torch.Tensor | None,  # [K]
+    y: torch.Tensor,  # [N, K, P, Q] channels_last
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    act: str,
+    config: GemmConfig | None,
+    target: Target,
+) -> Launch:
+    """The launch that computes `y`. A 1x1 convolution of stride 1 is planned as `linear` over the pixels."""
+    _, channels, height, width = x.shape
+    batch, out_channels, out_height, out_width = y.shape
+    _, group_channels, r, s = weight.shape
+    if (r, s) == (1, 1) and stride == (1, 1) and padding == (0, 0) and groups == 1:
+        rows = [
+            None if t is None else t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (x, residual, y)
+        ]
+        weight = weight.reshape(out_channels, channels)
+        return linear.plan(
+            rows[0], weight, bias, rows[1], scale, shift, rows[2], act=act, config=config, target=target
+        )
+    pixels = batch * out_height * out_width
+    group_outputs = out_channels // groups
+    if config is None:
+        config = config_for(pixels, group_channels, group_outputs, r * s, groups, x.dtype, target)
+    arguments = {
+        "x": x,
+        "weight": weight,
+        "bias": bias,
+        "residual": residual,
+        "scale": scale,
+        "shift": shift,
+        "y": y,
+        "pixels": pixels,
+        "height": height,
+        "width": width,
+        "out_height": out_height,
+        "out_width": out_width,
+        "GROUPS": groups,
+        "CHANNELS": group_channels,
+        "OUT_CHANNELS": group_outputs,
+        "R": r,
+        "S": s,
+        "STRIDE_H": stride[0],
+        "STRIDE_W": stride[1],
+        "PADDING_H": padding[0],
+        "PADDING_W": padding[1],
+        "DILATION_H": dilation[0],
+        "DILATION_W": dilation[1],
+        "ACTIVATION": act,
+        "WIDE": needs_wide_offsets(x, weight, y),
+        "FLAT": group_channels < FLAT_BELOW,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+    }
+    grid = (ceil_div(pixels, config.block_m) * ceil_div(group_outputs, config.block_n), groups)
+    return Launch(conv2d_kernel, grid, arguments, config.options(target))
+
+
+def conv2d(
+    x: torch.Tensor,  # [N, C, H, W] channels_last
+    weight: torch.Tensor,  # [K, C / groups, R, S] channels_last
+    bias: torch.Tensor | None = None,  # [K]
+    residual: torch.Tensor | None = None,  # [N, K, P, Q] channels_last
+    scale: torch.Tensor | None = None,  # [K]
+    shift: torch.Tensor | None = None,  # [K]
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    act: str = "none",
+    config: GemmConfig | None = None,
+) -> torch.Tensor:  # [N, K, P, Q] channels_last
+    """Convolution with bias, residual, activation and affine in one pass; see this file's head for the formula.
+
+    float16, bfloat16 or float32 in and out, float32 accumulation (true float32 products for float32 inputs).
+    `config` None takes `config_for`'s choice.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or a layout other than channels_last.
+        TypeError: a dtype that the target cannot multiply.
+    """
+    target = target_of(x)
+    require_operands(x, weight=weight, bias=bias, residual=residual, scale=scale, shift=shift)
+    require_dot(x)
+    y = empty_output(x, weight, stride, padding, dilation, groups)
+    require_tail(y, bias=bias, residual=residual, scale=scale, shift=shift, act=act)
+    require_channels_last(x=x, weight=weight, residual=residual)
+    launch = plan(
+        x,
+        weight,
+        bias,
+        residual,
+        scale,
+        shift,
+        y,
+        stride=tuple(stride),
+        padding=tuple(padding),
+        dilation=tuple(dilation),
+        groups=groups,
+        act=act,
+        config=config,
+        target=target,
+    )
+    launch.run(x)
+    return y

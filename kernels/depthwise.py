@@ -1,0 +1,353 @@
+"""Depthwise 2-d convolution with a fused tail.
+
+    y[n, c, p, q] = scale[c] * act(sum_{r,s} x[n, c, p*sh - ph + r*dh, q*sw - pw + s*dw] * w[c, r, s]
+                                   + bias[c] + residual[n, c, p, q]) + shift[c]
+
+There is nothing to multiply as a matrix, so it is bound by memory, or (7x7) by how often each value is loaded again. A
+plain kernel loads every input R * S times. Here one program owns patches of PATCH_H x PATCH_W outputs and walks down
+their input rows: a row is loaded once into registers and added to every output that it reaches, whose sums stay in
+registers too. A 7x7 patch of 1 x 7 takes 91 loads for 7 outputs instead of 343, a 3x3 patch of 2 x 4 takes 24 for 8
+instead of 72. Patches of several rows are unrolled whole, which is for small kernels only: the compiler's time
+grows with the square of the code. Patches of one row loop over the kernel's rows.
+
+The work is a [PATCHES, BLOCK_C] block: channels are contiguous (channels_last), so that loads are wide, and several
+patches share one program so that narrow layers fill their warps.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from depthfuse.kernels.epilogue import finish
+from depthfuse.kernels.launch import (
+    Launch,
+    Target,
+    ceil_div,
+    compiler_options,
+    empty_output,
+    needs_wide_offsets,
+    next_power_of_2,
+    require_channels_last,
+    require_operands,
+    require_tail,
+    target_of,
+)
+
+
+@dataclass(frozen=True)
+class DepthwiseConfig:
+    """One program of a depthwise convolution.
+
+    Attributes:
+        patch_h: output rows a patch. Each more row re-uses R - stride loaded rows, for patch_w more sums.
+        patch_w: output columns a patch; likewise, and each loaded weight serves patch_w outputs.
+        patches: patches side by side in a program: they fill the warps where channels are few.
+        block_c: channels a program; 8 a thread are one 16-byte load of a 16-bit type.
+        num_warps: one or few: programs share nothing, and small ones spread better over the chip.
+    """
+
+    patch_h: int
+    patch_w: int
+    patches: int
+    block_c: int
+    num_warps: int
+
+    def options(self, target: Target) -> dict:
+        """Compiler options on `target`; there is no loop to pipeline."""
+        return compiler_options(target, self.num_warps, 1)
+
+
+@triton.jit
+def _load_row(x, offset, mask, in_left, width, CHANNELS: tl.constexpr, IN_W: tl.constexpr):
+    """IN_W neighbouring pixels, each float32 [PATCHES, BLOCK_C]; zero left and right of the image."""
+    row = ()
+    for j in tl.static_range(IN_W):
+        iw = in_left + j
+        inside = mask & ((iw >= 0) & (iw < width))[:, None]
+        row = (*row, tl.load(x + offset + j * CHANNELS, mask=inside, other=0.0).to(tl.float32))
+    return row
+
+
+@triton.jit
+def _add_row(
+    sums,
+    row,
+    w_row,
+    channel_mask,
+    FIRST: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    W_STRIDE_TAP: tl.constexpr,
+    PATCH_W: tl.constexpr,
+):
+    """Add one input row, through one kernel row, to the PATCH_W sums that start at index FIRST."""
+    for s in tl.static_range(S):
+        w = tl.load(w_row + s * W_STRIDE_TAP, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
+        for b in tl.static_range(PATCH_W):
+            total = sums[FIRST + b] + row[b * STRIDE_W + s * DILATION_W] * w
+            sums = (*sums[: FIRST + b], total, *sums[FIRST + b + 1 :])
+    return sums
+
+
+@triton.jit
+def depthwise_kernel(
+    x,  # [N, H, W, CHANNELS]
+    weight,  # [CHANNELS, R, S], strides W_STRIDE_C and W_STRIDE_TAP
+    bias,  # [CHANNELS] or None
+    residual,  # like y, or None
+    scale,  # [CHANNELS] or None
+    shift,  # [CHANNELS] or None
+    y,  # [N, P, Q, CHANNELS]
+    batch,  # N
+    height,  # H
+    width,  # W
+    out_height,  # P
+    out_width,  # Q
+    CHANNELS: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    W_STRIDE_C: tl.constexpr,
+    W_STRIDE_TAP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr,  # 64-bit offsets
+    PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr,
+    PATCHES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    IN_H: tl.constexpr = (PATCH_H - 1) * STRIDE_H + (R - 1) * DILATION_H + 1  # input rows under a patch
+    IN_W: tl.constexpr = (PATCH_W - 1) * STRIDE_W + (S - 1) * DILATION_W + 1
+
+    # Blocks of channels run fastest: programs side by side read the same pixels' cache lines.
+    BLOCKS_C: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    program = tl.program_id(0)
+    channel = program % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_mask = channel < CHANNELS
+    patch = program // BLOCKS_C * PATCHES + tl.arange(0, PATCHES)
+    patches_w = tl.cdiv(out_width, PATCH_W)
+    patches_h = tl.cdiv(out_height, PATCH_H)
+    image = patch // (patches_h * patches_w)
+    top = patch // patches_w % patches_h * PATCH_H  # first output row of the patch
+    left = patch % patches_w * PATCH_W
+    if WIDE:
+        image = image.to(tl.int64)
+    exists = image < batch
+    in_top = top * STRIDE_H - PADDING_H
+    in_left = left * STRIDE_W - PADDING_W
+    x_base = ((image * height + in_top) * width + in_left) * CHANNELS
+    y_base = ((image * out_height + top) * out_width + left) * CHANNELS
+
+    zero = tl.zeros((PATCHES, BLOCK_C), dtype=tl.float32)
+    sums = (zero,) * (PATCH_H * PATCH_W)
+    if PATCH_H == 1:
+        for r in range(R):
+            ih = in_top + r * DILATION_H
+            mask = (exists & (ih >= 0) & (ih < height))[:, None] & channel_mask[None, :]
+            offset = (x_base + r * DILATION_H * width * CHANNELS)[:, None] + channel[None, :]
+            row = _load_row(x, offset, mask, in_left, width, CHANNELS, IN_W)
+            w_row = weight + r * S * W_STRIDE_TAP + channel * W_STRIDE_C
+            sums = _add_row(sums, row, w_row, channel_mask, 0, S, STRIDE_W, DILATION_W, W_STRIDE_TAP, PATCH_W)
+    else:
+        for i in tl.static_range(IN_H):
+            ih = in_top + i
+            mask = (exists & (ih >= 0) & (ih < height))[:, None] & channel_mask[None, :]
+            offset = (x_base + i * width * CHANNELS)[:, None] + channel[None, :]
+            row = _load_row(x, offset, mask, in_left, width, CHANNELS, IN_W)
+            for a in tl.static_range(PATCH_H):
+                # Output row a reads input row i through the kernel's row r where a * STRIDE_H + r * DILATION_H == i.
+                if (
+                    i >= a * STRIDE_H
+                    and (i - a * STRIDE_H) % DILATION_H == 0
+                    and (i - a * STRIDE_H) // DILATION_H < R
+                ):
+                    w_row = (
+                        weight + (i - a * STRIDE_H) // DILATION_H * S * W_STRIDE_TAP + channel * W_STRIDE_C
+                    )
+                    sums = _add_row(
+                        sums,
+                        row,
+                        w_row,
+                        channel_mask,
+                        a * PATCH_W,
+                        S,
+                        STRIDE_W,
+                        DILATION_W,
+                        W_STRIDE_TAP,
+                        PATCH_W,
+                    )
+
+    for a in tl.static_range(PATCH_H):
+        for b in tl.static_range(PATCH_W):
+            offset = (y_base + (a * out_width + b) * CHANNELS)[:, None] + channel[None, :]
+            inside = exists & (top + a < out_height) & (left + b < out_width)
+            mask = inside[:, None] & channel_mask[None, :]
+            result = finish(
+                sums[a * PATCH_W + b],
+                bias,
+                residual,
+                scale,
+                shift,
+                channel,
+                channel_mask,
+                offset,
+                mask,
+                ACTIVATION,
+            )
+            tl.store(y + offset, result.to(y.dtype.element_ty), mask=mask)
+
+
+@functools.cache
+def config_for(
+    batch: int,
+    channels: int,
+    out_height: int,
+    out_width: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dtype: torch.dtype,
+    target: Target,
+) -> DepthwiseConfig:
+    """Patch and block for an output of [batch, channels, out_height, out_width]."""
+    if target.backend == "interpreter":
+        return DepthwiseConfig(2 if kernel[0] * kernel[1] <= 9 else 1, 2, 64, 32, 1)
+    # A thread takes 8 bytes of channels: with 16 the sums of a useful patch would not fit its registers.
+    per_thread = 8 // dtype.itemsize
+    block_c = min(next_power_of_2(channels), 32 * per_thread)
+    if kernel[0] * kernel[1] <= 9:
+        patch_h, patch_w = (2, 4) if max(stride) == 1 else (2, 2)
+    else:
+        patch_h, patch_w = 1, 7  # 7 divides the image sizes of these networks: 56, 28, 14, 7
+    patch_w = min(patch_w, out_width)
+    warp = 64 if target.backend == "hip" else 32
+    patches = max(1, warp * per_thread // block_c)
+    return DepthwiseConfig(patch_h, patch_w, patches, block_c, 1)
+
+
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """The same [C, 1, R, S] weight, stored [R, S, C]: a tap's channels are then one wide load.
+
+    The kernel takes either storage and only runs faster with this one, so prepare weights once, ahead of time.
+    """
+    return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+
+
+def plan(
+    x: torch.Tensor,  # [N, C, H, W] channels_last
+    weight: torch.Tensor,  # [C, 1, R, S] contiguous, or from pack_weight
+    bias: torch.Tensor | None,  # [C]
+    residual: torch.Tensor | None,  # [N, C, P, Q] channels_last
+    scale: torch.Tensor | None,  # [C]
+    shift: torch.Tensor | None,  # [C]
+    y: torch.Tensor,  # [N, C, P, Q] channels_last
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    act: str,
+    config: DepthwiseConfig | None,
+    target: Target,
+) -> Launch:
+    """The launch that computes `y`."""
+    _, _, height, width = x.shape
+    batch, channels, out_height, out_width = y.shape
+    r, s = weight.shape[2:]
+    if config is None:
+        config = config_for(batch, channels, out_height, out_width, (r, s), stride, x.dtype, target)
+    arguments = {
+        "x": x,
+        "weight": weight,
+        "bias": bias,
+        "residual": residual,
+        "scale": scale,
+        "shift": shift,
+        "y": y,
+        "batch": batch,
+        "height": height,
+        "width": width,
+        "out_height": out_height,
+        "out_width": out_width,
+        "CHANNELS": channels,
+        "R": r,
+        "S": s,
+        "STRIDE_H": stride[0],
+        "STRIDE_W": stride[1],
+        "PADDING_H": padding[0],
+        "PADDING_W": padding[1],
+        "DILATION_H": dilation[0],
+        "DILATION_W": dilation[1],
+        "W_STRIDE_C": weight.stride(0),
+        "W_STRIDE_TAP": weight.stride(3),
+        "ACTIVATION": act,
+        "WIDE": needs_wide_offsets(x, y),
+        "PATCH_H": config.patch_h,
+        "PATCH_W": config.patch_w,
+        "PATCHES": config.patches,
+        "BLOCK_C": config.block_c,
+    }
+    patches = batch * ceil_div(out_height, config.patch_h) * ceil_div(out_width, config.patch_w)
+    grid = (ceil_div(patches, config.patches) * ceil_div(channels, config.block_c),)
+    return Launch(depthwise_kernel, grid, arguments, config.options(target))
+
+
+def depthwise_conv2d(
+    x: torch.Tensor,  # [N, C, H, W] channels_last
+    weight: torch.Tensor,  # [C, 1, R, S] contiguous (which is channels_last too), or from pack_weight
+    bias: torch.Tensor | None = None,  # [C]
+    residual: torch.Tensor | None = None,  # [N, C, P, Q] channels_last
+    scale: torch.Tensor | None = None,  # [C]
+    shift: torch.Tensor | None = None,  # [C]
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    act: str = "none",
+    config: DepthwiseConfig | None = None,
+) -> torch.Tensor:  # [N, C, P, Q] channels_last
+    """Depthwise convolution with bias, residual, activation and affine in one pass; the formula is at this file's head.
+
+    float16, bfloat16 or float32 in and out, float32 sums. `config` None takes `config_for`'s choice.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or a layout other than the above.
+        TypeError: dtypes that differ or are not supported.
+    """
+    target = target_of(x)
+    require_operands(x, weight=weight, bias=bias, residual=residual, scale=scale, shift=shift)
+    y = empty_output(x, weight, stride, padding, dilation, groups=x.shape[1])
+    if weight.shape[0] != x.shape[1]:
+        raise ValueError(
+            f"weight {list(weight.shape)} must have one filter for each of x's {x.shape[1]} channels"
+        )
+    require_tail(y, bias=bias, residual=residual, scale=scale, shift=shift, act=act)
+    require_channels_last(x=x, residual=residual)
+    if weight.stride(2) != weight.shape[3] * weight.stride(3):
+        raise ValueError(
+            f"weight has strides {list(weight.stride())}, expected contiguous or pack_weight(weight)"
+        )
+    launch = plan(
+        x,
+        weight,
+        bias,
+        residual,
+        scale,
+        shift,
+        y,
+        stride=tuple(stride),
+        padding=tuple(padding),
+        dilation=tuple(dilation),
+        act=act,
+        config=config,
+        target=target,
+    )
+    launch.run(x)
+    return y

@@ -1,0 +1,225 @@
+"""How a kernel is launched: the target it is planned for, and the plan itself.
+
+Every operator in this folder has three functions: `config_for` (the heuristic that picks tile sizes), `plan`
+(arguments in, `Launch` out, nothing compiled) and the operator itself, which runs the plan. Planning apart from
+running lets `benchmarks/prove.py` compile, for cards that are not there, exactly what a launch would compile here.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from depthfuse.kernels.epilogue import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a heuristic may depend on.
+
+    Attributes:
+        backend: "cuda", "hip" or "interpreter".
+        arch: "sm_90", "gfx908", ...
+        compute_units: streaming multiprocessors or compute units; a grid below this leaves some idle.
+        shared_bytes: shared memory (LDS) that one program may use.
+    """
+
+    backend: str
+    arch: str
+    compute_units: int
+    shared_bytes: int
+
+
+TARGETS = {
+    "gfx908": Target("hip", "gfx908", 120, 65536),  # MI100
+    "gfx90a": Target("hip", "gfx90a", 104, 65536),  # MI210, or one die of an MI250
+    "gfx942": Target("hip", "gfx942", 304, 65536),  # MI300X
+    "sm_80": Target("cuda", "sm_80", 108, 166912),  # A100
+    "sm_90": Target("cuda", "sm_90", 132, 232448),  # H100 SXM
+}
+INTERPRETER = Target("interpreter", "cpu", 1, 1 << 30)
+
+
+@triton.jit
+def _probe(x):
+    tl.store(x, 0)
+
+
+# TRITON_INTERPRET acts when a kernel is decorated, so what counts is how this module's own kernel came out.
+INTERPRETED = not isinstance(_probe, triton.JITFunction)
+
+
+@functools.cache
+def _device_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+        shared = TARGETS[arch].shared_bytes if arch in TARGETS else 65536
+        return Target("hip", arch, properties.multi_processor_count, shared)
+    arch = f"sm_{properties.major}{properties.minor}"
+    return Target("cuda", arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def target_of(x: torch.Tensor) -> Target:
+    """The target that a kernel on `x` would run on.
+
+    Raises:
+        ValueError: `x` is not on a GPU and the kernels were not imported with TRITON_INTERPRET=1.
+    """
+    if INTERPRETED:
+        return INTERPRETER
+    if not x.is_cuda:
+        raise ValueError(
+            f"x is on {x.device}, but Triton kernels need a GPU tensor; move it to a GPU, use the reference backend, "
+            "or set TRITON_INTERPRET=1 before depthfuse is imported (slow, for tests)"
+        )
+    return _device_target(x.device.index)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything its launch needs.
+
+    Attributes:
+        kernel: the `@triton.jit` function.
+        grid: number of programs along each axis.
+        arguments: name -> tensor, integer, constexpr value or None, for every parameter of the kernel.
+        options: compiler options (num_warps, num_stages, and those of one vendor only).
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self, x: torch.Tensor) -> None:
+        """Launch on the device and current stream of `x`. A grid with a zero in it is no launch."""
+        if 0 in self.grid:
+            return
+        with torch.cuda.device_of(x):
+            self.kernel[self.grid](**self.arguments, **self.options)
+
+
+def compiler_options(
+    target: Target, num_warps: int, num_stages: int, nonkdim: int = 0, kpack: int = 1
+) -> dict:
+    """Compiler options of a launch; `nonkdim` and `kpack` shape AMD's matrix instructions and are left out elsewhere.
+
+    enable_fp_fusion lets a*b+c become one FMA; its default differs between Triton's versions.
+    """
+    if target.backend == "interpreter":
+        return {}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if target.backend == "hip":
+        options |= {"matrix_instr_nonkdim": nonkdim, "kpack": kpack}
+    return options
+
+
+def needs_wide_offsets(*tensors: torch.Tensor | None) -> bool:
+    """Whether any tensor has offsets beyond int32. 32-bit offsets are cheaper, and AMD's buffer loads need them."""
+    return any(t is not None and t.numel() >= 2**31 for t in tensors)
+
+
+def require_channels_last(**tensors: torch.Tensor | None) -> None:
+    """Raise ValueError for a 4-d tensor that is not dense channels_last: the kernels index by that layout."""
+    for name, tensor in tensors.items():
+        if tensor is None or tensor.is_contiguous(memory_format=torch.channels_last):
+            continue
+        raise ValueError(
+            f"{name} {list(tensor.shape)} has strides {list(tensor.stride())}, expected channels_last; "
+            f"pass {name}.contiguous(memory_format=torch.channels_last)"
+        )
+
+
+def require_tail(
+    y: torch.Tensor,  # [N, K, P, Q], or [..., K] where channel_dim is -1
+    *,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    act: str,
+    channel_dim: int = 1,
+) -> None:
+    """Raise ValueError where an operand of the fused tail does not fit the output `y`."""
+    channels = y.shape[channel_dim]
+    for name, vector in (("bias", bias), ("scale", scale), ("shift", shift)):
+        if vector is not None and (vector.shape != (channels,) or not vector.is_contiguous()):
+            raise ValueError(
+                f"{name} has shape {list(vector.shape)} and strides {list(vector.stride())}, "
+                f"expected contiguous [{channels}], one value per output channel"
+            )
+    if residual is not None and residual.shape != y.shape:
+        raise ValueError(f"residual has shape {list(residual.shape)}, expected the output's {list(y.shape)}")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act is {act!r}, expected one of {', '.join(ACTIVATIONS)}")
+
+
+def empty_output(
+    x: torch.Tensor,  # [N, C, H, W]
+    weight: torch.Tensor,  # [K, C / groups, R, S]
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> torch.Tensor:  # [N, K, P, Q] channels_last, not filled
+    """The tensor that a convolution of `x` by `weight` will fill.
+
+    Raises:
+        ValueError: channels that do not fit each other, or a window larger than the padded image.
+    """
+    if x.dim() != 4 or weight.dim() != 4:
+        raise ValueError(
+            f"x {list(x.shape)} and weight {list(weight.shape)} must be 4-d: [N, C, H, W], [K, C/groups, R, S]"
+        )
+    n, c, *image = x.shape
+    k, group_c, *window = weight.shape
+    if c != group_c * groups or k % groups:
+        raise ValueError(
+            f"x has {c} channels and weight {list(weight.shape)} with groups={groups} takes {group_c * groups} "
+            f"and gives {k}; expected C = weight.shape[1] * groups and K divisible by groups"
+        )
+    out = [(image[i] + 2 * padding[i] - dilation[i] * (window[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+    if min(out) < 1:
+        raise ValueError(
+            f"kernel {window} with dilation {list(dilation)} is larger than the image {image} "
+            f"with padding {list(padding)}"
+        )
+    return torch.empty((n, k, *out), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def require_operands(x: torch.Tensor, **operands: torch.Tensor | None) -> None:
+    """Raise where an operand's dtype or device differs from that of `x`, or the dtype is not one of the kernels'.
+
+    Raises:
+        TypeError: a dtype.
+        ValueError: a device.
+    """
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"x has dtype {x.dtype}, expected float16, bfloat16 or float32")
+    for name, tensor in operands.items():
+        if tensor is None:
+            continue
+        if tensor.dtype is not x.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected that of x, {x.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected the device of x, {x.device}")
+
+
+def require_dot(x: torch.Tensor) -> None:
+    """Raise TypeError where matrix products of the dtype of `x` are wrong: bfloat16 in Triton's interpreter."""
+    if x.dtype is torch.bfloat16 and INTERPRETED:
+        raise TypeError(
+            "x has dtype bfloat16, whose matrix products are wrong in Triton's interpreter; use a GPU"
+        )
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length() if n > 1 else 1

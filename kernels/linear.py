@@ -1,0 +1,163 @@
+"""Linear layer (and 1x1 convolution) with a fused tail.
+
+    y[m, k] = scale[k] * act(sum_c x[m, c] * w[k, c] + bias[k] + residual[m, k]) + shift[k]
+
+Both operands are contiguous along the reduction c, as PyTorch stores them: no transposed copy is made, loads are
+16 bytes wide, and AMD reads them out of LDS with 128-bit reads. The channel counts are compile-time constants: they let
+the compiler prove alignment, and drop the reduction's mask where the step divides it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from depthfuse.kernels.epilogue import finish
+from depthfuse.kernels.launch import (
+    Launch,
+    Target,
+    ceil_div,
+    needs_wide_offsets,
+    require_dot,
+    require_operands,
+    require_tail,
+    target_of,
+)
+from depthfuse.kernels.tile import GemmConfig, gemm_config, tile_of, within_reduction
+
+
+@triton.jit
+def linear_kernel(
+    x,  # [rows, CHANNELS], rows X_STRIDE apart
+    weight,  # [OUT_CHANNELS, CHANNELS]
+    bias,  # [OUT_CHANNELS] or None
+    residual,  # like y, or None
+    scale,  # [OUT_CHANNELS] or None
+    shift,  # [OUT_CHANNELS] or None
+    y,  # [rows, OUT_CHANNELS]
+    rows,
+    X_STRIDE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr,  # 64-bit offsets
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    tile_m, tile_n = tile_of(
+        tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(OUT_CHANNELS, BLOCK_N), GROUP_M
+    )
+    if WIDE:
+        tile_m = tile_m.to(tl.int64)
+        tile_n = tile_n.to(tl.int64)
+
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows and columns past the end compute a copy of the last one, which is never stored: no mask in the main loop.
+    x_row = tl.minimum(row, rows - 1) * X_STRIDE
+    w_row = tl.minimum(channel, OUT_CHANNELS - 1) * CHANNELS
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, CHANNELS, BLOCK_K):
+        c = start + tl.arange(0, BLOCK_K)
+        inside = within_reduction(c, CHANNELS, BLOCK_K)[None, :]
+        a = tl.load(x + x_row[:, None] + c[None, :], mask=inside, other=0.0)
+        b = tl.load(weight + w_row[:, None] + c[None, :], mask=inside, other=0.0)
+        acc = tl.dot(a, b.T, acc, input_precision="ieee")
+
+    channel_mask = channel < OUT_CHANNELS
+    offset = row[:, None] * OUT_CHANNELS + channel[None, :]
+    mask = (row < rows)[:, None] & channel_mask[None, :]
+    acc = finish(acc, bias, residual, scale, shift, channel, channel_mask, offset, mask, ACTIVATION)
+    tl.store(y + offset, acc.to(y.dtype.element_ty), mask=mask)
+
+
+def config_for(rows: int, channels: int, out_channels: int, dtype: torch.dtype, target: Target) -> GemmConfig:
+    """The tile for x [rows, channels] and weight [out_channels, channels]."""
+    return gemm_config(rows, out_channels, channels, 1, dtype, target)
+
+
+def plan(
+    x: torch.Tensor,  # [rows, C], contiguous along C
+    weight: torch.Tensor,  # [K, C] contiguous
+    bias: torch.Tensor | None,  # [K]
+    residual: torch.Tensor | None,  # [rows, K] contiguous
+    scale: torch.Tensor | None,  # [K]
+    shift: torch.Tensor | None,  # [K]
+    y: torch.Tensor,  # [rows, K] contiguous
+    *,
+    act: str,
+    config: GemmConfig | None,
+    target: Target,
+) -> Launch:
+    """The launch that computes `y`."""
+    rows, channels = x.shape
+    out_channels = weight.shape[0]
+    config = config or config_for(rows, channels, out_channels, x.dtype, target)
+    arguments = {
+        "x": x,
+        "weight": weight,
+        "bias": bias,
+        "residual": residual,
+        "scale": scale,
+        "shift": shift,
+        "y": y,
+        "rows": rows,
+        "X_STRIDE": x.stride(0),
+        "CHANNELS": channels,
+        "OUT_CHANNELS": out_channels,
+        "ACTIVATION": act,
+        "WIDE": needs_wide_offsets(x, weight, y),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+    }
+    grid = (ceil_div(rows, config.block_m) * ceil_div(out_channels, config.block_n),)
+    return Launch(linear_kernel, grid, arguments, config.options(target))
+
+
+def linear(
+    x: torch.Tensor,  # [..., C]
+    weight: torch.Tensor,  # [K, C]
+    bias: torch.Tensor | None = None,  # [K]
+    residual: torch.Tensor | None = None,  # [..., K]
+    scale: torch.Tensor | None = None,  # [K]
+    shift: torch.Tensor | None = None,  # [K]
+    *,
+    act: str = "none",
+    config: GemmConfig | None = None,
+) -> torch.Tensor:  # [..., K]
+    """Linear layer with bias, residual, activation and affine in one pass; see this file's head for the formula.
+
+    float16, bfloat16 or float32 in and out, float32 accumulation (true float32 products for float32 inputs).
+    Tensors are contiguous; a two-dimensional `x` may have rows further apart (the class token of a batch).
+    `config` None takes `config_for`'s choice.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or a layout other than the above.
+        TypeError: a dtype that the target cannot multiply.
+    """
+    target = target_of(x)
+    require_operands(x, weight=weight, bias=bias, residual=residual, scale=scale, shift=shift)
+    require_dot(x)
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x {list(x.shape)} and weight {list(weight.shape)} do not fit: expected [..., C] and [K, C]"
+        )
+    out_channels = weight.shape[0]
+    y = torch.empty((*x.shape[:-1], out_channels), dtype=x.dtype, device=x.device)
+    require_tail(y, bias=bias, residual=residual, scale=scale, shift=shift, act=act, channel_dim=-1)
+    strided_rows = x.dim() == 2 and x.stride(1) == 1
+    for name, tensor in (("x", x), ("weight", weight), ("residual", residual)):
+        if tensor is not None and not tensor.is_contiguous() and not (tensor is x and strided_rows):
+            raise ValueError(
+                f"{name} {list(tensor.shape)} has strides {list(tensor.stride())}, expected contiguous; "
+                f"pass {name}.contiguous()"
+            )
+    rows = [
+        t if t is None or t.dim() == 2 else t.view(-1, t.shape[-1]) for t in (x, residual, y)
+    ]  # a view: checked above
+    plan(rows[0], weight, bias, rows[1], scale, shift, rows[2], act=act, config=config, target=target).run(x)
+    return y

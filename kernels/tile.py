@@ -1,0 +1,145 @@
+"""Tile sizes for the kernels that are matrix products: linear, 1x1 and k x k convolution.
+
+y [M, N] = a [M, K] b [K, N], cut into BLOCK_M x BLOCK_N tiles, one program each, which walk K in steps of BLOCK_K.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from depthfuse.kernels.launch import Target, ceil_div, compiler_options
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """One tile of a matrix product.
+
+    Attributes:
+        block_m: output rows (pixels, tokens). Large tiles reuse each loaded weight more often; small ones fill the
+            chip when there are few rows.
+        block_n: output channels, likewise. No wider than the channel count, as the rest is waste.
+        block_k: reduction step. 32 or 64 elements: whole cache lines, and a multiple of every matrix instruction's
+            depth; more costs shared memory and with it occupancy.
+        group_m: row tiles that run side by side over the same weights, so that those weights stay in L2.
+        num_warps: a 128 x 128 accumulator needs 8 warps: with 4, its registers leave room for one wave only (AMD)
+            or spill (NVIDIA).
+        num_stages: loads in flight ahead of the product.
+        nonkdim: AMD: rows and columns of the matrix instruction. 32 does more work per operand read, 16 fits
+            small tiles.
+        kpack: AMD: 2 packs two k-steps per shared memory read, which makes it 128 bits wide for 16-bit types.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int = 8
+    num_warps: int = 4
+    num_stages: int = 2
+    nonkdim: int = 0
+    kpack: int = 1
+
+    def options(self, target: Target) -> dict:
+        """Compiler options of this tile on `target`."""
+        return compiler_options(target, self.num_warps, self.num_stages, self.nonkdim, self.kpack)
+
+
+# (block_m, block_n, widest block_k, num_warps), all free of spills for every target (benchmarks/results/prove_*.csv).
+_HIP_TILES = (
+    (128, 128, 32, 8),
+    (128, 64, 32, 4),
+    (64, 128, 32, 4),
+    (64, 64, 64, 4),
+    (64, 32, 64, 2),
+    (32, 64, 64, 2),
+    (32, 32, 64, 1),
+)
+_CUDA_TILES = (
+    (128, 256, 64, 8),
+    (128, 128, 64, 8),
+    (128, 64, 64, 4),
+    (64, 128, 64, 4),
+    (64, 64, 64, 4),
+    (64, 32, 64, 4),
+    (32, 64, 64, 2),
+    (32, 32, 64, 2),
+)
+# float32 on NVIDIA is plain FMA: the accumulator and both operands live in registers, so tiles stay small.
+_CUDA_FMA_TILES = ((64, 64, 16, 8), (64, 32, 16, 4), (32, 32, 16, 2))
+
+_LOAD_BYTES_PER_CLOCK = 64  # L2 to one compute unit, both vendors, to within a factor of two
+_STEP_CLOCKS = 200  # below this a step is bound by latency, not by its products or loads
+_TILE_CLOCKS = 1500  # index arithmetic, first loads, tail
+
+
+def _macs_per_clock(dtype: torch.dtype, target: Target) -> int:
+    """Matrix throughput of one compute unit, in multiply-adds."""
+    if target.backend == "cuda":
+        full = 2048 if target.arch >= "sm_90" else 1024
+        return full if dtype is not torch.float32 else 128
+    full = 1024 if target.arch == "gfx942" else 512
+    if dtype is torch.float32:
+        return full // 4
+    return full // 2 if dtype is torch.bfloat16 and target.arch == "gfx908" else full
+
+
+@functools.cache
+def gemm_config(m: int, n: int, k: int, groups: int, dtype: torch.dtype, target: Target) -> GemmConfig:
+    """The tile that a small model of one compute unit expects to finish first.
+
+    Time = rounds of tiles over the compute units x time of a tile; the latter is bound by products, loads or latency.
+    It trades the large tile's reuse against the rounds that a small grid leaves half empty.
+
+    Args:
+        m, n, k: rows, columns and depth of one group's product.
+        groups: products of that size.
+    """
+    if target.backend == "interpreter":
+        return GemmConfig(64, 32, 64)  # few programs and steps: each costs milliseconds there
+    fma = target.backend == "cuda" and dtype is torch.float32
+    tiles = _HIP_TILES if target.backend == "hip" else _CUDA_FMA_TILES if fma else _CUDA_TILES
+    macs = _macs_per_clock(dtype, target)
+
+    def clocks(tile: tuple[int, int, int, int]) -> float:
+        block_m, block_n, _, _ = tile
+        block_k = _block_k(k, tile, dtype)
+        rounds = ceil_div(ceil_div(m, block_m) * ceil_div(n, block_n) * groups, target.compute_units)
+        product = block_m * block_n * block_k / macs
+        load = (block_m + block_n) * block_k * dtype.itemsize / _LOAD_BYTES_PER_CLOCK
+        return rounds * (_TILE_CLOCKS + ceil_div(k, block_k) * max(product, load, _STEP_CLOCKS))
+
+    block_m, block_n, _, num_warps = best = min(tiles, key=clocks)
+    block_k = _block_k(k, best, dtype)
+    if target.backend == "hip":
+        nonkdim = 32 if min(block_m, block_n) >= 64 else 16
+        kpack = 2 if dtype.itemsize == 2 else 1
+        return GemmConfig(block_m, block_n, block_k, 8, num_warps, 2, nonkdim, kpack)
+    num_stages = 3 if dtype.itemsize == 2 else 2
+    return GemmConfig(block_m, block_n, block_k, 8, num_warps, num_stages)
+
+
+def _block_k(k: int, tile: tuple[int, int, int, int], dtype: torch.dtype) -> int:
+    """The tile's widest step, halved while it pads the depth `k`; float32 takes half, for the same bytes."""
+    block_k = tile[2] if dtype.itemsize == 2 else min(tile[2], 32)
+    return block_k // 2 if block_k == 64 and k % 64 and k % 64 <= 32 else block_k
+
+
+@triton.jit
+def tile_of(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row, column) of a program's tile: column by column within bands of GROUP_M rows, so that L2 serves re-reads."""
+    band = program // (GROUP_M * tiles_n)
+    first_m = band * GROUP_M
+    band_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    within = program % (GROUP_M * tiles_n)
+    return first_m + within % band_m, within // band_m
+
+
+@triton.jit
+def within_reduction(index, LENGTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """`index` < LENGTH, as a constant where every step is full, so that the compiler drops the mask."""
+    if LENGTH % BLOCK_K == 0:
+        return tl.full(index.shape, True, tl.int1)
+    else:
+        return index < LENGTH

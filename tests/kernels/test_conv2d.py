@@ -1,0 +1,193 @@
+"""Dense and grouped convolution: exact on integers, within its error bound on reals, blind to what lies outside."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from depthfuse.kernels import conv2d as module
+from depthfuse.kernels.conv2d import conv2d
+from depthfuse.kernels.launch import INTERPRETED
+from tests.kernels.oracle import ACTIVATIONS, assert_within, finish, forward_error, guarded
+
+DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
+
+# batch, channels, (height, width), outputs, kernel, stride, padding, dilation, groups
+CASES = {
+    "stem_7x7_s2": (2, 3, (15, 14), 40, (7, 7), (2, 2), (3, 3), (1, 1), 1),
+    "stem_3x3_s2": (1, 3, (14, 13), 32, (3, 3), (2, 2), (1, 1), (1, 1), 1),
+    "patch_4x4_s4": (1, 3, (16, 16), 48, (4, 4), (4, 4), (0, 0), (1, 1), 1),
+    "3x3": (2, 48, (7, 7), 33, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "3x3_s2": (3, 32, (7, 5), 24, (3, 3), (2, 2), (1, 1), (1, 1), 1),
+    "3x3_few_channels": (1, 16, (7, 7), 24, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "3x3_no_padding": (1, 64, (5, 5), 16, (3, 3), (1, 1), (0, 0), (1, 1), 1),
+    "5x5": (1, 32, (6, 6), 8, (5, 5), (1, 1), (2, 2), (1, 1), 1),
+    "7x7": (1, 40, (8, 7), 8, (7, 7), (1, 1), (3, 3), (1, 1), 1),
+    "even_kernel": (1, 24, (6, 6), 24, (2, 4), (1, 2), (1, 0), (1, 1), 1),
+    "dilated": (1, 32, (9, 9), 16, (3, 3), (1, 1), (2, 2), (2, 2), 1),
+    "asymmetric": (1, 32, (9, 6), 16, (3, 1), (2, 1), (1, 0), (1, 1), 1),
+    "1x1": (2, 24, (8, 8), 70, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "1x1_s2": (2, 96, (7, 7), 24, (1, 1), (2, 2), (0, 0), (1, 1), 1),
+    "grouped": (1, 96, (6, 6), 48, (3, 3), (1, 1), (1, 1), (1, 1), 3),
+    "grouped_narrow": (1, 16, (6, 6), 24, (3, 3), (2, 2), (1, 1), (1, 1), 4),
+    "1x1_image": (3, 32, (1, 1), 8, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "2x3_image": (1, 32, (2, 3), 8, (3, 3), (2, 2), (1, 1), (1, 1), 1),
+    "one_channel": (1, 1, (6, 6), 1, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+}
+
+
+def operands(case, dtype, device, integers, seed=0):
+    """x, weight, bias, residual, scale, shift, each between bands of NaN, and the convolution's arguments."""
+    n, c, image, k, window, stride, padding, dilation, groups = case
+    generator = torch.Generator().manual_seed(seed)
+
+    def sample(*shape):
+        if integers:
+            return torch.randint(-3, 4, shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    x = sample(n, c, *image).contiguous(memory_format=torch.channels_last)
+    weight = sample(k, c // groups, *window).contiguous(memory_format=torch.channels_last)
+    arguments = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    shape = F.conv2d(x.double(), weight.double(), None, **arguments).shape
+    residual = sample(*shape).contiguous(memory_format=torch.channels_last)
+    tensors = (x, weight, sample(k), residual, sample(k), sample(k))
+    return [guarded(t) for t in tensors], arguments
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_exact_on_integers(case, dtype, device):
+    (x, weight, bias, residual, scale, shift), arguments = operands(case, dtype, device, integers=True)
+    y = conv2d(x, weight, bias, residual, scale, shift, act="relu", **arguments)
+    z = F.conv2d(x.double(), weight.double(), None, **arguments)
+    expected = finish(z, bias, residual, scale, shift, "relu").to(dtype)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_error_bound(act, dtype, device):
+    (x, weight, *tail), arguments = operands(CASES["3x3_s2"], dtype, device, integers=False)
+    y = conv2d(x, weight, *tail, act=act, **arguments)
+    exact = finish(F.conv2d(x.double(), weight.double(), None, **arguments), *tail, act)
+    magnitude = F.conv2d(x.double().abs(), weight.double().abs(), None, **arguments)
+    assert_within(y, exact, forward_error(weight[0].numel(), magnitude, exact, *tail, dtype))
+
+
+@pytest.mark.parametrize("present", range(16))
+def test_every_part_of_the_tail_is_optional(present, device):
+    (x, weight, *tail), arguments = operands(CASES["3x3_s2"], torch.float32, device, integers=True)
+    tail = [t if present >> i & 1 else None for i, t in enumerate(tail)]
+    y = conv2d(x, weight, *tail, act="relu6", **arguments)
+    exact = finish(F.conv2d(x.double(), weight.double(), None, **arguments), *tail, "relu6")
+    assert torch.equal(y.double(), exact)
+
+
+@pytest.mark.parametrize("case", ["3x3", "stem_7x7_s2", "1x1", "grouped"])
+def test_64_bit_offsets_give_the_same_bits(case, device, monkeypatch):
+    (x, weight, *tail), arguments = operands(CASES[case], torch.float32, device, integers=False)
+    narrow = conv2d(x, weight, *tail, **arguments)
+    for owner in (module, module.linear):
+        monkeypatch.setattr(owner, "needs_wide_offsets", lambda *tensors: True)
+    assert torch.equal(conv2d(x, weight, *tail, **arguments), narrow)
+
+
+def test_same_bits_from_run_to_run(device):
+    (x, weight, *tail), arguments = operands(CASES["3x3"], torch.float16, device, integers=False)
+    first = conv2d(x, weight, *tail, act="silu", **arguments)
+    assert all(torch.equal(conv2d(x, weight, *tail, act="silu", **arguments), first) for _ in range(2))
+
+
+def test_nan_passes_through_relu(device):
+    x = torch.full((1, 32, 2, 2), float("nan"), device=device).contiguous(memory_format=torch.channels_last)
+    weight = torch.ones(8, 32, 1, 1, device=device)
+    for act in ("relu", "relu6", "hardswish"):
+        assert conv2d(x, weight, act=act).isnan().all()
+
+
+@pytest.mark.parametrize("case", ["3x3", "1x1"])
+def test_empty_batch(case, device):
+    (x, weight, bias, _, scale, shift), arguments = operands(
+        CASES[case], torch.float16, device, integers=True
+    )
+    y = conv2d(x[:0], weight, bias, None, scale, shift, **arguments)
+    assert y.shape == F.conv2d(x[:0], weight, None, **arguments).shape
+
+
+def test_unaligned_and_sliced_input(device):
+    (x, weight, *tail), arguments = operands(CASES["3x3"], torch.float16, device, integers=True)
+    expected = conv2d(x, weight, *tail, **arguments)
+    moved = guarded(x, offset=1)
+    assert torch.equal(conv2d(moved, weight, *tail, **arguments), expected)
+    assert torch.equal(conv2d(moved[1:], weight, None, None, **arguments), conv2d(x[1:], weight, **arguments))
+
+
+def bad(**changes):
+    """Operands of a sound call, on the CPU, with `changes`."""
+    good = {
+        "x": torch.zeros(1, 4, 5, 5).contiguous(memory_format=torch.channels_last),
+        "weight": torch.zeros(6, 4, 3, 3).contiguous(memory_format=torch.channels_last),
+    }
+    return good | changes
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            bad(x=torch.zeros(1, 4, 5, 5)),
+            ValueError,
+            r"x \[1, 4, 5, 5\] has strides .* expected channels_last",
+        ),
+        (bad(weight=torch.zeros(6, 3, 3, 3)), ValueError, r"x has 4 channels and weight \[6, 3, 3, 3\]"),
+        (
+            bad(weight=torch.zeros(6, 4, 3, 3).half()),
+            TypeError,
+            "weight has dtype torch.float16, expected that of x",
+        ),
+        (bad(bias=torch.zeros(4)), ValueError, r"bias has shape \[4\] .* expected contiguous \[6\]"),
+        (
+            bad(residual=torch.zeros(1, 6, 5, 5)),
+            ValueError,
+            r"residual .* expected the output's \[1, 6, 3, 3\]",
+        ),
+        (bad(act="tanh"), ValueError, "act is 'tanh', expected one of none, relu"),
+        (bad(x=torch.zeros(1, 4, 5, 5).double()), TypeError, "x has dtype torch.float64"),
+        (
+            bad(dilation=(3, 3)),
+            ValueError,
+            r"kernel \[3, 3\] with dilation \[3, 3\] is larger than the image",
+        ),
+        (bad(x=torch.zeros(4, 5, 5)), ValueError, "must be 4-d"),
+    ],
+)
+def test_bad_input_is_named(call, error, message, device):
+    with pytest.raises(error, match=message):
+        conv2d(**{name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in call.items()})
+
+
+def test_what_this_machine_cannot_run_is_refused():
+    x, weight = bad().values()
+    if INTERPRETED:
+        with pytest.raises(
+            TypeError, match="bfloat16, whose matrix products are wrong in Triton's interpreter"
+        ):
+            conv2d(x.bfloat16(), weight.bfloat16())
+    else:
+        with pytest.raises(ValueError, match="x is on cpu, but Triton kernels need a GPU tensor"):
+            conv2d(x, weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_more_than_2_to_the_31_elements():
+    x = torch.zeros(172, 64, 448, 448, dtype=torch.float16, device="cuda").to(
+        memory_format=torch.channels_last
+    )
+    assert x.numel() > 2**31
+    x[-1] = 1
+    weight = torch.ones(8, 64, 3, 3, dtype=torch.float16, device="cuda").to(memory_format=torch.channels_last)
+    y = conv2d(x, weight, padding=(1, 1))
+    assert (y[-1, :, 1:-1, 1:-1] == 576).all()
+    assert (y[0] == 0).all()

@@ -1,0 +1,91 @@
+"""Linear layer: exact on integers, within its error bound on reals, blind to what lies outside."""
+
+import pytest
+import torch
+
+from depthfuse.kernels.launch import INTERPRETED
+from depthfuse.kernels.linear import linear
+from tests.kernels.oracle import ACTIVATIONS, assert_within, finish, forward_error, guarded
+
+DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
+
+# leading shape of x, channels, outputs
+CASES = {
+    "tokens": ((2, 37), 192, 70),
+    "one_row": ((1,), 48, 33),
+    "vector": ((), 16, 8),
+    "odd_depth": ((65,), 27, 32),
+    "one_channel": ((5,), 1, 1),
+    "deep": ((3,), 320, 40),
+    "four_dims": ((2, 3, 5), 24, 144),
+}
+
+
+def operands(case, dtype, device, integers):
+    leading, c, k = case
+
+    def sample(*shape):
+        return (torch.randint(-3, 4, shape) if integers else torch.randn(shape)).to(device, dtype)
+
+    return [
+        guarded(t)
+        for t in (sample(*leading, c), sample(k, c), sample(k), sample(*leading, k), sample(k), sample(k))
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_exact_on_integers(case, dtype, device):
+    x, weight, *tail = operands(case, dtype, device, integers=True)
+    expected = finish(x.double() @ weight.double().T, *tail, "relu", channel_dim=-1).to(dtype)
+    assert torch.equal(linear(x, weight, *tail, act="relu"), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_error_bound(act, dtype, device):
+    x, weight, *tail = operands(CASES["tokens"], dtype, device, integers=False)
+    exact = finish(x.double() @ weight.double().T, *tail, act, channel_dim=-1)
+    magnitude = x.double().abs() @ weight.double().abs().T
+    bound = forward_error(x.shape[-1], magnitude, exact, *tail, dtype, channel_dim=-1)
+    assert_within(linear(x, weight, *tail, act=act), exact, bound)
+
+
+def test_rows_further_apart(device):
+    """The class token of a batch of token sequences is such a matrix."""
+    x, weight, bias, *_ = operands(CASES["tokens"], torch.float16, device, integers=True)
+    assert not x[:, 0].is_contiguous()
+    assert torch.equal(linear(x[:, 0], weight, bias), linear(x[:, 0].contiguous(), weight, bias))
+
+
+def test_empty_batch(device):
+    x, weight, *_ = operands(CASES["tokens"], torch.float16, device, integers=True)
+    assert linear(x[:0], weight).shape == (0, 37, 70)
+
+
+def test_same_bits_from_run_to_run(device):
+    x, weight, *tail = operands(CASES["deep"], torch.float16, device, integers=False)
+    first = linear(x, weight, *tail, act="gelu")
+    assert all(torch.equal(linear(x, weight, *tail, act="gelu"), first) for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "tail", "error", "message"),
+    [
+        ((3, 4), (6, 5), {}, ValueError, r"x \[3, 4\] and weight \[6, 5\] do not fit"),
+        ((3, 4), (6, 4, 1), {}, ValueError, r"expected \[\.\.\., C\] and \[K, C\]"),
+        ((3, 4), (6, 4), {"scale": torch.zeros(4)}, ValueError, r"scale has shape \[4\]"),
+        ((3, 4), (6, 4), {"residual": torch.zeros(3, 5)}, ValueError, r"expected the output's \[3, 6\]"),
+        ((3, 4), (6, 4), {"shift": torch.zeros(6).half()}, TypeError, "shift has dtype torch.float16"),
+    ],
+)
+def test_bad_input_is_named(x, weight, tail, error, message, device):
+    tail = {name: v.to(device) for name, v in tail.items()}
+    with pytest.raises(error, match=message):
+        linear(torch.zeros(x, device=device), torch.zeros(weight, device=device), **tail)
+
+
+def test_transposed_input_is_named(device):
+    x = torch.zeros(4, 3, device=device).T
+    with pytest.raises(ValueError, match=r"x \[3, 4\] has strides \[1, 3\], expected contiguous"):
+        linear(x, torch.zeros(6, 4, device=device))

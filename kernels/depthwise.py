@@ -67,7 +67,8 @@ def _load_row(x, offset, mask, in_left, width, CHANNELS: tl.constexpr, IN_W: tl.
     for j in tl.static_range(IN_W):
         iw = in_left + j
         inside = mask & ((iw >= 0) & (iw < width))[:, None]
-        row = (*row, tl.load(x + offset + j * CHANNELS, mask=inside, other=0.0).to(tl.float32))
+        pixel = tl.load(x + offset + j * CHANNELS, mask=inside, other=0.0).to(tl.float32)
+        row = row + (pixel,)  # noqa: RUF005  Triton compiles no starred expressions
     return row
 
 
@@ -89,7 +90,7 @@ def _add_row(
         w = tl.load(w_row + s * W_STRIDE_TAP, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
         for b in tl.static_range(PATCH_W):
             total = sums[FIRST + b] + row[b * STRIDE_W + s * DILATION_W] * w
-            sums = (*sums[: FIRST + b], total, *sums[FIRST + b + 1 :])
+            sums = sums[: FIRST + b] + (total,) + sums[FIRST + b + 1 :]  # noqa: RUF005  as above
     return sums
 
 

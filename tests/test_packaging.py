@@ -2,10 +2,12 @@
 
 import email
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ PARTS = ["depthfuse", "kernels", "csrc", "setup.py", "pyproject.toml", "README.m
 
 def copy_source(target: Path) -> Path:
     """The source tree, as in a fresh clone: building leaves files behind."""
+    target.mkdir(exist_ok=True)
     for part in PARTS:
         if (ROOT / part).is_dir():
             ignored = shutil.ignore_patterns("__pycache__", "*.so")
@@ -70,32 +73,49 @@ def test_wheel_carries_both_licences(wheel):
     assert b"Zalando" in wheel.read(base + "depthfuse/data/fashion_mnist/LICENSE")
 
 
-def test_metadata_leaves_torch_and_triton_to_the_environment(wheel):
-    metadata = email.message_from_bytes(wheel.read("depthfuse-0.1.0.dist-info/METADATA"))
-    requirements = metadata.get_all("Requires-Dist")
+def requirements_of(metadata: str) -> list[str]:
+    return email.message_from_string(metadata).get_all("Requires-Dist")
+
+
+def test_metadata_holds_the_installed_torch_and_brings_no_triton(wheel):
+    requirements = requirements_of(wheel.read("depthfuse-0.1.0.dist-info/METADATA").decode())
     base = [requirement for requirement in requirements if "extra ==" not in requirement]
-    assert "torch>=2.11" in base
-    assert "timm>=1.0.20" in base
+    assert {"torch>=2.11", "timm>=1.0.20", f"torch=={version('torch')}"} <= set(base)
     assert not [
-        requirement for requirement in requirements if "triton" in requirement and "extra" not in requirement
+        requirement for requirement in base if "triton" in requirement or "torchvision" in requirement
     ]
     assert 'triton>=3.6; extra == "triton"' in requirements
-    assert not [requirement for requirement in base if "torchvision" in requirement]
     scripts = wheel.read("depthfuse-0.1.0.dist-info/entry_points.txt").decode()
     assert "depthfuse = depthfuse.cli:main" in scripts
 
 
-def test_every_direct_dependency_is_pinned():
-    import tomllib
+def test_metadata_is_general_where_there_is_no_torch(tmp_path):
+    source = copy_source(tmp_path / "source")
+    code = (
+        "import importlib.metadata, pathlib\n"
+        "found = importlib.metadata.distributions\n"
+        "importlib.metadata.distributions = lambda **k: [] if k.get('name') == 'torch' else found(**k)\n"
+        "from setuptools import build_meta\n"
+        "folder = build_meta.prepare_metadata_for_build_wheel('.')\n"
+        "print(pathlib.Path(folder, 'METADATA').read_text())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    metadata = result.stdout[result.stdout.index("Metadata-Version") :]
+    torch = [line for line in requirements_of(metadata) if line.startswith("torch")]
+    assert torch == ["torch>=2.11"]
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + extras["dev"] + extras["search"] + extras["triton"]
-    names = {requirement.split(">")[0].lower() for requirement in wanted}
+
+def test_every_direct_dependency_is_pinned(wheel):
+    metadata = wheel.read("depthfuse-0.1.0.dist-info/METADATA").decode()
+    wanted = {
+        re.match(r"[\w-]+", requirement)[0].lower()
+        for requirement in requirements_of(metadata)
+        if 'extra == "data"' not in requirement
+    }
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    pinned = {line.split("==")[0].lower() for line in lines if "==" in line}
-    assert names <= pinned
     assert all("==" in line or line.startswith("#") for line in lines)
+    assert wanted <= {line.split("==")[0].lower() for line in lines}
 
 
 def test_native_switch_without_sources_says_so(tmp_path):

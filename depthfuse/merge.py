@@ -11,7 +11,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
 
 from depthfuse.algebra import norm_affine
-from depthfuse.spec import ModelSource, SubnetSpec
+from depthfuse.spec import SubnetSpec
 from depthfuse.supernet import Supernet, SwitchBlock
 
 log = logging.getLogger(__name__)
@@ -224,6 +224,8 @@ def fold_batch_norms(model: nn.Module) -> int:
         bias = torch.zeros_like(shift) if conv.bias is None else conv.bias.double()
         conv.weight = nn.Parameter((conv.weight.double() * scale[:, None, None, None]).to(conv.weight.dtype))
         conv.bias = nn.Parameter((bias * scale + shift).to(conv.weight.dtype))
-        model.set_submodule(node.target, norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity())
+        model.set_submodule(
+            node.target, norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity().eval()
+        )
         folded += 1
     return folded

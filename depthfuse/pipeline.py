@@ -79,7 +79,9 @@ class Run:
                 f"set --model-kwargs img_size={wanted.img_size} or --data.img-size {fixed[0]}"
             )
         model_cfg = getattr(probe, "pretrained_cfg", None)
-        data = open_data(wanted, num_classes=kwargs.get("num_classes"), in_chans=channels, model_cfg=model_cfg)
+        data = open_data(
+            wanted, num_classes=kwargs.get("num_classes"), in_chans=channels, model_cfg=model_cfg
+        )
         source = ModelSource.make(self.config.model, **{**kwargs, "num_classes": data.num_classes})
         if not (self.dir / "config.yaml").exists() and self.accelerator.is_main_process:
             self.dir.mkdir(parents=True, exist_ok=True)

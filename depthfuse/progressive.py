@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 Schedule = Literal["linear", "cosine", "none"]
 
@@ -20,11 +20,9 @@ def lambda_at(progress: float, schedule: Schedule = "cosine", share: float = 0.7
         raise ValueError(
             f"share must lie between 0 and 1 (both excluded), not {share}: training must end at lambda = 0"
         )
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"unknown lambda schedule {schedule!r}; known: {', '.join(get_args(Schedule))}")
     if schedule == "none" or progress >= share:
         return 0.0
     done = max(0.0, progress) / share
-    if schedule == "linear":
-        return 1.0 - done
-    if schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * done))
-    raise ValueError(f"unknown lambda schedule {schedule!r}; known: linear, cosine, none")
+    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))

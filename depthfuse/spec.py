@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -42,7 +43,7 @@ class ModelSource:
         import timm
 
         if not timm.is_model(self.name):
-            near = timm.list_models(f"*{self.name[:6]}*")[:5]
+            near = difflib.get_close_matches(self.name, timm.list_models(), n=5)
             hint = f"; similar names: {', '.join(near)}" if near else ""
             raise SpecError(f"timm has no model {self.name!r}{hint} (timm.list_models() lists all)")
         try:

@@ -45,7 +45,7 @@ class SwitchBlock(nn.Module):
             raise SpecError(
                 f"block {self.path} is at lambda = {self.lam:g}: only a block at lambda = 0 can be merged"
             )
-        return self.candidates[self.choice].merge(self.block)
+        return self.candidates[self.choice].merge(self.block).eval()
 
 
 class Supernet(nn.Module):

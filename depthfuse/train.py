@@ -23,6 +23,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from depthfuse.checkpoint import CheckpointError, load_state, save_state
 from depthfuse.config import TrainConfig
@@ -184,7 +185,7 @@ def fit(
     log_every = max(1, epoch_batches // 10)
     last_saved = time.monotonic()
     wrapped.train()
-    with progress(stage, total=total, start=iteration) as bar:
+    with progress(stage, total=total, done=iteration) as bar:
         while iteration < total:
             epoch, start_batch = divmod(iteration, epoch_batches)
             loader = data.train_loader(
@@ -202,9 +203,11 @@ def fit(
                 _check_finite(loss, net, images, iteration, stage)
                 accelerator.backward(loss)
                 if config.clip_grad > 0:
-                    norm = accelerator.clip_grad_norm_(net.parameters(), config.clip_grad)
+                    accelerator.unscale_gradients()
+                    norm = get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
                     if accelerator.scaler is None:  # a gradient scaler skips overflowing steps by itself
                         _check_gradient(norm, net, iteration, stage)
+                    clip_grads_with_norm_(net.parameters(), config.clip_grad, norm)
                 optimizer.step()
                 iteration += 1
                 if ema is not None:

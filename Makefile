@@ -2,6 +2,8 @@
 PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
+# For Triton's interpreter; installed only where torch brings no Triton itself, as CPU builds do not.
+TRITON := triton==3.9.0
 
 .PHONY: help venv demo test lint format test-gpu bench-gpu clean
 
@@ -10,11 +12,12 @@ help: ## list the targets
 
 venv: .venv/.installed ## build the virtual environment .venv from requirements.txt
 
-.venv/.installed: pyproject.toml requirements.txt setup.py
+.venv/.installed: pyproject.toml requirements.txt setup.py Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "depthfuse needs Python 3.11 or later; $(PYTHON) is older or missing. Try: make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 

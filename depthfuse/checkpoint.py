@@ -153,7 +153,7 @@ def _digest(kind: str, extra: Any, tensors: Mapping[str, Tensor]) -> str:
     described = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in sorted(tensors)]
     digest = hashlib.sha256(json.dumps([kind, extra, described]).encode())
     for name in sorted(tensors):
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -109,7 +109,9 @@ class _Bar:
         self._task = bars.add_task(description, total=total, completed=done, shown="")
 
     def advance(self, n: int = 1, **fields: object) -> None:
-        self._bars.update(self._task, advance=n, **({"shown": _format(fields)} if fields else {}))
+        if fields:
+            self._bars.update(self._task, shown=_format(fields))
+        self._bars.advance(self._task, n)
 
 
 class _Plain:

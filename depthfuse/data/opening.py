@@ -61,7 +61,7 @@ def _open_embedded(config: DataConfig, in_chans: int) -> DataBundle:
     format = InputFormat(
         in_chans, size, (_EMBEDDED_MEAN,) * in_chans, (_EMBEDDED_STD,) * in_chans, "bilinear", 1.0, "center"
     )
-    sources = []
+    sources: list[PixelSource | ImageSource] = []
     for split in ("train", "test"):
         images, labels = embedded.load(split)
         if config.augment == "imagenet":
@@ -182,8 +182,8 @@ def _check_path(config: DataConfig) -> None:
 
 def _create(config: DataConfig, split: str, **stream: Any) -> Any:
     """timm's data set for a split, without a transform."""
-    keys = {"input_key": config.input_key, "target_key": config.target_key}
-    keys = {name: value for name, value in keys.items() if value is not None}
+    wanted = {"input_key": config.input_key, "target_key": config.target_key}
+    keys: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
     if _prefix(config.data) not in _NAMED:
         path = folder.split_folder(Path(config.data), split)
         folder.check_classes(path)

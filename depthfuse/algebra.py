@@ -39,6 +39,10 @@ class LinearConv:
     def out_channels(self) -> int:
         return self.weight.shape[0]
 
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups == self.in_channels == self.out_channels
+
     def __call__(self, x: Tensor) -> Tensor:
         """Apply to x [N, I, H, W] (float64) -> [N, O, H', W']."""
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
@@ -169,7 +173,7 @@ def compose(second: LinearConv, first: LinearConv) -> LinearConv:
         W[o, i, u*s1*d2 + a*d1, v*s1*d2 + b*d1] += sum_m W2[o, m, u, v] W1[m, i, a, b]
         b = b2 + sum_m W2 b1,  stride s1*s2,  padding p1 + p2*s1
 
-    Depthwise after depthwise stays depthwise; any other pair of groups is expanded to a dense kernel.
+    Depthwise after anything keeps the groups of the first one; other pairs of groups are expanded to a dense kernel.
     Raises ValueError where the channel counts differ.
     """
     if second.in_channels != first.out_channels:
@@ -177,33 +181,40 @@ def compose(second: LinearConv, first: LinearConv) -> LinearConv:
             f"cannot compose: the first convolution gives {first.out_channels} channels, "
             f"the second takes {second.in_channels}"
         )
-    depthwise = (
-        first.groups == second.groups == first.in_channels == first.out_channels == second.out_channels
-    )
-    if not depthwise:
-        first, second = first.ungrouped(), second.ungrouped()
+    if second.is_depthwise:  # scales the first one's rows, whatever its groups are
+        groups = first.groups
+
+        def product(tap: Tensor) -> Tensor:  # [O, 1] -> [O, I / groups, k1h, k1w]
+            return tap[:, :, None, None] * first.weight
+
+    elif first.is_depthwise and second.groups == 1:  # scales the second one's columns
+        groups = 1
+
+        def product(tap: Tensor) -> Tensor:  # [O, M] -> [O, I, k1h, k1w]
+            return tap[:, :, None, None] * first.weight[None, :, 0]
+
+    else:
+        first, second, groups = first.ungrouped(), second.ungrouped(), 1
+
+        def product(tap: Tensor) -> Tensor:  # [O, M] -> [O, I, k1h, k1w]
+            return torch.einsum("om,miab->oiab", tap, first.weight)
+
     (k1h, k1w), (k2h, k2w) = first.weight.shape[2:], second.weight.shape[2:]
     (s1h, s1w), (d1h, d1w), (d2h, d2w) = first.stride, first.dilation, second.dilation
     step_h, step_w = s1h * d2h, s1w * d2w
     height = d1h * (k1h - 1) + 1 + (k2h - 1) * step_h
     width = d1w * (k1w - 1) + 1 + (k2w - 1) * step_w
-    weight = first.weight.new_zeros(second.out_channels, first.weight.shape[1], height, width)
+    weight = first.weight.new_zeros(second.out_channels, first.in_channels // groups, height, width)
     for u in range(k2h):
         for v in range(k2w):
-            tap = second.weight[:, :, u, v]
-            part = (
-                first.weight * tap[:, :, None, None]
-                if depthwise
-                else torch.einsum("om,miab->oiab", tap, first.weight)
-            )
             rows = slice(u * step_h, u * step_h + d1h * (k1h - 1) + 1, d1h)
             cols = slice(v * step_w, v * step_w + d1w * (k1w - 1) + 1, d1w)
-            weight[:, :, rows, cols] += part
+            weight[:, :, rows, cols] += product(second.weight[:, :, u, v])
     taps = second.weight.sum((2, 3))
-    bias = second.bias + (taps[:, 0] * first.bias if depthwise else taps @ first.bias)
+    bias = second.bias + (taps[:, 0] * first.bias if second.is_depthwise else taps @ first.bias)
     padding = (first.padding[0] + second.padding[0] * s1h, first.padding[1] + second.padding[1] * s1w)
     stride = (s1h * second.stride[0], s1w * second.stride[1])
-    return LinearConv(weight, bias, stride, padding, groups=first.groups)
+    return LinearConv(weight, bias, stride, padding, groups=groups)
 
 
 def add(main: LinearConv, side: LinearConv) -> LinearConv:

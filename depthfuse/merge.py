@@ -136,7 +136,7 @@ def check(subnet: Supernet, size: tuple[int, int, int], images: int = 2) -> Merg
         m.register_forward_hook(lambda _m, args, out, path=path: seen.update({path: (args[0], out)}))
         for path, m in blocks.items()
     ]
-    expected = reference(x)
+    expected = _outputs(reference(x))
     for handle in handles:
         handle.remove()
 
@@ -148,7 +148,8 @@ def check(subnet: Supernet, size: tuple[int, int, int], images: int = 2) -> Merg
         errors.append(BlockError(path, block.choice, border, interior))
         reference.set_submodule(path, merged)
     folded = fold_batch_norms(reference)
-    output = float((reference(x) - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
+    pairs = zip(_outputs(reference(x)), expected, strict=True)
+    output = max(_split_error(got, wanted, 0)[1] for got, wanted in pairs)
     report = MergeReport(tuple(errors), output, folded)
     worst = max([output, *(max(e.border, e.interior) for e in errors)], key=lambda v: (v != v, v))
     if not worst <= TOLERANCE:
@@ -157,6 +158,11 @@ def check(subnet: Supernet, size: tuple[int, int, int], images: int = 2) -> Merg
             f"merging changed the model by {worst:.1e} (allowed {TOLERANCE:.0e}), first in {bad}"
         )
     return report
+
+
+def _outputs(result: Tensor | list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
+    """Logits, or the maps of a model made with features_only=True."""
+    return [result] if isinstance(result, Tensor) else list(result)
 
 
 def _reach(module: nn.Module) -> int:

@@ -1,5 +1,7 @@
 """lambda schedules: ends, monotony, and exactly zero after the ramp."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ from depthfuse.progressive import lambda_at
 def test_falls_from_one_to_exactly_zero(schedule, share, steps):
     values = [lambda_at(i / steps, schedule, share) for i in range(steps + 1)]
     assert values[0] == 1.0
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(values))
     assert all(0.0 <= v <= 1.0 for v in values)
     assert all(v == 0.0 for i, v in enumerate(values) if i / steps >= share)
 

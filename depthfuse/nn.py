@@ -1,9 +1,8 @@
-"""Autograd-free modules that stand for whole conv or linear chains: bias, residual, activation, affine in one
-call.
+"""Autograd-free modules that stand for whole conv or linear chains: bias, residual, activation, affine in one call.
 
-They hold buffers, not parameters. The plain weight is a buffer, so `state_dict` saves and rebuilds them and
-`.to(...)` moves them; the copy that oneDNN packs for the CPU is derived from it, never saved, and dropped
-whenever the plain weight changes.
+They hold buffers, not parameters. The plain weight is a buffer, so `state_dict` saves and rebuilds them and `.to(...)`
+moves them. What is derived from it for one CPU implementation (packed weights) is never saved, and dropped whenever
+the plain weight changes: `prepare` or `use` makes it anew.
 """
 
 from __future__ import annotations
@@ -16,22 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from depthfuse import ops
-from depthfuse.ops import onednn
-from depthfuse.ops.activations import ACTIVATIONS, activation
+from depthfuse.ops import cpu
+from depthfuse.ops.activations import activation
 from depthfuse.ops.conv2d import check_arguments as check_conv2d
 from depthfuse.ops.linear import check_arguments as check_linear
-
-# oneDNN computes these as min and max, which turn NaN into a number; PyTorch's own propagate it.
-SWALLOWS_NAN = frozenset({"relu", "relu6"})
 
 _local = threading.local()
 
 
 @contextlib.contextmanager
-def propagate_nan() -> Iterator[None]:
-    """Within it (in this thread) the fused modules run the plain ops, which propagate NaN through ReLU and
-    ReLU6.
-    """
+def plain_ops() -> Iterator[None]:
+    """Within it (in this thread) the fused modules run the plain ops, which propagate NaN through every activation."""
     before = getattr(_local, "plain", False)
     _local.plain = True
     try:
@@ -41,7 +35,7 @@ def propagate_nan() -> Iterator[None]:
 
 
 class _Fused(nn.Module):
-    """What the fused modules share: epilogue buffers, the packed weight's life, and the report's text."""
+    """What the fused modules share: the epilogue's buffers, the bound implementation's life, the report's text."""
 
     weight: Tensor
     bias: Tensor | None
@@ -55,48 +49,57 @@ class _Fused(nn.Module):
         self.backend = backend
         for name, value in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
             self.register_buffer(name, None if value is None else value.detach().clone())
-        self._packed: Tensor | None = None
-        self.register_load_state_dict_post_hook(lambda module, _: module._drop_packed())
+        self._unbind()
+        self.register_load_state_dict_post_hook(lambda module, _: module._unbind())
         self.eval()
 
-    def _drop_packed(self) -> None:
-        self._packed = None
+    def _unbind(self) -> None:
+        self._runner: cpu.Runner | None = None
+        self._bound = "plain"
 
     def _apply(self, fn, recurse: bool = True):
-        self._drop_packed()
+        self._unbind()
         return super()._apply(fn, recurse)
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_packed": None}  # opaque tensors can neither be copied nor saved
+        # Packed weights are opaque: they can neither be copied nor saved.
+        return {**super().__getstate__(), "_runner": None, "_bound": "plain"}
 
-    def _can_pack(self) -> bool:
+    def _is_cpu_reference(self) -> bool:
         name, _ = ops.resolve_backend(self.backend, self.weight.device)
-        return (
-            name == "reference" and self.weight.device.type == "cpu" and onednn.available(self.weight.dtype)
-        )
+        return name == "reference" and self.weight.device.type == "cpu"
 
-    def _use_packed(self, x: Tensor) -> bool:
+    def _epilogue(self) -> cpu.Epilogue:
+        return cpu.Epilogue(self.bias, self.scale, self.shift, self.act)
+
+    def _runs_bound(self, x: Tensor) -> bool:
         return (
-            self._packed is not None
+            self._runner is not None
             and x.numel() > 0
             and not getattr(_local, "plain", False)
             and not torch.compiler.is_compiling()
         )
 
-    def _affine_(self, y: Tensor, shape: Sequence[int]) -> Tensor:
-        """The affine after the activation, in place."""
-        if self.scale is not None:
-            scale = self.scale.view(shape)
-            if self.shift is not None:
-                return torch.addcmul(self.shift.view(shape), y, scale, out=y)
-            return y.mul_(scale)
-        return y if self.shift is None else y.add_(self.shift.view(shape))
+    def candidates(self) -> list[str]:
+        """The implementations that can run this module where it is, the usual best first; see `depthfuse.ops.cpu`."""
+        raise NotImplementedError
+
+    def use(self, name: str, input_size: Sequence[int]) -> None:
+        """Bind the implementation `name`, one of `candidates()`; packed weights are laid out for `input_size`."""
+        raise NotImplementedError
+
+    def prepare(self, input_size: Sequence[int]) -> None:
+        """Bind the implementation that is usually best; `depthfuse.accelerate` measures instead."""
+        self.use(self.candidates()[0], input_size)
+
+    def swallows_nan(self) -> bool:
+        """Whether the bound implementation's activation turns NaN into a number."""
+        return self._bound == "onednn" and self.act in cpu.SWALLOWS_NAN
 
     def implementation(self) -> str:
-        """What runs this module, in words."""
-        if self._packed is not None:
-            return "oneDNN pre-packed"
-        return ops.resolve_backend(self.backend, self.weight.device)[0]
+        """What runs this module: "triton", or on a CPU one of `depthfuse.ops.cpu`."""
+        name, _ = ops.resolve_backend(self.backend, self.weight.device)
+        return name if name != "reference" else self._bound
 
     def epilogue(self) -> str:
         """What is fused behind the product, in words."""
@@ -106,7 +109,7 @@ class _Fused(nn.Module):
         return " + ".join(parts) or "none"
 
     def extra_repr(self) -> str:
-        return f"backend={self.implementation()!r}, epilogue={self.epilogue()!r}"
+        return f"implementation={self.implementation()!r}, epilogue={self.epilogue()!r}"
 
 
 class FusedConv2d(_Fused):
@@ -116,9 +119,6 @@ class FusedConv2d(_Fused):
         weight: [K, C / groups, R, S]. bias, scale, shift: [K] or None. All of one dtype, on one device.
         stride, padding, dilation: (height, width).
         act, backend: see `depthfuse.ops.conv2d`.
-
-    Raises:
-        ValueError, TypeError: see `depthfuse.ops.conv2d`.
     """
 
     def __init__(
@@ -135,17 +135,14 @@ class FusedConv2d(_Fused):
         act: str = "none",
         backend: str = "auto",
     ) -> None:
-        super().__init__(
-            weight.contiguous(memory_format=torch.channels_last), bias, scale, shift, act, backend
-        )
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        super().__init__(weight, bias, scale, shift, act, backend)
         self.stride, self.padding, self.dilation = list(stride), list(padding), list(dilation)
         self.groups = groups
 
     @classmethod
-    def from_conv(
-        cls, conv: nn.Conv2d, *, act: str = "none", scale=None, shift=None, backend="auto"
-    ) -> FusedConv2d:
-        """From an nn.Conv2d with zero padding given in numbers; the convolution is left alone."""
+    def from_conv(cls, conv: nn.Conv2d, *, act="none", scale=None, shift=None, backend="auto") -> FusedConv2d:
+        """From an nn.Conv2d, which is left alone. Raises ValueError unless its padding is zeros, in numbers."""
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             raise ValueError(f"expected a convolution with zero padding in numbers, got {conv}")
         return cls(
@@ -161,36 +158,47 @@ class FusedConv2d(_Fused):
             backend=backend,
         )
 
-    def prepare(self, input_size: Sequence[int]) -> None:
-        """Pack the weight for oneDNN, in the layout best for `input_size` [N, C, H, W]. No-op where it cannot
-        run.
-        """
-        if self._can_pack():
-            geometry = (self.stride, self.padding, self.dilation, self.groups)
-            self._packed = onednn.pack_conv2d(self.weight, input_size, *geometry)
+    def candidates(self) -> list[str]:
+        if not self._is_cpu_reference():
+            return ["plain"]
+        return cpu.conv2d_candidates(self.weight, self.padding, self.groups)
+
+    def use(self, name: str, input_size: Sequence[int]) -> None:
+        self._unbind()
+        if name == "plain":
+            return
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        self._runner = cpu.bind_conv2d(name, self.weight, self._epilogue(), *geometry, input_size)
+        self._bound = name
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [N, C, H, W]; residual: [N, K, P, Q] or None. Returns [N, K, P, Q] in channels_last."""
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        if self._use_packed(x):
+        if self._runs_bound(x):
             if (
                 x.dim() != 4
+                or x.shape[1] != self.weight.shape[1] * self.groups
                 or x.dtype != self.weight.dtype
-                or (residual is not None and residual.dtype != x.dtype)
             ):
-                check_conv2d(x, self.weight, self.bias, residual, self.scale, self.shift, *geometry, self.act)
-            y = onednn.conv2d(x, self._packed, self.bias, residual, *geometry, self.act)
-            return self._affine_(y, (1, -1, 1, 1))
-        return torch.ops.depthfuse.conv2d(
-            x, self.weight, self.bias, residual, self.scale, self.shift, *geometry, self.act, self.backend
-        )
+                self._check(x, residual)
+            y = self._runner(x, residual)
+            if residual is not None and residual.shape != y.shape:
+                self._check(x, residual)
+            return y
+        vectors = (self.bias, residual, self.scale, self.shift)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return torch.ops.depthfuse.conv2d(x, self.weight, *vectors, *geometry, self.act, self.backend)
+
+    def _check(self, x: Tensor, residual: Tensor | None) -> None:
+        vectors = (self.bias, residual, self.scale, self.shift)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        check_conv2d(x, self.weight, *vectors, *geometry, self.act)
 
     def extra_repr(self) -> str:
         filters, group_channels, *kernel = self.weight.shape
         return (
             f"{group_channels * self.groups}, {filters}, kernel_size={tuple(kernel)}, "
-            f"stride={tuple(self.stride)}, padding={tuple(self.padding)}, "
-            f"groups={self.groups}, {super().extra_repr()}"
+            f"stride={tuple(self.stride)}, padding={tuple(self.padding)}, groups={self.groups}, "
+            f"{super().extra_repr()}"
         )
 
 
@@ -212,28 +220,25 @@ class FusedLinear(_Fused):
         """From an nn.Linear, which is left alone."""
         return cls(linear.weight, linear.bias, scale, shift, act=act, backend=backend)
 
-    def prepare(self, input_size: Sequence[int]) -> None:
-        """Pack the weight for oneDNN, in the layout best for an input of `input_size` [..., C]."""
-        if self._can_pack():
-            rows = 1
-            for size in input_size[:-1]:
-                rows *= size
-            self._packed = onednn.pack_linear(self.weight, rows)
+    def candidates(self) -> list[str]:
+        return cpu.linear_candidates(self.weight) if self._is_cpu_reference() else ["plain"]
+
+    def use(self, name: str, input_size: Sequence[int]) -> None:
+        self._unbind()
+        if name != "plain":
+            self._runner = cpu.bind_linear(name, self.weight, self._epilogue(), input_size)
+            self._bound = name
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [..., C]; residual: [..., K] or None. Returns [..., K]."""
-        if self._use_packed(x):
+        if self._runs_bound(x):
             if x.dtype != self.weight.dtype or x.shape[-1] != self.weight.shape[1]:
                 check_linear(x, self.weight, self.bias, residual, self.scale, self.shift, self.act)
-            if residual is None or residual.shape[:-1] == x.shape[:-1]:
-                y = onednn.linear(x, self._packed, self.bias, residual, self.act)
-                return self._affine_(y, (-1,))
-        return torch.ops.depthfuse.linear(
-            x, self.weight, self.bias, residual, self.scale, self.shift, self.act, self.backend
-        )
+            if residual is not None and residual.shape[:-1] != x.shape[:-1]:
+                check_linear(x, self.weight, self.bias, residual, self.scale, self.shift, self.act)
+            return self._runner(x, residual)
+        vectors = (self.bias, residual, self.scale, self.shift)
+        return torch.ops.depthfuse.linear(x, self.weight, *vectors, self.act, self.backend)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, {super().extra_repr()}"
-
-
-__all__ = ["ACTIVATIONS", "SWALLOWS_NAN", "FusedConv2d", "FusedLinear", "propagate_nan"]

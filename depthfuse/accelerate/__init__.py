@@ -21,6 +21,7 @@ def accelerate(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
     verify: bool = True,
+    tune: str = "measure",
 ) -> AcceleratedModel:
     """Replace convolution and linear chains by fused modules and check that nothing else changed.
 
@@ -32,6 +33,8 @@ def accelerate(
         dtype: float32, float16, bfloat16 or float64 for the result; default the model's own.
         backend: "auto", "triton" or "reference", see `depthfuse.ops.resolve_backend`.
         verify: compare outputs with the model's on the example input.
+        tune: "measure" runs the implementations of every distinct shape on this machine and takes the fastest (one
+            to a few seconds); "heuristic" takes the usual best without running any.
 
     Returns:
         An AcceleratedModel; `print(result.report())` shows what was fused.
@@ -50,12 +53,14 @@ def accelerate(
     dtype = dtype or tensor.dtype
     if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise AccelerationError(f"dtype is {dtype}, expected float32, float16, bfloat16 or float64")
+    if tune not in ("measure", "heuristic"):
+        raise ValueError(f"tune is {tune!r}, expected 'measure' or 'heuristic'")
     resolve_backend(backend, tensor.device)
     if example_inputs is None:
         example_inputs = _default_input(model, tensor)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     _try_inputs(model, inputs, tensor)
-    plan = build_plan(model, inputs, dtype, backend)
+    plan = build_plan(model, inputs, dtype, backend, tune == "measure")
     name = f"{type(model).__name__}"
     in_channels = _in_channels(model, inputs)
     report = Report(name, str(dtype).removeprefix("torch."), str(tensor.device), tuple(plan.entries), None)

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from depthfuse import nn as fused_nn
 from depthfuse.accelerate.elements import is_no_op
 from depthfuse.accelerate.fuse import fuse
 from depthfuse.accelerate.graph import fold_constants, own_layers, path_of, redirect_in_place
 from depthfuse.accelerate.report import Entry
 from depthfuse.accelerate.trace import TRACE_ERRORS, record_shapes, trace
+from depthfuse.accelerate.tune import choose_implementations
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,9 @@ class Plan:
     entries: list[Entry] = field(default_factory=list)
 
 
-def build_plan(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str) -> Plan:
+def build_plan(
+    model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str, measure: bool
+) -> Plan:
     """Plan `model` for inputs like `inputs`; the model is left alone and shares nothing with the plan.
 
     Args:
@@ -46,13 +48,15 @@ def build_plan(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype,
         dtype: of the plan. backend: see `depthfuse.ops.resolve_backend`.
     """
     try:
-        return _plan_whole(model, inputs, dtype, backend)
+        return _plan_whole(model, inputs, dtype, backend, measure)
     except TRACE_ERRORS as error:
         logger.info("%s cannot be traced as a whole (%s): planning its children", type(model).__name__, error)
-    return _plan_children(model, inputs, dtype, backend)
+    return _plan_children(model, inputs, dtype, backend, measure)
 
 
-def _plan_whole(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str) -> Plan:
+def _plan_whole(
+    model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str, measure: bool
+) -> Plan:
     graph = trace(model)
     redirect_in_place(graph)
     for node in list(graph.graph.nodes):
@@ -66,9 +70,7 @@ def _plan_whole(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype
     own_layers(graph)
     graph.to(dtype)
     graph.recompile()
-    for node in graph.graph.nodes:
-        if node.op == "call_module" and node.target in origins:
-            graph.get_submodule(node.target).prepare(node.args[0].meta["shape"])
+    choose_implementations(graph, origins, dtype, measure)
     return Plan(graph, _entries(graph, origins))
 
 
@@ -91,12 +93,14 @@ def _entries(graph: fx.GraphModule, origins: dict[str, list[str]]) -> list[Entry
     return entries
 
 
-def _plan_children(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str) -> Plan:
+def _plan_children(
+    model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str, measure: bool
+) -> Plan:
     calls = _record_calls(model, inputs)
     root = copy.deepcopy(model)
     plan = Plan(root)
     for name, child in model.named_children():
-        _replace(root, name, name, child, calls, plan, dtype, backend)
+        _replace(root, name, name, child, calls, plan, dtype, backend, measure)
     root.to(dtype)
     return plan
 
@@ -118,7 +122,9 @@ def _record_calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Modul
     return calls
 
 
-def _replace(parent, name: str, path: str, child: nn.Module, calls, plan: Plan, dtype, backend) -> None:
+def _replace(
+    parent, name: str, path: str, child: nn.Module, calls, plan: Plan, dtype, backend, measure
+) -> None:
     """Put a plan in the place of `parent.name`, or of the children below it where that cannot be planned."""
     seen = calls.get(child, [])
     tensors_only = len(seen) >= 1 and all(
@@ -127,7 +133,7 @@ def _replace(parent, name: str, path: str, child: nn.Module, calls, plan: Plan, 
     if tensors_only:
         holder = nn.Sequential(child) if not list(child.children()) else child
         try:
-            part = _plan_whole(holder, seen[0][0], dtype, backend)
+            part = _plan_whole(holder, seen[0][0], dtype, backend, measure)
         except TRACE_ERRORS as error:
             logger.debug("%s cannot be traced (%s)", path, error)
         else:
@@ -142,8 +148,3 @@ def _replace(parent, name: str, path: str, child: nn.Module, calls, plan: Plan, 
         _replace(
             getattr(parent, name), inner_name, f"{path}.{inner_name}", inner, calls, plan, dtype, backend
         )
-
-
-def fused_modules(module: nn.Module) -> list[nn.Module]:
-    """All fused modules of a plan."""
-    return [m for m in module.modules() if isinstance(m, fused_nn.FusedConv2d | fused_nn.FusedLinear)]

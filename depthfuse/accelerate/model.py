@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from depthfuse.accelerate.report import Report
-from depthfuse.nn import SWALLOWS_NAN, FusedConv2d, FusedLinear, propagate_nan
+from depthfuse.nn import FusedConv2d, FusedLinear, plain_ops
 
 # Beyond this a value may overflow inside the net, and what then turns into NaN has to come out as NaN.
 _LARGE = 1e6
@@ -28,7 +28,7 @@ class AcceleratedModel(nn.Module):
         self.dtype = dtype
         self.in_channels = in_channels
         fused = [m for m in plan.modules() if isinstance(m, FusedConv2d | FusedLinear)]
-        self._swallows_nan = any(m.act in SWALLOWS_NAN and m._packed is not None for m in fused)
+        self._swallows_nan = any(m.swallows_nan() for m in fused)
         self.eval()
 
     def report(self) -> Report:
@@ -48,7 +48,7 @@ class AcceleratedModel(nn.Module):
         inputs = tuple(self._check(x) for x in inputs)
         with torch.no_grad():
             if self._swallows_nan and not torch.compiler.is_compiling() and not all(map(_is_tame, inputs)):
-                with propagate_nan():
+                with plain_ops():
                     return self.plan(*inputs)
             return self.plan(*inputs)
 

@@ -1,0 +1,135 @@
+"""CPU implementations of the fused ops, each bound to its weights once and then called often.
+
+    plain    PyTorch's own ops one after another: what `depthfuse::conv2d` and `depthfuse::linear` run
+    onednn   oneDNN with pre-packed weights and fused post-ops (60 us of overhead a call, measured on Zen 3)
+    gemm     the BLAS that PyTorch was built with, then residual, activation and affine in place (10 us)
+
+Which is fastest depends on the shape, the processor and its BLAS, so `depthfuse.accelerate` measures. They differ in
+one more thing: oneDNN's ReLU and ReLU6 turn NaN into a number (`SWALLOWS_NAN`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from depthfuse.ops import onednn
+from depthfuse.ops.activations import activation
+
+# oneDNN computes these as min and max, which drop NaN; PyTorch's own propagate it.
+SWALLOWS_NAN = frozenset({"relu", "relu6"})
+
+# (x, residual or None) -> y
+Runner = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows the product: y = scale * act(product + bias + residual) + shift; vectors of [K] or None."""
+
+    bias: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    act: str
+
+    def affine_(self, shape: Sequence[int]) -> Callable[[Tensor], Tensor] | None:
+        """The affine as an in-place function of tensors to which vectors of `shape` broadcast; None for none."""
+        scale = None if self.scale is None else self.scale.view(shape)
+        shift = None if self.shift is None else self.shift.view(shape)
+        if scale is None:
+            return None if shift is None else lambda y: y.add_(shift)
+        if shift is None:
+            return lambda y: y.mul_(scale)
+        return lambda y: torch.addcmul(shift, y, scale, out=y)
+
+    def rest_(self) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """Residual, activation and affine in place, channels on the last axis."""
+        act = None if self.act == "none" else activation(self.act).apply_
+        affine_ = self.affine_((-1,))
+
+        def run(y: Tensor, residual: Tensor | None) -> Tensor:
+            if residual is not None:
+                y.add_(residual)
+            if act is not None:
+                act(y)
+            return y if affine_ is None else affine_(y)
+
+        return run
+
+
+def conv2d_candidates(weight: Tensor, padding: Sequence[int], groups: int) -> list[str]:
+    """The names of the implementations that can run a convolution here, the usual best first."""
+    names = ["onednn"] if onednn.available(weight.dtype) else []
+    if tuple(weight.shape[2:]) == (1, 1) and groups == 1 and not any(padding):
+        names.append("gemm")
+    return [*names, "plain"]
+
+
+def linear_candidates(weight: Tensor) -> list[str]:
+    """The names of the implementations that can run a linear layer here, the usual best first."""
+    fused = ["onednn"] if onednn.available(weight.dtype) else []
+    # Reduced precision pays only through oneDNN's dot-product instructions; in float32 the BLAS is hard to beat.
+    return [*fused, "gemm"] if weight.dtype in (torch.bfloat16, torch.float16) else ["gemm", *fused]
+
+
+def bind_conv2d(
+    name: str,
+    weight: Tensor,  # [K, C / groups, R, S]
+    epilogue: Epilogue,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    input_size: Sequence[
+        int
+    ],  # N, C, H, W: the layout of packed weights suits it, and is right for any other
+) -> Runner:
+    """The implementation `name` ("onednn" or "gemm") with the weights bound to it."""
+    if name == "gemm":
+        return _bind_pointwise(weight, epilogue, stride)
+    stride, padding, dilation = list(stride), list(padding), list(dilation)
+    packed = onednn.pack_conv2d(weight, input_size, stride, padding, dilation, groups)
+    bias, act, affine_ = epilogue.bias, epilogue.act, epilogue.affine_((1, -1, 1, 1))
+
+    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        y = onednn.conv2d(x, packed, bias, residual, stride, padding, dilation, groups, act)
+        return y if affine_ is None else affine_(y)
+
+    return run
+
+
+def _bind_pointwise(weight: Tensor, epilogue: Epilogue, stride: Sequence[int]) -> Runner:
+    matrix = weight.detach().reshape(weight.shape[:2])
+    bias, rest_ = epilogue.bias, epilogue.rest_()
+    step_h, step_w = stride
+
+    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        if step_h > 1 or step_w > 1:
+            x = x[:, :, ::step_h, ::step_w]
+        y = F.linear(x.permute(0, 2, 3, 1), matrix, bias)
+        return rest_(y, None if residual is None else residual.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    return run
+
+
+def bind_linear(name: str, weight: Tensor, epilogue: Epilogue, input_size: Sequence[int]) -> Runner:
+    """The implementation `name` ("onednn" or "gemm") with the weights bound to it; input_size is [..., C]."""
+    bias, act = epilogue.bias, epilogue.act
+    if name == "gemm":
+        rest_ = epilogue.rest_()
+        return lambda x, residual: rest_(F.linear(x, weight, bias), residual)
+    rows = 1
+    for size in input_size[:-1]:
+        rows *= size
+    packed = onednn.pack_linear(weight, rows)
+    affine_ = epilogue.affine_((-1,))
+
+    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        y = onednn.linear(x, packed, bias, residual, act)
+        return y if affine_ is None else affine_(y)
+
+    return run

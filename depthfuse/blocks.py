@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 
@@ -52,6 +50,10 @@ class MergedTransformerBlock(nn.Module):
         super().__init__()
         self.attn, self.scale, self.fc, self.act, self.norm = attn, scale, fc, act, norm
 
-    def forward(self, x: Tensor, **attention: Any) -> Tensor:  # [B, N, D] -> [B, N, D]
-        x = x + self.scale(self.attn(x, **attention))
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:  # [B, N, D]
+        # is_causal only where asked for: timm's older attention does not know it
+        causal = {"is_causal": True} if is_causal else {}
+        x = x + self.scale(self.attn(x, attn_mask=attn_mask, **causal))
         return self.norm(self.act(self.fc(x)))

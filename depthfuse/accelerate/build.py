@@ -146,5 +146,13 @@ def _replace(
         return
     for inner_name, inner in child.named_children():
         _replace(
-            getattr(parent, name), inner_name, f"{path}.{inner_name}", inner, calls, plan, dtype, backend
+            getattr(parent, name),
+            inner_name,
+            f"{path}.{inner_name}",
+            inner,
+            calls,
+            plan,
+            dtype,
+            backend,
+            measure,
         )

@@ -17,6 +17,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from depthfuse.accelerate.graph import constant_of, module_of
+from depthfuse.algebra import norm_affine
+from depthfuse.blocks import TokenBatchNorm
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,7 @@ def batch_norm_affine(norm: nn.Module, axis: int) -> Affine | None:
     """
     if norm.running_mean is None or norm.running_var is None:
         return None
-    inverse_std = (norm.running_var.detach().double() + norm.eps).rsqrt()
-    scale = inverse_std if norm.weight is None else norm.weight.detach().double() * inverse_std
-    shift = -norm.running_mean.detach().double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()
+    scale, shift = norm_affine(norm)
     return Affine(scale, shift, axis)
 
 
@@ -116,6 +114,9 @@ def _module_elements(module: nn.Module, ndim: int) -> list[Element] | None:
         if isinstance(module.act, nn.Identity):
             return [affine]
         return [affine, Act(inner)] if inner else None
+    if isinstance(module, TokenBatchNorm):
+        affine = batch_norm_affine(module, -1)
+        return [affine] if affine else None
     if isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward:
         affine = batch_norm_affine(module, channel_axis)
         return [affine] if affine else None

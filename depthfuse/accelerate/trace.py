@@ -15,10 +15,11 @@ from timm.layers import DropPath, LayerNorm, LayerNorm2d, get_notrace_functions,
 from torch import Tensor, fx, nn
 
 from depthfuse.accelerate.graph import has_hooks
+from depthfuse.blocks import TokenBatchNorm
 
 # Layers of timm that stand for one operation although they are written in Python: the plan recognises them
 # whole.
-_LEAVES = (DropPath, LayerNorm, LayerNorm2d)
+_LEAVES = (DropPath, LayerNorm, LayerNorm2d, TokenBatchNorm)
 
 # What symbolic tracing raises where a model's control flow depends on values, or does things a proxy cannot
 # stand for.

@@ -169,7 +169,7 @@ def check_arguments(
 @torch.library.register_fake("depthfuse::conv2d")
 def _conv2d_fake(x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act, backend):
     shape = check_arguments(x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act)
-    return x.new_empty(shape, memory_format=torch.channels_last)
+    return _empty_nhwc(shape, x)
 
 
 @torch.library.impl("depthfuse::conv2d", "CompositeExplicitAutograd")
@@ -177,11 +177,11 @@ def _conv2d(x, weight, bias, residual, scale, shift, stride, padding, dilation, 
     shape = check_arguments(x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act)
     name, _ = resolve_backend(backend, x.device)
     if 0 in shape:
-        return x.new_empty(shape, memory_format=torch.channels_last)
+        return _empty_nhwc(shape, x)
     geometry = {"stride": stride, "padding": padding, "dilation": dilation}
     if name == "reference":
         y = conv2d_reference(x, weight, bias, residual, scale, shift, **geometry, groups=groups, act=act)
-        return y.new_empty(shape, memory_format=torch.channels_last).copy_(y) if not _is_dense_nhwc(y) else y
+        return y if _is_dense_nhwc(y) else _empty_nhwc(shape, y).copy_(y)
     x = _nhwc(x)
     weight = _nhwc(weight)
     residual = None if residual is None else _nhwc(residual)
@@ -196,6 +196,10 @@ def _conv2d(x, weight, bias, residual, scale, shift, stride, padding, dilation, 
 
 def _nhwc(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def _empty_nhwc(shape: list[int], like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _is_dense_nhwc(x: Tensor) -> bool:

@@ -35,7 +35,8 @@ from depthfuse.kernels.launch import (
 from depthfuse.kernels.tile import GemmConfig, gemm_config, tile_of, within_reduction
 
 
-@triton.jit
+# Image sizes and batch change nothing in the code: one compilation serves them all.
+@triton.jit(do_not_specialize=["pixels", "height", "width", "out_height", "out_width"])
 def conv2d_kernel(
     x,  # [N, H, W, GROUPS * CHANNELS]
     weight,  # [GROUPS * OUT_CHANNELS, R, S, CHANNELS]
@@ -136,6 +137,11 @@ def config_for(
     pixels: int, channels: int, out_channels: int, taps: int, groups: int, dtype: torch.dtype, target: Target
 ) -> GemmConfig:
     """The tile for `pixels` = N * P * Q output pixels; `channels` and `out_channels` are those of one group."""
+    if target.backend == "hip" and channels < FLAT_BELOW and taps * channels % 8:
+        # The stem: its filters start at odd addresses, so they are loaded element by element, and only the 16 x 16
+        # matrix instruction then reads its operands from LDS in more than 16 bits at a time.
+        block_n, num_warps = (32, 4) if out_channels <= 32 else (64, 8)
+        return GemmConfig(128, block_n, 32, num_warps=num_warps, nonkdim=16, kpack=2)
     # Tap by tap, a step may not cross into the next tap, so it is the channels that must divide well.
     depth = channels if channels >= FLAT_BELOW else taps * channels
     return gemm_config(pixels, out_channels, depth, groups, dtype, target)

@@ -95,6 +95,15 @@ def _add_row(
 
 
 @triton.jit
+def _output(y_base, p, q, step, exists, out_height, out_width, channel, channel_mask, CHANNELS: tl.constexpr):
+    """Offsets and mask, [PATCHES, BLOCK_C], of the output pixels (p, q), `step` pixels after their patch's first."""
+    offset = (y_base + step * CHANNELS)[:, None] + channel[None, :]
+    mask = (exists & (p < out_height) & (q < out_width))[:, None] & channel_mask[None, :]
+    return offset, mask
+
+
+# Image sizes and batch change nothing in the code: one compilation serves them all.
+@triton.jit(do_not_specialize=["batch", "height", "width", "out_height", "out_width"])
 def depthwise_kernel(
     x,  # [N, H, W, CHANNELS]
     weight,  # [CHANNELS, R, S], strides W_STRIDE_C and W_STRIDE_TAP
@@ -187,24 +196,42 @@ def depthwise_kernel(
                         PATCH_W,
                     )
 
+    # All tails before the first store: the compiler then loads bias, scale and shift once, not once an output.
+    results = ()
     for a in tl.static_range(PATCH_H):
         for b in tl.static_range(PATCH_W):
-            offset = (y_base + (a * out_width + b) * CHANNELS)[:, None] + channel[None, :]
-            inside = exists & (top + a < out_height) & (left + b < out_width)
-            mask = inside[:, None] & channel_mask[None, :]
-            result = finish(
-                sums[a * PATCH_W + b],
-                bias,
-                residual,
-                scale,
-                shift,
+            offset, mask = _output(
+                y_base,
+                top + a,
+                left + b,
+                a * out_width + b,
+                exists,
+                out_height,
+                out_width,
                 channel,
                 channel_mask,
-                offset,
-                mask,
-                ACTIVATION,
+                CHANNELS,
             )
-            tl.store(y + offset, result.to(y.dtype.element_ty), mask=mask)
+            total = sums[a * PATCH_W + b]
+            total = finish(
+                total, bias, residual, scale, shift, channel, channel_mask, offset, mask, ACTIVATION
+            )
+            results = results + (total.to(y.dtype.element_ty),)  # noqa: RUF005  as above
+    for a in tl.static_range(PATCH_H):
+        for b in tl.static_range(PATCH_W):
+            offset, mask = _output(
+                y_base,
+                top + a,
+                left + b,
+                a * out_width + b,
+                exists,
+                out_height,
+                out_width,
+                channel,
+                channel_mask,
+                CHANNELS,
+            )
+            tl.store(y + offset, results[a * PATCH_W + b], mask=mask)
 
 
 @functools.cache

@@ -25,7 +25,8 @@ from depthfuse.kernels.launch import (
 from depthfuse.kernels.tile import GemmConfig, gemm_config, tile_of, within_reduction
 
 
-@triton.jit
+# Image sizes and batch change nothing in the code: one compilation serves them all.
+@triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
     x,  # [rows, CHANNELS], rows X_STRIDE apart
     weight,  # [OUT_CHANNELS, CHANNELS]

@@ -79,8 +79,8 @@ def test_packed_weight_gives_the_same_bits(case, device):
     assert torch.equal(depthwise_conv2d(x, packed, *tail, **arguments), expected)
 
 
-@pytest.mark.parametrize("patch", [(1, 1), (1, 7), (2, 4), (4, 2), (3, 3)])
-@pytest.mark.parametrize("case", ["3x3", "3x3_s2", "dilated"])
+@pytest.mark.parametrize("patch", [(1, 1), (1, 7), (3, 2)])
+@pytest.mark.parametrize("case", ["3x3_s2", "dilated"])
 def test_any_patch_is_exact(case, patch, device):
     (x, weight, *tail), arguments = operands(CASES[case], torch.float32, device, integers=True)
     config = DepthwiseConfig(*patch, patches=8, block_c=32, num_warps=1)

@@ -1,0 +1,185 @@
+"""The operators of the four networks, at their shapes: as they come from timm, and with every block merged.
+
+    layers("resnet34", merged=True, batch=128)  ->  {"layer1.0": Conv2dCase(...), ...}
+
+Shapes are read off the real network, run on the meta device, so that no table of them can go stale.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import depthfuse  # noqa: F401  before timm, which needs its torchvision remedy
+from benchmarks.cases import Case, Conv2dCase, DepthwiseCase, LinearCase
+
+import timm  # isort: skip
+
+NETWORKS = ("resnet34", "mobilenetv2_100", "mobilenetv2_140", "convnext_tiny", "deit_tiny_patch16_224")
+IMAGE_SIZE = 224
+BATCHES = (1, 128)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A module and the shape of what it was given."""
+
+    module: nn.Module
+    shape: tuple[int, ...]
+
+
+@functools.cache
+def _trace(network: str) -> dict[str, Seen]:
+    """Every module of the network that ran, by name, with its input's shape at batch 1."""
+    with torch.device("meta"):
+        model = timm.create_model(network).eval()
+        image = torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    seen: dict[str, Seen] = {}
+
+    def note(name: str, module: nn.Module, inputs: tuple) -> None:
+        seen.setdefault(name, Seen(module, tuple(inputs[0].shape)))
+
+    hooks = [
+        m.register_forward_pre_hook(functools.partial(note, name))
+        for name, m in model.named_modules()
+        if name
+    ]
+    model(image)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def layers(network: str, merged: bool, batch: int) -> dict[str, Case]:
+    """Layer name -> operator, in the order of execution, for `batch` images of 224 x 224.
+
+    Activations and skips are those that the fused operator takes in: of a pair conv-act it is one case.
+
+    Args:
+        merged: every block that can be merged, merged to the form that pays (factorised for ConvNeXt).
+    """
+    seen = _trace(network)
+    blocks = {name: s for name, s in seen.items() if type(s.module).__name__ in _BLOCKS}
+    cases: dict[str, Case] = {}
+    for name, entry in seen.items():
+        owner = next((b for b in blocks if name == b or name.startswith(b + ".")), None)
+        if name in blocks:
+            rows = _BLOCKS[type(entry.module).__name__](entry, merged, batch)
+            cases |= {f"{name}.{part}" if part else name: case for part, case in rows.items()}
+        elif owner is None and isinstance(entry.module, nn.Conv2d | nn.Linear):
+            cases[name] = _plain(entry, batch, act=_STEM_ACTIVATIONS.get(name, "none"))
+    return cases
+
+
+def unique_cases(network: str, batch: int) -> dict[Case, list[str]]:
+    """Each distinct operator of the network, merged and not, with the layers that it serves."""
+    found: dict[Case, list[str]] = {}
+    for merged in (False, True):
+        for name, case in layers(network, merged, batch).items():
+            found.setdefault(case, []).append(f"{name}{' (merged)' if merged else ''}")
+    return found
+
+
+_STEM_ACTIVATIONS = {"conv1": "relu", "conv_stem": "relu6", "conv_head": "relu6"}
+
+
+def _plain(entry: Seen, batch: int, act: str = "none", residual: bool = False, affine: bool = False) -> Case:
+    """A convolution or linear layer as it is."""
+    module, shape = entry.module, entry.shape
+    if isinstance(module, nn.Linear):
+        rows = batch * shape[1] if len(shape) == 3 else batch
+        if len(shape) == 4:  # channels-last images, as ConvNeXt's MLP has them
+            rows = batch * shape[1] * shape[2]
+        return LinearCase(rows, module.in_features, module.out_features, act, residual, affine)
+    kind = DepthwiseCase if module.groups > 1 else Conv2dCase
+    padding = module.padding[0]
+    return kind(
+        batch,
+        module.in_channels,
+        shape[2],
+        module.out_channels,
+        module.kernel_size[0],
+        module.stride[0],
+        padding,
+        act,
+        residual,
+        affine,
+    )
+
+
+def _basic_block(entry: Seen, merged: bool, batch: int) -> dict[str, Case]:
+    block, shape = entry.module, entry.shape
+    first, second, stride = block.conv1, block.conv2, block.conv1.stride[0]
+    if merged:
+        case = Conv2dCase(batch, shape[1], shape[2], second.out_channels, 3, stride, 1, "relu", False, True)
+        return {"": case}
+    middle = Seen(second, (1, first.out_channels, shape[2] // stride, shape[2] // stride))
+    rows = {
+        "conv1": _plain(Seen(first, shape), batch, "relu"),
+        "conv2": _plain(middle, batch, "relu", residual=True),
+    }
+    if block.downsample is not None:
+        rows["downsample"] = _plain(Seen(block.downsample[0], shape), batch)
+    return rows
+
+
+def _inverted_residual(entry: Seen, merged: bool, batch: int) -> dict[str, Case]:
+    block, shape = entry.module, entry.shape
+    stride = block.conv_dw.stride[0]
+    small = (1, 0, shape[2] // stride, shape[2] // stride)
+    if merged:
+        out = getattr(block, "conv_pwl", None) or block.conv_pw
+        return {
+            "": Conv2dCase(batch, shape[1], shape[2], out.out_channels, 3, stride, 1, "relu6", False, True)
+        }
+    if not hasattr(block, "conv_pwl"):  # depthwise separable
+        rows = {
+            "conv_dw": _plain(Seen(block.conv_dw, shape), batch, "relu6"),
+            "conv_pw": _plain(Seen(block.conv_pw, small), batch, residual=block.has_skip),
+        }
+    else:
+        rows = {
+            "conv_pw": _plain(Seen(block.conv_pw, shape), batch, "relu6"),
+            "conv_dw": _plain(Seen(block.conv_dw, shape), batch, "relu6"),
+            "conv_pwl": _plain(Seen(block.conv_pwl, small), batch, residual=block.has_skip),
+        }
+    return rows
+
+
+def _convnext_block(entry: Seen, merged: bool, batch: int) -> dict[str, Case]:
+    block, shape = entry.module, entry.shape
+    depthwise = _plain(Seen(block.conv_dw, shape), batch)
+    channels_last = (1, shape[2], shape[3], shape[1])
+    if merged:
+        rows = batch * shape[2] * shape[3]
+        return {"conv_dw": depthwise, "fc": LinearCase(rows, shape[1], shape[1], "gelu", True, True)}
+    return {
+        "conv_dw": depthwise,
+        "mlp.fc1": _plain(Seen(block.mlp.fc1, channels_last), batch, "gelu"),
+        "mlp.fc2": _plain(Seen(block.mlp.fc2, channels_last), batch, residual=True),
+    }
+
+
+def _vit_block(entry: Seen, merged: bool, batch: int) -> dict[str, Case]:
+    block, shape = entry.module, entry.shape
+    rows: dict[str, Case] = {
+        "attn.qkv": _plain(Seen(block.attn.qkv, shape), batch),
+        "attn.proj": _plain(Seen(block.attn.proj, shape), batch, residual=True),
+    }
+    if merged:
+        return rows | {"mlp.fc": LinearCase(batch * shape[1], shape[2], shape[2], "gelu", False, True)}
+    return rows | {
+        "mlp.fc1": _plain(Seen(block.mlp.fc1, shape), batch, "gelu"),
+        "mlp.fc2": _plain(Seen(block.mlp.fc2, (1, shape[1], 0)), batch, residual=True),
+    }
+
+
+_BLOCKS: dict[str, Callable[[Seen, bool, int], dict[str, Case]]] = {
+    "BasicBlock": _basic_block,
+    "DepthwiseSeparableConv": _inverted_residual,
+    "InvertedResidual": _inverted_residual,
+    "ConvNeXtBlock": _convnext_block,
+    "Block": _vit_block,
+}

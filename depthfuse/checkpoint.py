@@ -91,10 +91,14 @@ def save_json(path: str | Path, document: Any) -> None:
     """
     try:
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-        data = (text + "\n").encode()
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"cannot write {path}: not storable as JSON: {error}") from error
-    _replace(path, data)
+    save_text(path, text + "\n")
+
+
+def save_text(path: str | Path, text: str) -> None:
+    """Write text atomically. Raises CheckpointError like `save_json`."""
+    _replace(path, text.encode())
 
 
 def load_json(path: str | Path) -> Any:

@@ -56,7 +56,7 @@ def _prune_command(stage: str) -> Callable[[Sequence[str], str], None]:
         from depthfuse.pipeline import prune
 
         run = prune(settings, until=stage)
-        if stage == "compare":
+        if stage == "compare" and log.is_main_process():
             _print_results([run.dir])
 
     return command

@@ -21,7 +21,7 @@ from torch import nn
 
 from depthfuse import report
 from depthfuse.accelerate import accelerate
-from depthfuse.checkpoint import CheckpointError, load_json, load_tensors, save_json, save_tensors
+from depthfuse.checkpoint import CheckpointError, load_json, load_tensors, save_json, save_tensors, save_text
 from depthfuse.config import ConfigError, PruneConfig, load_yaml, parse_model_kwargs, to_dict, to_yaml
 from depthfuse.data import DataBundle, open_data
 from depthfuse.latency import LatencyTable, measure_latencies
@@ -84,8 +84,7 @@ class Run:
         )
         source = ModelSource.make(self.config.model, **{**kwargs, "num_classes": data.num_classes})
         if not (self.dir / "config.yaml").exists() and self.accelerator.is_main_process:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            (self.dir / "config.yaml").write_text(to_yaml(self.config))
+            save_text(self.dir / "config.yaml", to_yaml(self.config))
         return data, source
 
     @property
@@ -133,27 +132,30 @@ class Run:
 
     def _latency(self, supernet: Supernet) -> LatencyTable:
         path = self.dir / "latency.json"
-        if path.exists():  # what the run has been planned with stays, whatever the machine does today
-            return LatencyTable.load(path)
-        if self.config.latency.table is not None:
-            table = LatencyTable.load(self.config.latency.table)
-            table.check_covers(supernet.options(), self.config.latency.table)
+        with self.accelerator.main_process_first():  # one process measures, the others read
+            if path.exists():  # what the run has been planned with stays, whatever the machine does today
+                return LatencyTable.load(path)
+            given = self.config.latency.table
+            if given is None:
+                return measure_latencies(supernet, self.size, self.config.latency, cache=path)
+            table = LatencyTable.load(given)
+            table.check_covers(supernet.options(), given)
             table.save(path)
             return table
-        return measure_latencies(supernet, self.size, self.config.latency, cache=path)
 
     def _search(self) -> SubnetSpec:
         path = self.dir / "subnet.json"
         if path.exists():
             return SubnetSpec.load(path)
         supernet = self._supernet()
-        journal = self.dir / "search.jsonl"
         latency = self._latency(supernet)
-        spec = search(
-            supernet, self.data, self.config.search, latency, seed=self.config.seed, journal=journal
-        )
-        spec.save(path)
-        return spec
+        settings, journal = self.config.search, self.dir / "search.jsonl"
+        with self.accelerator.main_process_first():  # one process searches, the others read its answer
+            if path.exists():
+                return SubnetSpec.load(path)
+            spec = search(supernet, self.data, settings, latency, seed=self.config.seed, journal=journal)
+            spec.save(path)
+            return spec
 
     def _finetune(self) -> Supernet:
         path = self.dir / "finetune.safetensors"
@@ -188,12 +190,12 @@ class Run:
 
     def _compare(self) -> None:
         """Accuracy and latency of all forms, side by side; then report.md, metrics.csv and the plots."""
+        if not self.accelerator.is_main_process:
+            return
         path = self.dir / "results.json"
         if not path.exists():
-            results = self._measure()
-            save_json(path, results)
-        if self.accelerator.is_main_process:
-            report.write(self.dir, load_json(path), self._history())
+            save_json(path, self._measure())
+        report.write(self.dir, load_json(path), self._history())
 
     def _measure(self) -> dict[str, Any]:
         backend = self.config.latency.backend
@@ -216,7 +218,7 @@ class Run:
             rows.append(
                 {
                     "net": name,
-                    "top1": top1(net, self.data.val_loader(), self.accelerator),
+                    "top1": top1(net, self.data.val_loader()),
                     "parameters": count_parameters(counted),
                     "macs": count_macs(counted, self.size, self.device),
                     "latency_ms": times[name].median_ms,
@@ -227,7 +229,7 @@ class Run:
         return {
             "model": self.source.name,
             "model_kwargs": self.source.kwargs,
-            "conditions": self._latency(Supernet(baseline)).conditions,
+            "conditions": LatencyTable.load(self.dir / "latency.json").conditions,
             "rows": rows,
             "choices": self._search().mapping(),
             "blocks": Supernet(baseline).options(),

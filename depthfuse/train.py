@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -51,7 +52,9 @@ def make_accelerator(amp: str = "no", cpu: bool = False) -> Accelerator:
     """Device placement, mixed precision and data parallelism; started by torchrun it spans all processes."""
     # which switches a step uses is drawn at random, so some parameters have no gradient in some steps
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=amp, cpu=cpu, kwargs_handlers=[unused])
+    # the others wait while the first process measures latencies and searches
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=2))
+    return Accelerator(mixed_precision=amp, cpu=cpu, kwargs_handlers=[unused, patient])
 
 
 def seed_iteration(seed: int, iteration: int, rank: int = 0) -> None:

@@ -172,7 +172,12 @@ def _conv2d_fake(x, weight, bias, residual, scale, shift, stride, padding, dilat
     return _empty_nhwc(shape, x)
 
 
+# Skip the autograd keys: by default PyTorch would mark the output as requiring a gradient that nothing computes.
+torch.library.impl("depthfuse::conv2d", "Autograd", torch.library.fallthrough_kernel)
+
+
 @torch.library.impl("depthfuse::conv2d", "CompositeExplicitAutograd")
+@torch.no_grad()
 def _conv2d(x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act, backend):
     shape = check_arguments(x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act)
     name, _ = resolve_backend(backend, x.device)

@@ -98,7 +98,12 @@ def _linear_fake(x, weight, bias, residual, scale, shift, act, backend):
     return x.new_empty(check_arguments(x, weight, bias, residual, scale, shift, act))
 
 
+# Skip the autograd keys: by default PyTorch would mark the output as requiring a gradient that nothing computes.
+torch.library.impl("depthfuse::linear", "Autograd", torch.library.fallthrough_kernel)
+
+
 @torch.library.impl("depthfuse::linear", "CompositeExplicitAutograd")
+@torch.no_grad()
 def _linear(x, weight, bias, residual, scale, shift, act, backend):
     shape = check_arguments(x, weight, bias, residual, scale, shift, act)
     name, _ = resolve_backend(backend, x.device)

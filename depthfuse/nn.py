@@ -78,7 +78,12 @@ class _Fused(nn.Module):
             and x.numel() > 0
             and not getattr(_local, "plain", False)
             and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
         )
+
+    def _run_bound(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        with torch.no_grad():  # an input that requires a gradient must not make this record one
+            return self._runner(x, residual)
 
     def candidates(self) -> list[str]:
         """The implementations that can run this module where it is, the usual best first; see `depthfuse.ops.cpu`."""
@@ -180,12 +185,16 @@ class FusedConv2d(_Fused):
                 or x.dtype != self.weight.dtype
             ):
                 self._check(x, residual)
-            y = self._runner(x, residual)
+            y = self._run_bound(x, residual)
             if residual is not None and residual.shape != y.shape:
                 self._check(x, residual)
             return y
         vectors = (self.bias, residual, self.scale, self.shift)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
+        if torch.jit.is_tracing():  # what TorchScript knows how to fuse
+            names = ("stride", "padding", "dilation", "groups")
+            keywords = dict(zip(names, geometry, strict=True))
+            return ops.conv2d_reference(x, self.weight, *vectors, **keywords, act=self.act)
         return torch.ops.depthfuse.conv2d(x, self.weight, *vectors, *geometry, self.act, self.backend)
 
     def _check(self, x: Tensor, residual: Tensor | None) -> None:
@@ -236,8 +245,10 @@ class FusedLinear(_Fused):
                 check_linear(x, self.weight, self.bias, residual, self.scale, self.shift, self.act)
             if residual is not None and residual.shape[:-1] != x.shape[:-1]:
                 check_linear(x, self.weight, self.bias, residual, self.scale, self.shift, self.act)
-            return self._runner(x, residual)
+            return self._run_bound(x, residual)
         vectors = (self.bias, residual, self.scale, self.shift)
+        if torch.jit.is_tracing():
+            return ops.linear_reference(x, self.weight, *vectors, act=self.act)
         return torch.ops.depthfuse.linear(x, self.weight, *vectors, self.act, self.backend)
 
     def extra_repr(self) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from depthfuse.accelerate.build import build_plan
 from depthfuse.accelerate.errors import AccelerationError
 from depthfuse.accelerate.model import AcceleratedModel
+from depthfuse.accelerate.onednn_graph import compile_plan
 from depthfuse.accelerate.report import Entry, Report
+from depthfuse.accelerate.tune import clearly_faster, measure_ms
 from depthfuse.accelerate.verify import verify as verify_plan
 from depthfuse.ops import resolve_backend
 
@@ -60,18 +64,35 @@ def accelerate(
         example_inputs = _default_input(model, tensor)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     _try_inputs(model, inputs, tensor)
-    plan = build_plan(model, inputs, dtype, backend, tune == "measure")
-    name = f"{type(model).__name__}"
-    in_channels = _in_channels(model, inputs)
-    report = Report(name, str(dtype).removeprefix("torch."), str(tensor.device), tuple(plan.entries), None)
-    accelerated = AcceleratedModel(plan.module, report, dtype, in_channels)
+    measure = tune == "measure"
+    plan = build_plan(model, inputs, dtype, backend, measure)
+    where = (type(model).__name__, str(dtype).removeprefix("torch."), str(tensor.device))
+    report = Report(*where, tuple(plan.entries), "op by op", None)
+    accelerated = AcceleratedModel(plan.module, report, dtype, _in_channels(inputs))
+    if measure and tensor.device.type == "cpu" and resolve_backend(backend, "cpu")[0] == "reference":
+        _try_compiled(accelerated, tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs))
     if verify:
         error = verify_plan(accelerated, model, inputs, dtype)
-        accelerated._report = Report(name, report.dtype, report.device, report.entries, error)
+        accelerated._report = replace(accelerated._report, max_relative_error=error)
     return accelerated
 
 
-def _in_channels(model: nn.Module, inputs: tuple[Tensor, ...]) -> int | None:
+def _try_compiled(accelerated: AcceleratedModel, inputs: tuple[Tensor, ...]) -> None:
+    """Take the plan compiled by oneDNN Graph for the shapes of `inputs` if it is faster than op by op."""
+    compiled = compile_plan(accelerated.plan, inputs)
+    if compiled is None:
+        return
+    with torch.no_grad():
+        runs = {"op by op": lambda: accelerated.plan(*inputs), "compiled": lambda: compiled(*inputs)}
+        if not clearly_faster("compiled", "op by op", measure_ms(runs)):
+            return
+    accelerated.set_compiled(compiled, inputs)
+    shapes = " and ".join(str(list(x.shape)) for x in inputs)
+    executor = f"oneDNN Graph for {shapes}, op by op for other shapes"
+    accelerated._report = replace(accelerated._report, executor=executor)
+
+
+def _in_channels(inputs: tuple[Tensor, ...]) -> int | None:
     """How many channels image inputs must have, where the model takes one image tensor."""
     return inputs[0].shape[1] if len(inputs) == 1 and inputs[0].dim() == 4 else None
 

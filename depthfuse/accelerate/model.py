@@ -1,8 +1,8 @@
-"""`AcceleratedModel`: a plan that checks its inputs, runs without autograd, and reports what it is made
-of.
-"""
+"""`AcceleratedModel`: a plan that checks its inputs, runs without autograd, and reports what it is made of."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ _LARGE = 1e6
 class AcceleratedModel(nn.Module):
     """The result of `depthfuse.accelerate`: call it as you called the model. Not trainable.
 
-    Inputs of another floating-point dtype are cast to the plan's; other memory formats and batch sizes are
-    fine.
+    Inputs of another floating-point dtype are cast to the plan's; other memory formats, batch sizes and image sizes
+    that the model takes are fine. Where a compiled copy for one input shape was faster, inputs of that shape run it.
     """
 
     def __init__(self, plan: nn.Module, report: Report, dtype: torch.dtype, in_channels: int | None) -> None:
@@ -29,12 +29,12 @@ class AcceleratedModel(nn.Module):
         self.in_channels = in_channels
         fused = [m for m in plan.modules() if isinstance(m, FusedConv2d | FusedLinear)]
         self._swallows_nan = any(m.swallows_nan() for m in fused)
+        self._compiled: Callable[..., object] | None = None
+        self._compiled_for: tuple[tuple[int, ...], ...] = ()
         self.eval()
 
     def report(self) -> Report:
-        """Every operation: its path in the original model, what runs it, what was fused. `print` it for a
-        table.
-        """
+        """Every operation: its path in the original model, what runs it, what was fused. `print` gives a table."""
         return self._report
 
     def train(self, mode: bool = True) -> AcceleratedModel:
@@ -43,13 +43,29 @@ class AcceleratedModel(nn.Module):
             raise RuntimeError("an accelerated model cannot be trained: train the model it was made from")
         return super().train(False)
 
+    def set_compiled(self, compiled: Callable[..., object], inputs: tuple[Tensor, ...]) -> None:
+        """Run `compiled` for inputs of these shapes. Like oneDNN's, its ReLU may turn NaN into a number."""
+        self._compiled, self._compiled_for = compiled, tuple(tuple(x.shape) for x in inputs)
+        self._swallows_nan = True
+
+    def _apply(self, fn, recurse: bool = True):
+        self._compiled, self._compiled_for = None, ()  # it holds weights of its own, where they were
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_compiled": None, "_compiled_for": ()}
+
     def forward(self, *inputs: Tensor) -> Tensor:
         """Run the plan. Raises TypeError or ValueError for inputs that the model could not take either."""
         inputs = tuple(self._check(x) for x in inputs)
         with torch.no_grad():
-            if self._swallows_nan and not torch.compiler.is_compiling() and not all(map(_is_tame, inputs)):
+            if torch.compiler.is_compiling():
+                return self.plan(*inputs)
+            if self._swallows_nan and not all(map(_is_tame, inputs)):
                 with plain_ops():
                     return self.plan(*inputs)
+            if self._compiled is not None and tuple(tuple(x.shape) for x in inputs) == self._compiled_for:
+                return self._compiled(*inputs)
             return self.plan(*inputs)
 
     def _check(self, x: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ class Entry:
 class Report:
     """All operations of a plan, in order, and the largest error against the model it was made from.
 
-    max_relative_error is max |plan - model| / max |model| on the example input, or None if that was not
+    executor: what runs the plan as a whole.
+    max_relative_error: max |plan - model| / max |model| on the example input, or None if that was not
     verified.
     """
 
@@ -42,6 +43,7 @@ class Report:
     dtype: str
     device: str
     entries: tuple[Entry, ...]
+    executor: str
     max_relative_error: float | None
 
     @property
@@ -69,7 +71,7 @@ class Report:
         ]
         error = "not verified" if self.max_relative_error is None else f"{self.max_relative_error:.1e}"
         lines.append(
-            f"{self.model}, {self.dtype} on {self.device}: {self.fused_count} fused operations that absorbed "
-            f"{self.absorbed_count} layers, {self.unfused_count} as they were; largest relative error {error}"
+            f"{self.model}, {self.dtype} on {self.device}, {self.executor}: {self.fused_count} fused operations "
+            f"that absorbed {self.absorbed_count} layers, {self.unfused_count} as they were; largest relative error {error}"
         )
         return "\n".join(line.rstrip() for line in lines)

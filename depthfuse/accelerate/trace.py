@@ -17,8 +17,7 @@ from torch import Tensor, fx, nn
 from depthfuse.accelerate.graph import has_hooks
 from depthfuse.blocks import TokenBatchNorm
 
-# Layers of timm that stand for one operation although they are written in Python: the plan recognises them
-# whole.
+# Layers that stand for one operation although they are written in Python: the plan recognises them whole.
 _LEAVES = (DropPath, LayerNorm, LayerNorm2d, TokenBatchNorm)
 
 # What symbolic tracing raises where a model's control flow depends on values, or does things a proxy cannot

@@ -70,7 +70,12 @@ def _fastest(module: nn.Module, node: fx.Node, candidates: list[str], dtype: tor
         latency_ms = measure_ms({name: timed(name) for name in candidates})
     usual, best = candidates[0], min(latency_ms, key=latency_ms.__getitem__)
     logger.debug("%s: %s", node.target, {name: round(value, 4) for name, value in latency_ms.items()})
-    return best if latency_ms[best] * _LEAST_GAIN < latency_ms[usual] else usual
+    return best if clearly_faster(best, usual, latency_ms) else usual
+
+
+def clearly_faster(name: str, usual: str, latency_ms: dict[str, float]) -> bool:
+    """Whether `name` beats `usual` by more than measurement noise."""
+    return latency_ms[name] * _LEAST_GAIN < latency_ms[usual]
 
 
 def measure_ms(runs: dict[str, Callable[[], object]], rounds: int = _ROUNDS) -> dict[str, float]:

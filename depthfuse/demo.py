@@ -16,13 +16,13 @@ from depthfuse.config import (
 from depthfuse.data import DataConfig
 from depthfuse.pipeline import prune
 
-# Small enough to learn something in minutes on two cores: 4 and 11 million multiply-accumulates an image.
+# Small enough to learn something in minutes on two cores: 4 and 6 million multiply-accumulates an image.
 NETS = {
     "cnn": PruneConfig(
         model="resnet18",
         model_kwargs=("in_chans=1", "channels=(24,48,72,96)"),
-        data=DataConfig(img_size=28, batch_size=64, val_batch_size=250),
-        baseline=TrainConfig(epochs=5, lr=2e-3),
+        data=DataConfig(img_size=28, batch_size=128, val_batch_size=250),
+        baseline=TrainConfig(epochs=6, lr=3e-3),
         supernet=SupernetConfig(epochs=2, lr=1e-3, warmup_epochs=0.5),
         search=SearchConfig(blocks=5, population=10, parents=4, generations=2),
         finetune=FinetuneConfig(epochs=6, lr=1e-3, warmup_epochs=0.5),
@@ -30,12 +30,12 @@ NETS = {
     ),
     "vit": PruneConfig(
         model="deit_tiny_patch16_224",
-        model_kwargs=("in_chans=1", "img_size=28", "patch_size=7", "embed_dim=96", "num_heads=3", "depth=6"),
+        model_kwargs=("in_chans=1", "img_size=28", "patch_size=7", "embed_dim=72", "num_heads=3", "depth=6"),
         data=DataConfig(img_size=28, batch_size=64, val_batch_size=250),
-        baseline=TrainConfig(epochs=10, lr=1e-3),
+        baseline=TrainConfig(epochs=9, lr=1e-3),
         supernet=SupernetConfig(epochs=2, lr=5e-4, warmup_epochs=0.5),
         search=SearchConfig(blocks=4, population=10, parents=4, generations=2),
-        finetune=FinetuneConfig(epochs=8, lr=1e-3, warmup_epochs=0.5),
+        finetune=FinetuneConfig(epochs=7, lr=1e-3, warmup_epochs=0.5),
         latency=LatencyConfig(batch_size=32, rounds=15),
     ),
 }

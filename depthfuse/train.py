@@ -127,7 +127,8 @@ def fit(
     """
     accelerator = accelerator or make_accelerator()
     device = accelerator.device
-    net = objective.net.to(device)
+    # oneDNN and cuDNN train convolutions faster in channels_last; images follow below
+    net = objective.net.to(device, memory_format=torch.channels_last)
     optimizer = create_optimizer_v2(net, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
     ema = ModelEmaV3(net, decay=config.ema_decay) if config.ema_decay > 0 else None
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
@@ -198,7 +199,8 @@ def fit(
                 seed_iteration(seed, iteration, rank)
                 if mixup is not None:
                     images, targets = mixup(images, targets, seed=seed, iteration=iteration)
-                images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+                images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+                targets = targets.to(device, non_blocking=True)
                 scheduler.step_update(iteration)
                 optimizer.zero_grad(set_to_none=True)
                 with accelerator.autocast():

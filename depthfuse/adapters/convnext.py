@@ -47,19 +47,21 @@ class ConvNeXtFactorised(Candidate):
         mlp = block.mlp
         z = block.conv_dw(x)
         own = self.norm(z)
-        if lam == 0.0:
-            # nothing between fc1 and fc2: multiply their weights, not the map, four times as wide, by each
+        width, hidden, pixels = z.shape[1], mlp.fc1.weight.shape[0], z.numel() // z.shape[1]
+        if lam == 0.0 and (hidden + pixels) * width < 2 * hidden * pixels:
+            # Nothing stands between fc1 and fc2. With enough pixels it is cheaper to multiply their weights once
+            # than the map, four times as wide, by each.
             fc1, fc2 = mlp.fc1.weight.flatten(1), mlp.fc2.weight.flatten(1)
             bias = mlp.fc2.bias if mlp.fc1.bias is None else F.linear(mlp.fc1.bias, fc2, mlp.fc2.bias)
             z = F.conv2d(own, (fc2 @ fc1)[:, :, None, None], bias)
         else:
-            if block.use_conv_mlp:
-                h = mix(lam, block.norm(z), own)
-            else:
-                h = mix(lam, block.norm(z.permute(0, 2, 3, 1)), own.permute(0, 2, 3, 1))
-            h = mlp.fc1(h)
-            h = mlp.fc2(mlp.drop1(mix(lam, self.act(h), h)))
-            z = h if block.use_conv_mlp else h.permute(0, 3, 1, 2)
+            channels_last = not block.use_conv_mlp
+            h, z = (m.permute(0, 2, 3, 1) if channels_last else m for m in (own, z))
+            h = mlp.fc1(h if lam == 0.0 else mix(lam, block.norm(z), h))
+            if lam != 0.0:
+                h = mix(lam, self.act(h), h)
+            h = mlp.fc2(mlp.drop1(h))
+            z = h.permute(0, 3, 1, 2) if channels_last else h
         if block.gamma is not None:
             z = z * block.gamma.reshape(1, -1, 1, 1)
         z = block.drop_path(z) + x

@@ -57,7 +57,8 @@ class Case:
         raise NotImplementedError
 
 
-def _random(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+def random(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """Standard normal values, or none on the "meta" device."""
     return (
         torch.empty(shape, dtype=dtype, device=device)
         if device == "meta"
@@ -65,7 +66,8 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     )
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
+    """[N, C, H, W] stored as [N, H, W, C]."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -105,14 +107,14 @@ class Conv2dCase(Case):
         weight = (k, 1 if self.op == "depthwise_conv2d" else self.channels, self.kernel, self.kernel)
         x = (self.batch, self.channels, self.size, self.size)
         return {
-            "x": _channels_last(_random(x, dtype, device)),
-            "weight": _channels_last(_random(weight, dtype, device)),
-            "bias": _random((k,), dtype, device),
-            "residual": _channels_last(_random((self.batch, k, out, out), dtype, device))
+            "x": channels_last(random(x, dtype, device)),
+            "weight": channels_last(random(weight, dtype, device)),
+            "bias": random((k,), dtype, device),
+            "residual": channels_last(random((self.batch, k, out, out), dtype, device))
             if self.residual
             else None,
-            "scale": _random((k,), dtype, device) if self.affine else None,
-            "shift": _random((k,), dtype, device) if self.affine else None,
+            "scale": random((k,), dtype, device) if self.affine else None,
+            "shift": random((k,), dtype, device) if self.affine else None,
         }
 
     def launches(self, dtype, target):
@@ -197,12 +199,12 @@ class LinearCase(Case):
     def operands(self, dtype, device):
         k = self.out_channels
         return {
-            "x": _random((self.rows, self.channels), dtype, device),
-            "weight": _random((k, self.channels), dtype, device),
-            "bias": _random((k,), dtype, device),
-            "residual": _random((self.rows, k), dtype, device) if self.residual else None,
-            "scale": _random((k,), dtype, device) if self.affine else None,
-            "shift": _random((k,), dtype, device) if self.affine else None,
+            "x": random((self.rows, self.channels), dtype, device),
+            "weight": random((k, self.channels), dtype, device),
+            "bias": random((k,), dtype, device),
+            "residual": random((self.rows, k), dtype, device) if self.residual else None,
+            "scale": random((k,), dtype, device) if self.affine else None,
+            "shift": random((k,), dtype, device) if self.affine else None,
         }
 
     def launches(self, dtype, target):

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 import depthfuse  # noqa: F401  before timm, which needs its torchvision remedy
+from benchmarks.block_cases import InvertedResidualCase
 from benchmarks.cases import Case, Conv2dCase, DepthwiseCase, LinearCase
+from depthfuse.kernels import inverted_residual
 
 import timm  # isort: skip
 
@@ -73,12 +75,25 @@ def layers(network: str, merged: bool, batch: int) -> dict[str, Case]:
     return cases
 
 
+def blocks(network: str, batch: int) -> dict[str, Case]:
+    """Block name -> the operator that runs all of an unmerged block in one launch, where there is one."""
+    fused = {}
+    for name, entry in _trace(network).items():
+        build = _FUSED_BLOCKS.get(type(entry.module).__name__)
+        case = build(entry, batch) if build else None
+        if case is not None:
+            fused[name] = case
+    return fused
+
+
 def unique_cases(network: str, batch: int) -> dict[Case, list[str]]:
-    """Each distinct operator of the network, merged and not, with the layers that it serves."""
+    """Each distinct operator of the network, merged and not, with the layers or blocks that it serves."""
     found: dict[Case, list[str]] = {}
     for merged in (False, True):
         for name, case in layers(network, merged, batch).items():
             found.setdefault(case, []).append(f"{name}{' (merged)' if merged else ''}")
+    for name, case in blocks(network, batch).items():
+        found.setdefault(case, []).append(f"{name} (fused)")
     return found
 
 
@@ -183,3 +198,18 @@ _BLOCKS: dict[str, Callable[[Seen, bool, int], dict[str, Case]]] = {
     "ConvNeXtBlock": _convnext_block,
     "Block": _vit_block,
 }
+
+
+def _fused_inverted_residual(entry: Seen, batch: int) -> Case | None:
+    block, (_, channels, size, _) = entry.module, entry.shape
+    hidden, out_channels, stride = (
+        block.conv_dw.in_channels,
+        block.conv_pwl.out_channels,
+        block.conv_dw.stride[0],
+    )
+    if not inverted_residual.supports(channels, out_channels, block.conv_dw.kernel_size[0], stride):
+        return None
+    return InvertedResidualCase(batch, channels, size, hidden, out_channels, stride, block.has_skip)
+
+
+_FUSED_BLOCKS: dict[str, Callable[[Seen, int], Case | None]] = {"InvertedResidual": _fused_inverted_residual}

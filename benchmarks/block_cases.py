@@ -1,0 +1,69 @@
+"""Cases (see cases.py) of operators that fuse several layers into one launch."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+
+from benchmarks.cases import ACTIVATIONS, Case, channels_last, random
+
+
+@dataclass(frozen=True)
+class InvertedResidualCase(Case):
+    """Expand 1x1, depthwise 3x3, project 1x1, and the skip where shapes allow one."""
+
+    op = "inverted_residual"
+    batch: int
+    channels: int
+    size: int
+    hidden: int
+    out_channels: int
+    stride: int
+    skip: bool
+    act: str = "relu6"
+
+    def operands(self, dtype, device):
+        from depthfuse.kernels.depthwise import pack_weight
+
+        x = channels_last(random((self.batch, self.channels, self.size, self.size), dtype, device))
+        return {
+            "x": x,
+            "w1": channels_last(random((self.hidden, self.channels, 1, 1), dtype, device)),
+            "b1": random((self.hidden,), dtype, device),
+            "w2": pack_weight(random((self.hidden, 1, 3, 3), dtype, device)),
+            "b2": random((self.hidden,), dtype, device),
+            "w3": channels_last(random((self.out_channels, self.hidden, 1, 1), dtype, device)),
+            "b3": random((self.out_channels,), dtype, device),
+            "residual": x if self.skip else None,
+        }
+
+    def _out_size(self) -> int:
+        return (self.size - 1) // self.stride + 1
+
+    def launches(self, dtype, target):
+        from depthfuse.kernels import inverted_residual
+
+        size = self._out_size()
+        y = channels_last(random((self.batch, self.out_channels, size, size), dtype, "meta"))
+        arguments = {"stride": self.stride, "padding": 1, "act_inner": self.act, "act": "none"}
+        operands = self.operands(dtype, "meta").values()
+        return [inverted_residual.plan(*operands, None, None, y, **arguments, config=None, target=target)]
+
+    def flops(self):
+        pixels, out_pixels = self.batch * self.size**2, self.batch * self._out_size() ** 2
+        return 2.0 * self.hidden * (pixels * self.channels + out_pixels * (9 + self.out_channels))
+
+    def elements_moved(self):
+        weights = self.hidden * (self.channels + 9 + self.out_channels)
+        pixels, out_pixels = self.batch * self.size**2, self.batch * self._out_size() ** 2
+        return pixels * self.channels + out_pixels * self.out_channels + weights
+
+    def eager(self, x, w1, b1, w2, b2, w3, b3, residual):
+        act = ACTIVATIONS[self.act]
+        expanded = act(F.conv2d(x, w1, b1))
+        y = F.conv2d(act(F.conv2d(expanded, w2, b2, self.stride, 1, groups=self.hidden)), w3, b3)
+        return y if residual is None else y + residual
+
+    def ours(self, x, w1, b1, w2, b2, w3, b3, residual):
+        from depthfuse.kernels.inverted_residual import inverted_residual
+
+        return inverted_residual(x, w1, b1, w2, b2, w3, b3, residual, stride=self.stride, act_inner=self.act)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import depthfuse  # noqa: F401  before timm, which needs its torchvision remedy
+
 import timm  # isort: skip
 from depthfuse.accelerate import accelerate
 from depthfuse.accelerate.verify import TOLERANCE, relative_error
@@ -248,7 +249,9 @@ def main() -> None:
     gpu = facts["gpus"][0]["name"] if args.device.startswith("cuda") else ""
     device = gpu or f"{facts['cpu']['name']} {facts['cpu']['capability']}"
     threads = torch.get_num_threads()
-    print(f"{device}, {threads} threads, torch {torch.__version__}, timm {timm.__version__}, input layout NCHW")
+    print(
+        f"{device}, {threads} threads, torch {torch.__version__}, timm {timm.__version__}, input layout NCHW"
+    )
     rows = []
     for name in args.models:
         for batch in args.batch:
@@ -262,7 +265,11 @@ def main() -> None:
         writer = csv.DictWriter(file, fieldnames=[*rows[0], *machine])
         writer.writeheader()
         writer.writerows({**row, **machine} for row in rows)
-    plot(rows, place.with_suffix(".png"), f"{device}, {threads} threads, {args.dtype}, torch {torch.__version__}")
+    plot(
+        rows,
+        place.with_suffix(".png"),
+        f"{device}, {threads} threads, {args.dtype}, torch {torch.__version__}",
+    )
     print(f"written: {place}.csv and .png")
 
 

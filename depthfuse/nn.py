@@ -34,6 +34,11 @@ def plain_ops() -> Iterator[None]:
         _local.plain = before
 
 
+def _drop_packed(module: _Fused, _incompatible_keys: object) -> None:
+    # A function with a name, not a lambda: modules that hold a lambda cannot be pickled.
+    module._unbind()
+
+
 class _Fused(nn.Module):
     """What the fused modules share: the epilogue's buffers, the bound implementation's life, the report's text."""
 
@@ -50,7 +55,7 @@ class _Fused(nn.Module):
         for name, value in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
             self.register_buffer(name, None if value is None else value.detach().clone())
         self._unbind()
-        self.register_load_state_dict_post_hook(lambda module, _: module._unbind())
+        self.register_load_state_dict_post_hook(_drop_packed)
         self.eval()
 
     def _unbind(self) -> None:
@@ -81,9 +86,23 @@ class _Fused(nn.Module):
             and not torch.jit.is_tracing()
         )
 
+    def _check(self, x: Tensor, residual: Tensor | None) -> None:
+        raise NotImplementedError
+
+    def _check_name(self, name: str) -> None:
+        names = list(dict.fromkeys([*self.candidates(), "plain"]))
+        if name not in names:
+            raise ValueError(f"unknown implementation {name!r}; expected one of {', '.join(names)}")
+
     def _run_bound(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        with torch.no_grad():  # an input that requires a gradient must not make this record one
-            return self._runner(x, residual)
+        if residual is not None and residual.dtype != self.weight.dtype:
+            self._check(x, residual)
+        try:
+            with torch.no_grad():  # an input that requires a gradient must not make this record one
+                return self._runner(x, residual)
+        except RuntimeError:
+            self._check(x, residual)  # says what does not fit; if all does, it is another error
+            raise
 
     def candidates(self) -> list[str]:
         """The implementations that can run this module where it is, the usual best first; see `depthfuse.ops.cpu`."""
@@ -169,6 +188,7 @@ class FusedConv2d(_Fused):
         return cpu.conv2d_candidates(self.weight, self.padding, self.groups)
 
     def use(self, name: str, input_size: Sequence[int]) -> None:
+        self._check_name(name)
         self._unbind()
         if name == "plain":
             return
@@ -233,6 +253,7 @@ class FusedLinear(_Fused):
         return cpu.linear_candidates(self.weight) if self._is_cpu_reference() else ["plain"]
 
     def use(self, name: str, input_size: Sequence[int]) -> None:
+        self._check_name(name)
         self._unbind()
         if name != "plain":
             self._runner = cpu.bind_linear(name, self.weight, self._epilogue(), input_size)
@@ -242,14 +263,17 @@ class FusedLinear(_Fused):
         """x: [..., C]; residual: [..., K] or None. Returns [..., K]."""
         if self._runs_bound(x):
             if x.dtype != self.weight.dtype or x.shape[-1] != self.weight.shape[1]:
-                check_linear(x, self.weight, self.bias, residual, self.scale, self.shift, self.act)
-            if residual is not None and residual.shape[:-1] != x.shape[:-1]:
-                check_linear(x, self.weight, self.bias, residual, self.scale, self.shift, self.act)
+                self._check(x, residual)
+            if residual is not None and residual.shape != (*x.shape[:-1], self.weight.shape[0]):
+                self._check(x, residual)
             return self._run_bound(x, residual)
         vectors = (self.bias, residual, self.scale, self.shift)
         if torch.jit.is_tracing():
             return ops.linear_reference(x, self.weight, *vectors, act=self.act)
         return torch.ops.depthfuse.linear(x, self.weight, *vectors, self.act, self.backend)
+
+    def _check(self, x: Tensor, residual: Tensor | None) -> None:
+        check_linear(x, self.weight, self.bias, residual, self.scale, self.shift, self.act)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, {super().extra_repr()}"

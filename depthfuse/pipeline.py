@@ -28,7 +28,7 @@ from depthfuse.latency import LatencyTable, measure_latencies
 from depthfuse.macs import count_macs, count_parameters
 from depthfuse.merge import fixed_image_size, input_size, merge, merged_structure
 from depthfuse.objectives import Objective, ProgressiveObjective, SandwichObjective
-from depthfuse.search import SearchSpace, search
+from depthfuse.search import SearchSpace, check_one_budget, search
 from depthfuse.spec import ModelSource, SpecError, SubnetSpec
 from depthfuse.supernet import Supernet
 from depthfuse.timing import time_interleaved
@@ -45,6 +45,7 @@ class Run:
     def __init__(self, config: PruneConfig):
         self.config = config
         self.dir = config.out
+        check_one_budget(config.search)
         self._claim()
         self.accelerator = make_accelerator(config.amp, config.cpu)
         self.device = self.accelerator.device

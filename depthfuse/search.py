@@ -32,13 +32,21 @@ class BudgetError(ValueError):
     """A budget that no subnet meets, or that is not stated once."""
 
 
+def check_one_budget(config: SearchConfig) -> None:
+    """Raise BudgetError unless exactly one budget is set."""
+    stated = {name: getattr(config, name) for name in ("blocks", "budget_ms", "speedup")}
+    given = [f"{name}={value}" for name, value in stated.items() if value is not None]
+    if len(given) != 1:
+        raise BudgetError(
+            f"state exactly one budget: search.blocks, search.budget_ms or search.speedup; got {given or 'none'}"
+        )
+
+
 class SearchSpace:
     """Which subnets are allowed: the options of each block, and the budget."""
 
     def __init__(self, supernet: Supernet, config: SearchConfig, latency: LatencyTable | None = None):
-        stated = [v for v in (config.blocks, config.budget_ms, config.speedup) if v is not None]
-        if len(stated) != 1:
-            raise BudgetError("state exactly one budget: blocks, budget_ms or speedup")
+        check_one_budget(config)
         self.options = supernet.options()
         if latency is not None and not config.losing_merges:
             self.options = {path: latency.paying(path) for path in self.options}

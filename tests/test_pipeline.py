@@ -170,6 +170,17 @@ def test_bad_models_are_refused_before_anything_is_written(tmp_path):
     assert not out.exists()
 
 
+def test_a_missing_budget_is_noticed_before_any_training(tmp_path):
+    out = refused(tmp_path, BudgetError, r"exactly one budget: .* got none", search=SearchConfig())
+    refused(
+        tmp_path,
+        BudgetError,
+        r"got \['blocks=1', 'speedup=1.2'\]",
+        search=SearchConfig(blocks=1, speedup=1.2),
+    )
+    assert not out.exists()
+
+
 def test_bad_data_is_refused_before_anything_is_written(tmp_path):
     out = refused(tmp_path, DataError, "nowhere", data=DataConfig(data=str(tmp_path / "nowhere")))
     refused(tmp_path, DataError, "has 10", model_kwargs=("num_classes=7", "in_chans=1"))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from depthfuse.kernels.launch import Launch, Target, empty_output
 
+NORM_EPS = 1e-6
 ACTIVATIONS = {
     "none": lambda z: z,
     "relu": torch.relu,
@@ -147,10 +148,11 @@ class Conv2dCase(Case):
 
 @dataclass(frozen=True)
 class DepthwiseCase(Conv2dCase):
-    """Depthwise convolution; `out_channels` equals `channels`."""
+    """Depthwise convolution; `out_channels` equals `channels`. `norm`: LayerNorm over channels after the bias."""
 
     op = "depthwise_conv2d"
     matrix = False
+    norm: bool = False
 
     def operands(self, dtype, device):
         from depthfuse.kernels.depthwise import pack_weight
@@ -164,7 +166,8 @@ class DepthwiseCase(Conv2dCase):
         o = self.operands(dtype, "meta")
         arguments = self._arguments()
         y = empty_output(o["x"], o["weight"], *arguments.values(), groups=self.channels)
-        return [depthwise.plan(*o.values(), y, **arguments, act=self.act, config=None, target=target)]
+        norm = {"norm_eps": NORM_EPS if self.norm else None}
+        return [depthwise.plan(*o.values(), y, **arguments, act=self.act, **norm, config=None, target=target)]
 
     def flops(self):
         return super().flops() / self.channels
@@ -176,17 +179,20 @@ class DepthwiseCase(Conv2dCase):
 
     def eager(self, x, weight, bias, residual, scale, shift):
         z = F.conv2d(x, weight, bias, self.stride, self.padding, groups=self.channels)
+        if self.norm:
+            z = F.layer_norm(z.permute(0, 2, 3, 1), (self.channels,), eps=NORM_EPS).permute(0, 3, 1, 2)
         return _tail(z, residual, scale, shift, self.act)
 
     def ours(self, x, weight, bias, residual, scale, shift):
         from depthfuse.kernels.depthwise import depthwise_conv2d
 
-        return depthwise_conv2d(x, weight, bias, residual, scale, shift, **self._arguments(), act=self.act)
+        arguments = self._arguments() | {"act": self.act, "norm_eps": NORM_EPS if self.norm else None}
+        return depthwise_conv2d(x, weight, bias, residual, scale, shift, **arguments)
 
 
 @dataclass(frozen=True)
 class LinearCase(Case):
-    """Linear layer over `rows` tokens."""
+    """Linear layer over `rows` tokens; `norm`: after LayerNorm without affine."""
 
     op = "linear"
     rows: int
@@ -195,6 +201,7 @@ class LinearCase(Case):
     act: str = "none"
     residual: bool = False
     affine: bool = False
+    norm: bool = False
 
     def operands(self, dtype, device):
         k = self.out_channels
@@ -212,7 +219,8 @@ class LinearCase(Case):
 
         o = self.operands(dtype, "meta")
         y = torch.empty(self.rows, self.out_channels, dtype=dtype, device="meta")
-        return [linear.plan(*o.values(), y, act=self.act, config=None, target=target)]
+        norm = {"norm_eps": NORM_EPS if self.norm else None}
+        return [linear.plan(*o.values(), y, act=self.act, **norm, config=None, target=target)]
 
     def flops(self):
         return 2.0 * self.rows * self.channels * self.out_channels
@@ -222,9 +230,11 @@ class LinearCase(Case):
         return self.rows * self.channels + self.channels * self.out_channels + outputs
 
     def eager(self, x, weight, bias, residual, scale, shift):
+        x = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) if self.norm else x
         return _tail(F.linear(x, weight, bias), residual, scale, shift, self.act)
 
     def ours(self, x, weight, bias, residual, scale, shift):
         from depthfuse.kernels.linear import linear
 
-        return linear(x, weight, bias, residual, scale, shift, act=self.act)
+        norm_eps = NORM_EPS if self.norm else None
+        return linear(x, weight, bias, residual, scale, shift, act=self.act, norm_eps=norm_eps)

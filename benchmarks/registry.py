@@ -7,7 +7,7 @@ Shapes are read off the real network, run on the meta device, so that no table o
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -166,6 +166,8 @@ def _inverted_residual(entry: Seen, merged: bool, batch: int) -> dict[str, Case]
 def _convnext_block(entry: Seen, merged: bool, batch: int) -> dict[str, Case]:
     block, shape = entry.module, entry.shape
     depthwise = _plain(Seen(block.conv_dw, shape), batch)
+    if not merged:
+        depthwise = replace(depthwise, norm=True)
     channels_last = (1, shape[2], shape[3], shape[1])
     if merged:
         rows = batch * shape[2] * shape[3]
@@ -180,13 +182,13 @@ def _convnext_block(entry: Seen, merged: bool, batch: int) -> dict[str, Case]:
 def _vit_block(entry: Seen, merged: bool, batch: int) -> dict[str, Case]:
     block, shape = entry.module, entry.shape
     rows: dict[str, Case] = {
-        "attn.qkv": _plain(Seen(block.attn.qkv, shape), batch),
+        "attn.qkv": replace(_plain(Seen(block.attn.qkv, shape), batch), norm=not merged),
         "attn.proj": _plain(Seen(block.attn.proj, shape), batch, residual=True),
     }
     if merged:
         return rows | {"mlp.fc": LinearCase(batch * shape[1], shape[2], shape[2], "gelu", False, True)}
     return rows | {
-        "mlp.fc1": _plain(Seen(block.mlp.fc1, shape), batch, "gelu"),
+        "mlp.fc1": replace(_plain(Seen(block.mlp.fc1, shape), batch, "gelu"), norm=True),
         "mlp.fc2": _plain(Seen(block.mlp.fc2, (1, shape[1], 0)), batch, residual=True),
     }
 

@@ -178,7 +178,17 @@ def plan(
         ]
         weight = weight.reshape(out_channels, channels)
         return linear.plan(
-            rows[0], weight, bias, rows[1], scale, shift, rows[2], act=act, config=config, target=target
+            rows[0],
+            weight,
+            bias,
+            rows[1],
+            scale,
+            shift,
+            rows[2],
+            act=act,
+            norm_eps=None,
+            config=config,
+            target=target,
         )
     pixels = batch * out_height * out_width
     group_outputs = out_channels // groups

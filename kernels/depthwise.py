@@ -1,7 +1,10 @@
 """Depthwise 2-d convolution with a fused tail.
 
-    y[n, c, p, q] = scale[c] * act(sum_{r,s} x[n, c, p*sh - ph + r*dh, q*sw - pw + s*dw] * w[c, r, s]
-                                   + bias[c] + residual[n, c, p, q]) + shift[c]
+    y[n, c, p, q] = scale[c] * act(norm_c(sum_{r,s} x[n, c, p*sh - ph + r*dh, q*sw - pw + s*dw] * w[c, r, s]
+                                          + bias[c]) + residual[n, c, p, q]) + shift[c]
+
+where norm is nothing, or (`norm_eps` given) LayerNorm over the channels of a pixel, as in ConvNeXt; its affine is scale
+and shift, or belongs in the next layer's weight. A program then holds all channels of its pixels.
 
 There is nothing to multiply as a matrix, so it is bound by memory, or (7x7) by how often each value is loaded again. A
 plain kernel loads every input R * S times. Here one program owns patches of PATCH_H x PATCH_W outputs and walks down
@@ -21,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from depthfuse.kernels.epilogue import finish
+from depthfuse.kernels.epilogue import finish, normalize
 from depthfuse.kernels.launch import (
     Launch,
     Target,
@@ -128,6 +131,7 @@ def depthwise_kernel(
     DILATION_W: tl.constexpr,
     W_STRIDE_C: tl.constexpr,
     W_STRIDE_TAP: tl.constexpr,
+    NORM_EPS: tl.constexpr,  # None: no normalisation
     ACTIVATION: tl.constexpr,
     WIDE: tl.constexpr,  # 64-bit offsets
     PATCH_H: tl.constexpr,
@@ -157,8 +161,10 @@ def depthwise_kernel(
     x_base = ((image * height + in_top) * width + in_left) * CHANNELS
     y_base = ((image * out_height + top) * out_width + left) * CHANNELS
 
-    zero = tl.zeros((PATCHES, BLOCK_C), dtype=tl.float32)
-    sums = (zero,) * (PATCH_H * PATCH_W)
+    initial = tl.zeros((PATCHES, BLOCK_C), dtype=tl.float32)
+    if bias is not None:
+        initial += tl.load(bias + channel, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
+    sums = (initial,) * (PATCH_H * PATCH_W)
     if PATCH_H == 1:
         for r in range(R):
             ih = in_top + r * DILATION_H
@@ -213,8 +219,11 @@ def depthwise_kernel(
                 CHANNELS,
             )
             total = sums[a * PATCH_W + b]
+            if NORM_EPS is not None:
+                tl.static_assert(BLOCK_C >= CHANNELS, "LayerNorm needs all channels in one program")
+                total = normalize(total, channel_mask, CHANNELS, NORM_EPS)
             total = finish(
-                total, bias, residual, scale, shift, channel, channel_mask, offset, mask, ACTIVATION
+                total, None, residual, scale, shift, channel, channel_mask, offset, mask, ACTIVATION
             )
             results = results + (total.to(y.dtype.element_ty),)  # noqa: RUF005  as above
     for a in tl.static_range(PATCH_H):
@@ -236,29 +245,35 @@ def depthwise_kernel(
 
 @functools.cache
 def config_for(
-    batch: int,
     channels: int,
-    out_height: int,
     out_width: int,
     kernel: tuple[int, int],
     stride: tuple[int, int],
+    norm: bool,
     dtype: torch.dtype,
     target: Target,
 ) -> DepthwiseConfig:
-    """Patch and block for an output of [batch, channels, out_height, out_width]."""
+    """Patch and block for an output of `channels` and `out_width`; `norm`: with LayerNorm over all channels."""
+    unrolled = kernel[0] * kernel[1] <= 9
     if target.backend == "interpreter":
-        return DepthwiseConfig(2 if kernel[0] * kernel[1] <= 9 else 1, 2, 64, 32, 1)
+        return DepthwiseConfig(2 if unrolled else 1, 2, 64, next_power_of_2(channels) if norm else 32, 1)
     # A thread takes 8 bytes of channels: with 16 the sums of a useful patch would not fit its registers.
     per_thread = 8 // dtype.itemsize
-    block_c = min(next_power_of_2(channels), 32 * per_thread)
-    if kernel[0] * kernel[1] <= 9:
+    if unrolled:
         patch_h, patch_w = (2, 4) if max(stride) == 1 else (2, 2)
     else:
         patch_h, patch_w = 1, 7  # 7 divides the image sizes of these networks: 56, 28, 14, 7
     patch_w = min(patch_w, out_width)
     warp = 64 if target.backend == "hip" else 32
-    patches = max(1, warp * per_thread // block_c)
-    return DepthwiseConfig(patch_h, patch_w, patches, block_c, 1)
+    if norm:
+        block_c = next_power_of_2(channels)
+        num_warps = max(1, block_c // (warp * per_thread))
+    else:
+        # The widest block, of at least a cache line, that pads the channels least.
+        block_c = min((128, 64, 32), key=lambda block: ceil_div(channels, block) * block)
+        num_warps = 1
+    patches = max(1, num_warps * warp * per_thread // block_c)
+    return DepthwiseConfig(patch_h, patch_w, patches, block_c, num_warps)
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -282,6 +297,7 @@ def plan(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     act: str,
+    norm_eps: float | None,
     config: DepthwiseConfig | None,
     target: Target,
 ) -> Launch:
@@ -290,7 +306,7 @@ def plan(
     batch, channels, out_height, out_width = y.shape
     r, s = weight.shape[2:]
     if config is None:
-        config = config_for(batch, channels, out_height, out_width, (r, s), stride, x.dtype, target)
+        config = config_for(channels, out_width, (r, s), stride, norm_eps is not None, x.dtype, target)
     arguments = {
         "x": x,
         "weight": weight,
@@ -315,6 +331,7 @@ def plan(
         "DILATION_W": dilation[1],
         "W_STRIDE_C": weight.stride(0),
         "W_STRIDE_TAP": weight.stride(3),
+        "NORM_EPS": norm_eps,
         "ACTIVATION": act,
         "WIDE": needs_wide_offsets(x, y),
         "PATCH_H": config.patch_h,
@@ -339,9 +356,10 @@ def depthwise_conv2d(
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
     act: str = "none",
+    norm_eps: float | None = None,
     config: DepthwiseConfig | None = None,
 ) -> torch.Tensor:  # [N, C, P, Q] channels_last
-    """Depthwise convolution with bias, residual, activation and affine in one pass; the formula is at this file's head.
+    """Depthwise convolution with bias, LayerNorm, residual, activation and affine in one pass; see this file's head.
 
     float16, bfloat16 or float32 in and out, float32 sums. `config` None takes `config_for`'s choice.
 
@@ -374,6 +392,7 @@ def depthwise_conv2d(
         padding=tuple(padding),
         dilation=tuple(dilation),
         act=act,
+        norm_eps=norm_eps,
         config=config,
         target=target,
     )

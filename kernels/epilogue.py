@@ -56,3 +56,13 @@ def finish(
     if shift is not None:
         acc += tl.load(shift + channel, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
     return acc
+
+
+@triton.jit
+def normalize(x, channel_mask, CHANNELS: tl.constexpr, EPS: tl.constexpr):
+    """LayerNorm without its affine, over the columns of float32 [ROWS, COLUMNS] that `channel_mask` [COLUMNS] keeps."""
+    kept = channel_mask[None, :]
+    mean = tl.sum(tl.where(kept, x, 0.0), axis=1)[:, None] / CHANNELS
+    centred = tl.where(kept, x - mean, 0.0)
+    variance = tl.sum(centred * centred, axis=1)[:, None] / CHANNELS
+    return centred * tl.rsqrt(variance + EPS)

@@ -1,6 +1,10 @@
 """Linear layer (and 1x1 convolution) with a fused tail.
 
-    y[m, k] = scale[k] * act(sum_c x[m, c] * w[k, c] + bias[k] + residual[m, k]) + shift[k]
+    y[m, k] = scale[k] * act(sum_c n(x)[m, c] * w[k, c] + bias[k] + residual[m, k]) + shift[k]
+
+where n(x) is x, or (`norm_eps` given) x normalised over its channels: LayerNorm, whose own scale and shift belong in w
+and bias, as W diag(gamma) and b + W beta. The normalised tensor is never written: a first pass over the tile's rows
+finds their mean and variance, and the second, which multiplies, finds them in cache.
 
 Both operands are contiguous along the reduction c, as PyTorch stores them: no transposed copy is made, loads are
 16 bytes wide, and AMD reads them out of LDS with 128-bit reads. The channel counts are compile-time constants: they let
@@ -25,6 +29,57 @@ from depthfuse.kernels.launch import (
 from depthfuse.kernels.tile import GemmConfig, gemm_config, tile_of, within_reduction
 
 
+@triton.jit
+def row_statistics(
+    x, x_row, CHANNELS: tl.constexpr, EPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Mean and 1 / sqrt(variance + EPS) of rows of x, each float32 [BLOCK_M], in one pass.
+
+    Sums are of differences from the row's first element, so that a large common offset does not cancel them away.
+    """
+    first = tl.load(x + x_row).to(tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    for start in range(0, CHANNELS, BLOCK_K):
+        c = start + tl.arange(0, BLOCK_K)
+        inside = within_reduction(c, CHANNELS, BLOCK_K)[None, :]
+        value = tl.load(x + x_row[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        value = tl.where(inside, value - first[:, None], 0.0)
+        total += tl.sum(value, axis=1)
+        squares += tl.sum(value * value, axis=1)
+    offset = total / CHANNELS
+    # The difference of two rounded sums may come out below zero where a row is constant.
+    variance = tl.maximum(squares / CHANNELS - offset * offset, 0.0)
+    return first + offset, tl.rsqrt(variance + EPS)
+
+
+@triton.jit
+def product(
+    x,
+    weight,
+    x_row,  # [BLOCK_M] offsets of rows of x
+    w_row,  # [BLOCK_N] offsets of rows of weight
+    CHANNELS: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Rows of n(x) times rows of weight, summed over CHANNELS: float32 [BLOCK_M, BLOCK_N]."""
+    if NORM_EPS is not None:
+        mean, inverse = row_statistics(x, x_row, CHANNELS, NORM_EPS, BLOCK_M, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, CHANNELS, BLOCK_K):
+        c = start + tl.arange(0, BLOCK_K)
+        inside = within_reduction(c, CHANNELS, BLOCK_K)[None, :]
+        a = tl.load(x + x_row[:, None] + c[None, :], mask=inside, other=0.0)
+        b = tl.load(weight + w_row[:, None] + c[None, :], mask=inside, other=0.0)
+        if NORM_EPS is not None:
+            a = ((a.to(tl.float32) - mean[:, None]) * inverse[:, None]).to(x.dtype.element_ty)
+        acc = tl.dot(a, b.T, acc, input_precision="ieee")
+    return acc
+
+
 # Image sizes and batch change nothing in the code: one compilation serves them all.
 @triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
@@ -39,6 +94,7 @@ def linear_kernel(
     X_STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
+    NORM_EPS: tl.constexpr,  # None: no normalisation
     ACTIVATION: tl.constexpr,
     WIDE: tl.constexpr,  # 64-bit offsets
     BLOCK_M: tl.constexpr,
@@ -59,13 +115,7 @@ def linear_kernel(
     x_row = tl.minimum(row, rows - 1) * X_STRIDE
     w_row = tl.minimum(channel, OUT_CHANNELS - 1) * CHANNELS
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, CHANNELS, BLOCK_K):
-        c = start + tl.arange(0, BLOCK_K)
-        inside = within_reduction(c, CHANNELS, BLOCK_K)[None, :]
-        a = tl.load(x + x_row[:, None] + c[None, :], mask=inside, other=0.0)
-        b = tl.load(weight + w_row[:, None] + c[None, :], mask=inside, other=0.0)
-        acc = tl.dot(a, b.T, acc, input_precision="ieee")
+    acc = product(x, weight, x_row, w_row, CHANNELS, NORM_EPS, BLOCK_M, BLOCK_N, BLOCK_K)
 
     channel_mask = channel < OUT_CHANNELS
     offset = row[:, None] * OUT_CHANNELS + channel[None, :]
@@ -89,6 +139,7 @@ def plan(
     y: torch.Tensor,  # [rows, K] contiguous
     *,
     act: str,
+    norm_eps: float | None,
     config: GemmConfig | None,
     target: Target,
 ) -> Launch:
@@ -108,6 +159,7 @@ def plan(
         "X_STRIDE": x.stride(0),
         "CHANNELS": channels,
         "OUT_CHANNELS": out_channels,
+        "NORM_EPS": norm_eps,
         "ACTIVATION": act,
         "WIDE": needs_wide_offsets(x, weight, y),
         "BLOCK_M": config.block_m,
@@ -128,9 +180,10 @@ def linear(
     shift: torch.Tensor | None = None,  # [K]
     *,
     act: str = "none",
+    norm_eps: float | None = None,
     config: GemmConfig | None = None,
 ) -> torch.Tensor:  # [..., K]
-    """Linear layer with bias, residual, activation and affine in one pass; see this file's head for the formula.
+    """Linear layer, after LayerNorm where `norm_eps` is given, with bias, residual, activation and affine in one pass.
 
     float16, bfloat16 or float32 in and out, float32 accumulation (true float32 products for float32 inputs).
     Tensors are contiguous; a two-dimensional `x` may have rows further apart (the class token of a batch).
@@ -157,8 +210,10 @@ def linear(
                 f"{name} {list(tensor.shape)} has strides {list(tensor.stride())}, expected contiguous; "
                 f"pass {name}.contiguous()"
             )
-    rows = [
-        t if t is None or t.dim() == 2 else t.view(-1, t.shape[-1]) for t in (x, residual, y)
-    ]  # a view: checked above
-    plan(rows[0], weight, bias, rows[1], scale, shift, rows[2], act=act, config=config, target=target).run(x)
+    x2, residual2, y2 = (
+        t if t is None or t.dim() == 2 else t.view(-1, t.shape[-1])  # a view: checked above
+        for t in (x, residual, y)
+    )
+    options = {"act": act, "norm_eps": norm_eps, "config": config, "target": target}
+    plan(x2, weight, bias, residual2, scale, shift, y2, **options).run(x)
     return y

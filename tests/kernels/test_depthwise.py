@@ -131,3 +131,29 @@ def test_bad_layout_is_named(device):
     x = torch.zeros(1, 4, 5, 5, device=device).contiguous(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match=r"weight has strides .* expected contiguous or pack_weight"):
         depthwise_conv2d(x, weight.transpose(2, 3))
+
+
+@pytest.mark.parametrize("dtype", ROUNDED_DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["3x3", "7x7"])
+def test_layer_norm_after_the_convolution(case, dtype, device):
+    (x, weight, *tail), arguments = operands(CASES[case], dtype, device, integers=False)
+    y = depthwise_conv2d(x, weight, *tail, norm_eps=1e-6, **arguments)
+    exact, bound = normalized(convolve(x, weight, arguments), weight, x, tail, arguments)
+    assert_within(y, exact, bound + torch.finfo(dtype).eps * (exact.abs() + 1))
+
+
+def normalized(z, weight, x, tail, arguments):
+    """Float64 LayerNorm over channels of z + bias, with the tail's rest, and a bound on its float32 error.
+
+    An error e of every input moves the normalised value by at most (2 + |value|) e / deviation.
+    """
+    bias, residual, scale, shift = tail
+    z = (z + bias.double().view(-1, 1, 1)).permute(0, 2, 3, 1)
+    channels = z.shape[-1]
+    value = F.layer_norm(z, (channels,), eps=1e-6).permute(0, 3, 1, 2)
+    exact = finish(value, None, residual, scale, shift, "none")
+    magnitude = convolve(x.abs(), weight.abs(), arguments) + bias.double().abs().view(-1, 1, 1)
+    error = (8 * weight[0].numel() ** 0.5 + 16) * 2**-24 * magnitude.amax(1, keepdim=True)
+    deviation = (z.var(-1, unbiased=False) + 1e-6).sqrt().unsqueeze(1)
+    error = (2 + value.abs()) * error / deviation + 2**-20 * (value.abs() + residual.double().abs() + 1)
+    return exact, error * scale.double().abs().view(-1, 1, 1) + 2**-22 * shift.double().abs().view(-1, 1, 1)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from depthfuse.kernels.launch import INTERPRETED
 from depthfuse.kernels.linear import linear
-from tests.kernels.oracle import ACTIVATIONS, assert_within, finish, forward_error, guarded
+from tests.kernels.oracle import ACTIVATIONS, STEEPEST, assert_within, finish, forward_error, guarded
 
 DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
 
@@ -89,3 +90,26 @@ def test_transposed_input_is_named(device):
     x = torch.zeros(4, 3, device=device).T
     with pytest.raises(ValueError, match=r"x \[3, 4\] has strides \[1, 3\], expected contiguous"):
         linear(x, torch.zeros(6, 4, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0, 100])
+def test_layer_norm_before_the_product(dtype, offset, device):
+    """`offset`: a mean far from zero must not cancel the variance away."""
+    x, weight, *tail = operands(CASES["tokens"], dtype, device, integers=False)
+    x = x + offset
+    y = linear(x, weight, *tail, act="gelu", norm_eps=1e-6)
+    value = F.layer_norm(x.double(), x.shape[-1:], eps=1e-6)
+    exact = finish(value @ weight.double().T, *tail, "gelu", channel_dim=-1)
+    magnitude = value.abs() @ weight.double().abs().T
+    bound = forward_error(x.shape[-1], magnitude, exact, *tail, dtype, channel_dim=-1)
+    # The normalised value, a float32 result of values up to `offset`, is rounded to the dtype before the product.
+    rounding = torch.finfo(dtype).eps + 8 * 2**-24 * (1 + offset)
+    bound = bound + STEEPEST * rounding * (magnitude + weight.double().abs().sum(1)) * tail[2].double().abs()
+    assert_within(y, exact, bound)
+
+
+def test_layer_norm_of_a_constant_row_is_zero(device):
+    x = torch.full((3, 48), 7.0, device=device)
+    weight, bias = torch.ones(8, 48, device=device), torch.arange(8.0, device=device)
+    assert torch.equal(linear(x, weight, bias, norm_eps=1e-6), bias.expand(3, 8))

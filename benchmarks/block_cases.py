@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from benchmarks.cases import ACTIVATIONS, Case, channels_last, random
+from benchmarks.cases import ACTIVATIONS, NORM_EPS, Case, channels_last, random
 
 
 @dataclass(frozen=True)
@@ -67,3 +67,50 @@ class InvertedResidualCase(Case):
         from depthfuse.kernels.inverted_residual import inverted_residual
 
         return inverted_residual(x, w1, b1, w2, b2, w3, b3, residual, stride=self.stride, act_inner=self.act)
+
+
+@dataclass(frozen=True)
+class MlpCase(Case):
+    """Linear, GELU, linear and skip over `rows` tokens; `norm`: after LayerNorm without affine."""
+
+    op = "mlp"
+    rows: int
+    channels: int
+    hidden: int
+    norm: bool
+
+    def operands(self, dtype, device):
+        return {
+            "x": random((self.rows, self.channels), dtype, device),
+            "w1": random((self.hidden, self.channels), dtype, device),
+            "b1": random((self.hidden,), dtype, device),
+            "w2": random((self.channels, self.hidden), dtype, device),
+            "b2": random((self.channels,), dtype, device),
+            "residual": random((self.rows, self.channels), dtype, device),
+        }
+
+    def _norm_eps(self) -> float | None:
+        return NORM_EPS if self.norm else None
+
+    def launches(self, dtype, target):
+        from depthfuse.kernels import mlp
+
+        operands = self.operands(dtype, "meta")
+        options = {"act_inner": "gelu", "act": "none", "norm_eps": self._norm_eps()}
+        y = operands["residual"]
+        return [mlp.plan(*operands.values(), None, None, y, **options, config=None, target=target)]
+
+    def flops(self):
+        return 4.0 * self.rows * self.channels * self.hidden
+
+    def elements_moved(self):
+        return 3 * self.rows * self.channels + 2 * self.channels * self.hidden
+
+    def eager(self, x, w1, b1, w2, b2, residual):
+        x = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) if self.norm else x
+        return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2) + residual
+
+    def ours(self, x, w1, b1, w2, b2, residual):
+        from depthfuse.kernels.mlp import mlp
+
+        return mlp(x, w1, b1, w2, b2, residual, norm_eps=self._norm_eps())

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import depthfuse  # noqa: F401  before timm, which needs its torchvision remedy
-from benchmarks.block_cases import InvertedResidualCase
+from benchmarks.block_cases import InvertedResidualCase, MlpCase
 from benchmarks.cases import Case, Conv2dCase, DepthwiseCase, LinearCase
-from depthfuse.kernels import inverted_residual
+from depthfuse.kernels import inverted_residual, mlp
 
 import timm  # isort: skip
 
@@ -76,7 +76,7 @@ def layers(network: str, merged: bool, batch: int) -> dict[str, Case]:
 
 
 def blocks(network: str, batch: int) -> dict[str, Case]:
-    """Block name -> the operator that runs all of an unmerged block in one launch, where there is one."""
+    """Block name -> the operator that runs an unmerged block, or its MLP, in one launch, where there is one."""
     fused = {}
     for name, entry in _trace(network).items():
         build = _FUSED_BLOCKS.get(type(entry.module).__name__)
@@ -214,4 +214,22 @@ def _fused_inverted_residual(entry: Seen, batch: int) -> Case | None:
     return InvertedResidualCase(batch, channels, size, hidden, out_channels, stride, block.has_skip)
 
 
-_FUSED_BLOCKS: dict[str, Callable[[Seen, int], Case | None]] = {"InvertedResidual": _fused_inverted_residual}
+def _fused_convnext_mlp(entry: Seen, batch: int) -> Case | None:
+    _, channels, height, width = entry.shape
+    if not mlp.supports(channels, channels):
+        return None
+    return MlpCase(batch * height * width, channels, entry.module.mlp.fc1.out_features, norm=False)
+
+
+def _fused_vit_mlp(entry: Seen, batch: int) -> Case | None:
+    _, tokens, channels = entry.shape
+    if not mlp.supports(channels, channels):
+        return None
+    return MlpCase(batch * tokens, channels, entry.module.mlp.fc1.out_features, norm=True)
+
+
+_FUSED_BLOCKS: dict[str, Callable[[Seen, int], Case | None]] = {
+    "InvertedResidual": _fused_inverted_residual,
+    "ConvNeXtBlock": _fused_convnext_mlp,
+    "Block": _fused_vit_mlp,
+}

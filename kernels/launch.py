@@ -134,6 +134,16 @@ def require_channels_last(**tensors: torch.Tensor | None) -> None:
         )
 
 
+def require_rows(**tensors: torch.Tensor | None) -> None:
+    """Raise ValueError for a tensor that is not contiguous: the kernels index rows by their width."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} {list(tensor.shape)} has strides {list(tensor.stride())}, expected contiguous; "
+                f"pass {name}.contiguous()"
+            )
+
+
 def require_tail(
     y: torch.Tensor,  # [N, K, P, Q], or [..., K] where channel_dim is -1
     *,

@@ -23,6 +23,7 @@ from depthfuse.kernels.launch import (
     needs_wide_offsets,
     require_dot,
     require_operands,
+    require_rows,
     require_tail,
     target_of,
 )
@@ -204,12 +205,7 @@ def linear(
     y = torch.empty((*x.shape[:-1], out_channels), dtype=x.dtype, device=x.device)
     require_tail(y, bias=bias, residual=residual, scale=scale, shift=shift, act=act, channel_dim=-1)
     strided_rows = x.dim() == 2 and x.stride(1) == 1
-    for name, tensor in (("x", x), ("weight", weight), ("residual", residual)):
-        if tensor is not None and not tensor.is_contiguous() and not (tensor is x and strided_rows):
-            raise ValueError(
-                f"{name} {list(tensor.shape)} has strides {list(tensor.stride())}, expected contiguous; "
-                f"pass {name}.contiguous()"
-            )
+    require_rows(x=None if strided_rows else x, weight=weight, residual=residual)
     x2, residual2, y2 = (
         t if t is None or t.dim() == 2 else t.view(-1, t.shape[-1])  # a view: checked above
         for t in (x, residual, y)

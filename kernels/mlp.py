@@ -1,0 +1,228 @@
+"""Two linear layers with an activation between them, in one launch: the MLP of ConvNeXt and ViT blocks.
+
+    y = scale * act(w2 act_inner(w1 n(x) + b1) + b2 + residual) + shift
+
+where n(x) is x, or (`norm_eps` given) LayerNorm of x without its affine, which belongs in w1 and b1. LayerScale
+belongs in w2 and b2.
+
+The hidden tensor is four times as wide as x, and two launches write and read it. Here a program owns BLOCK_M rows,
+keeps them whole, and walks the hidden channels: it computes BLOCK_HIDDEN of them, applies the activation, and adds
+their share to the output's accumulator. Every program reads both weights, from L2, so rows must be many enough to hide
+that; and a row, its hidden step and its output must fit one program, which holds up to 256 channels. Wider layers
+are two `linear` launches, whose fused tails leave little to gain there.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from depthfuse.kernels.epilogue import activate, finish, normalize
+from depthfuse.kernels.launch import (
+    Launch,
+    Target,
+    ceil_div,
+    compiler_options,
+    needs_wide_offsets,
+    next_power_of_2,
+    require_dot,
+    require_operands,
+    require_rows,
+    require_tail,
+    target_of,
+)
+from depthfuse.kernels.tile import within_reduction
+
+MAX_CHANNELS = 256
+
+
+@dataclass(frozen=True)
+class MlpConfig:
+    """One program of a fused MLP.
+
+    Attributes:
+        block_m: rows a program: each re-reads both weights, so more rows mean less traffic from L2.
+        block_hidden: hidden channels a step, between the two products: 32 keeps the step's tensors small.
+        num_warps: as many as keep the output's accumulator, block_m x channels, within half of the registers.
+        num_stages: weight tiles in flight.
+    """
+
+    block_m: int
+    block_hidden: int
+    num_warps: int
+    num_stages: int
+
+    def options(self, target: Target) -> dict:
+        """Compiler options on `target`."""
+        return compiler_options(target, self.num_warps, self.num_stages, nonkdim=16, kpack=2)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def mlp_kernel(
+    x,  # [rows, CHANNELS]
+    w1,  # [HIDDEN, CHANNELS]
+    b1,  # [HIDDEN] or None
+    w2,  # [OUT_CHANNELS, HIDDEN]
+    b2,  # [OUT_CHANNELS] or None
+    residual,  # like y, or None
+    scale,  # [OUT_CHANNELS] or None
+    shift,  # [OUT_CHANNELS] or None
+    y,  # [rows, OUT_CHANNELS]
+    rows,
+    CHANNELS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    NORM_EPS: tl.constexpr,  # None: no normalisation
+    ACT_INNER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr,  # 64-bit offsets
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    if WIDE:
+        tile = tile.to(tl.int64)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, BLOCK_C)
+    c_mask = within_reduction(c, CHANNELS, BLOCK_C)
+    # Rows past the end compute a copy of the last one, which is never stored.
+    source = tl.minimum(row, rows - 1) * CHANNELS
+    a = tl.load(x + source[:, None] + c[None, :], mask=c_mask[None, :], other=0.0)
+    if NORM_EPS is not None:
+        a = normalize(a.to(tl.float32), c_mask, CHANNELS, NORM_EPS).to(x.dtype.element_ty)
+
+    n = tl.arange(0, BLOCK_N)
+    n_mask = within_reduction(n, OUT_CHANNELS, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, HIDDEN, BLOCK_HIDDEN):
+        h = start + tl.arange(0, BLOCK_HIDDEN)
+        h_mask = within_reduction(h, HIDDEN, BLOCK_HIDDEN)
+        weight = tl.load(
+            w1 + h[:, None] * CHANNELS + c[None, :], mask=h_mask[:, None] & c_mask[None, :], other=0.0
+        )
+        hidden = tl.dot(a, weight.T, input_precision="ieee")
+        if b1 is not None:
+            hidden += tl.load(b1 + h, mask=h_mask, other=0.0).to(tl.float32)[None, :]
+        hidden = activate(hidden, ACT_INNER).to(x.dtype.element_ty)
+        weight = tl.load(
+            w2 + n[:, None] * HIDDEN + h[None, :], mask=n_mask[:, None] & h_mask[None, :], other=0.0
+        )
+        acc = tl.dot(hidden, weight.T, acc, input_precision="ieee")
+
+    offset = row[:, None] * OUT_CHANNELS + n[None, :]
+    mask = (row < rows)[:, None] & n_mask[None, :]
+    acc = finish(acc, b2, residual, scale, shift, n, n_mask, offset, mask, ACTIVATION)
+    tl.store(y + offset, acc.to(y.dtype.element_ty), mask=mask)
+
+
+def config_for(channels: int, target: Target) -> MlpConfig:
+    """The tile for rows of `channels`; both choices are free of spills on every target."""
+    if target.backend == "interpreter":
+        return MlpConfig(64, 32, 4, 1)
+    if channels <= 128:
+        return MlpConfig(128, 32, 8, 1)
+    if target.backend == "hip":
+        return MlpConfig(128, 32, 8, 1)  # 64 rows on 8 warps would read LDS 16 bits at a time
+    return MlpConfig(64, 32, 8, 1)  # 128 rows spill: half of the registers are accumulator
+
+
+def supports(channels: int, out_channels: int) -> bool:
+    """Whether rows of this width fit one program."""
+    return max(channels, out_channels) <= MAX_CHANNELS
+
+
+def plan(
+    x: torch.Tensor,  # [rows, C] contiguous
+    w1: torch.Tensor,  # [hidden, C] contiguous
+    b1: torch.Tensor | None,  # [hidden]
+    w2: torch.Tensor,  # [K, hidden] contiguous
+    b2: torch.Tensor | None,  # [K]
+    residual: torch.Tensor | None,  # [rows, K] contiguous
+    scale: torch.Tensor | None,  # [K]
+    shift: torch.Tensor | None,  # [K]
+    y: torch.Tensor,  # [rows, K] contiguous
+    *,
+    act_inner: str,
+    act: str,
+    norm_eps: float | None,
+    config: MlpConfig | None,
+    target: Target,
+) -> Launch:
+    """The launch that computes `y`."""
+    rows, channels = x.shape
+    out_channels = w2.shape[0]
+    config = config or config_for(max(channels, out_channels), target)
+    arguments = {
+        "x": x,
+        "w1": w1,
+        "b1": b1,
+        "w2": w2,
+        "b2": b2,
+        "residual": residual,
+        "scale": scale,
+        "shift": shift,
+        "y": y,
+        "rows": rows,
+        "CHANNELS": channels,
+        "HIDDEN": w1.shape[0],
+        "OUT_CHANNELS": out_channels,
+        "NORM_EPS": norm_eps,
+        "ACT_INNER": act_inner,
+        "ACTIVATION": act,
+        "WIDE": needs_wide_offsets(x, y),
+        "BLOCK_M": config.block_m,
+        "BLOCK_C": max(16, next_power_of_2(channels)),
+        "BLOCK_N": max(16, next_power_of_2(out_channels)),
+        "BLOCK_HIDDEN": config.block_hidden,
+    }
+    return Launch(mlp_kernel, (ceil_div(rows, config.block_m),), arguments, config.options(target))
+
+
+def mlp(
+    x: torch.Tensor,  # [..., C]
+    w1: torch.Tensor,  # [hidden, C]
+    b1: torch.Tensor | None,  # [hidden]
+    w2: torch.Tensor,  # [K, hidden]
+    b2: torch.Tensor | None = None,  # [K]
+    residual: torch.Tensor | None = None,  # [..., K]
+    scale: torch.Tensor | None = None,  # [K]
+    shift: torch.Tensor | None = None,  # [K]
+    *,
+    act_inner: str = "gelu",
+    act: str = "none",
+    norm_eps: float | None = None,
+    config: MlpConfig | None = None,
+) -> torch.Tensor:  # [..., K]
+    """Linear, activation, linear in one launch, after LayerNorm where `norm_eps` is given; see this file's head.
+
+    float16, bfloat16 or float32 in and out, float32 accumulation; the hidden step is rounded to the dtype of `x`.
+
+    Raises:
+        ValueError: more than MAX_CHANNELS channels, shapes that do not fit each other, or a tensor not contiguous.
+        TypeError: dtypes that differ or are not supported.
+    """
+    target = target_of(x)
+    require_operands(x, w1=w1, b1=b1, w2=w2, b2=b2, residual=residual, scale=scale, shift=shift)
+    require_dot(x)
+    fits = w1.dim() == w2.dim() == 2 and x.shape[-1:] == w1.shape[1:] and w2.shape[1] == w1.shape[0]
+    if not fits:
+        raise ValueError(
+            f"x {list(x.shape)}, w1 {list(w1.shape)} and w2 {list(w2.shape)} do not fit: "
+            "expected [..., C], [hidden, C] and [K, hidden]"
+        )
+    if not supports(x.shape[-1], w2.shape[0]):
+        raise ValueError(
+            f"{x.shape[-1]} -> {w2.shape[0]} channels: expected at most {MAX_CHANNELS}; use linear twice instead"
+        )
+    if b1 is not None and b1.shape != w1.shape[:1]:
+        raise ValueError(f"b1 has shape {list(b1.shape)}, expected [{w1.shape[0]}]")
+    y = torch.empty((*x.shape[:-1], w2.shape[0]), dtype=x.dtype, device=x.device)
+    require_tail(y, bias=b2, residual=residual, scale=scale, shift=shift, act=act, channel_dim=-1)
+    require_rows(x=x, w1=w1, b1=b1, w2=w2, residual=residual)
+    x2, residual2, y2 = (None if t is None else t.view(-1, t.shape[-1]) for t in (x, residual, y))
+    options = {"act_inner": act_inner, "act": act, "norm_eps": norm_eps, "config": config, "target": target}
+    plan(x2, w1, b1, w2, b2, residual2, scale, shift, y2, **options).run(x)
+    return y

@@ -72,7 +72,7 @@ def accelerate(
     if measure and tensor.device.type == "cpu" and resolve_backend(backend, "cpu")[0] == "reference":
         _try_compiled(accelerated, tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs))
     if verify:
-        error = verify_plan(accelerated, model, inputs, dtype)
+        error = verify_plan(accelerated, model, inputs)
         accelerated._report = replace(accelerated._report, max_relative_error=error)
     return accelerated
 
@@ -130,7 +130,7 @@ def _try_inputs(model: nn.Module, inputs: tuple[Tensor, ...], like: Tensor) -> N
             raise AccelerationError(f"the example input is on {x.device}, expected the model's {like.device}")
     try:
         with torch.no_grad():
-            model(*inputs)
+            model(*(x.clone() for x in inputs))  # some models write over their input
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         shapes = ", ".join(f"{x.dtype} {list(x.shape)}" for x in inputs)
         raise AccelerationError(f"the model does not take the example input ({shapes}): {error}") from error

@@ -48,15 +48,15 @@ def build_plan(
         dtype: of the plan. backend: see `depthfuse.ops.resolve_backend`.
     """
     try:
-        return _plan_whole(model, inputs, dtype, backend, measure)
+        graph = _trace_and_run(model, inputs)
     except TRACE_ERRORS as error:
         logger.info("%s cannot be traced as a whole (%s): planning its children", type(model).__name__, error)
-    return _plan_children(model, inputs, dtype, backend, measure)
+        return _plan_children(model, inputs, dtype, backend, measure)
+    return _plan_graph(graph, dtype, backend, measure)
 
 
-def _plan_whole(
-    model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str, measure: bool
-) -> Plan:
+def _trace_and_run(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
+    """The graph of `model`, simplified, with shapes. Raises one of TRACE_ERRORS where it has none that runs."""
     graph = trace(model)
     redirect_in_place(graph)
     for node in list(graph.graph.nodes):
@@ -65,11 +65,12 @@ def _plan_whole(
             graph.graph.erase_node(node)
     fold_constants(graph)
     record_shapes(graph, inputs)
+    return graph
+
+
+def _plan_graph(graph: fx.GraphModule, dtype: torch.dtype, backend: str, measure: bool) -> Plan:
     origins = fuse(graph, dtype, backend)
-    graph.recompile()
-    own_layers(graph)
-    graph.to(dtype)
-    graph.recompile()
+    graph = own_layers(graph).to(dtype)
     choose_implementations(graph, origins, dtype, measure)
     return Plan(graph, _entries(graph, origins))
 
@@ -82,14 +83,16 @@ def _entries(graph: fx.GraphModule, origins: dict[str, list[str]]) -> list[Entry
             path, *others = origins[node.target]
             epilogue = module.epilogue() + (" + residual" if len(node.args) > 1 else "")
             kind = type(module).__name__
-            entries.append(Entry(path, kind, module.implementation(), epilogue, tuple(others), fused=True))
+            entries.append(
+                Entry(path, kind, module.implementation(), epilogue, tuple(others), True, node.target)
+            )
         elif node.op == "call_module":
             kind = type(graph.get_submodule(node.target)).__name__
-            entries.append(Entry(path_of(node), kind, "eager", "", (), fused=False))
+            entries.append(Entry(path_of(node), kind, "eager", "", (), False))
         elif node.op in ("call_function", "call_method"):
             kind = node.target if isinstance(node.target, str) else node.target.__name__
             if kind not in _VIEWS:
-                entries.append(Entry(path_of(node), kind, "eager", "", (), fused=False))
+                entries.append(Entry(path_of(node), kind, "eager", "", (), False))
     return entries
 
 
@@ -115,7 +118,7 @@ def _record_calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Modul
     handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in model.modules()]
     try:
         with torch.no_grad():
-            model(*inputs)
+            model(*(x.clone() for x in inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -133,16 +136,17 @@ def _replace(
     if tensors_only:
         holder = nn.Sequential(child) if not list(child.children()) else child
         try:
-            part = _plan_whole(holder, seen[0][0], dtype, backend, measure)
+            graph = _trace_and_run(holder, seen[0][0])
         except TRACE_ERRORS as error:
             logger.debug("%s cannot be traced (%s)", path, error)
         else:
+            part = _plan_graph(graph, dtype, backend, measure)
             setattr(parent, name, part.module)
             plan.entries += [entry.inside(path) for entry in part.entries]
             return
     if not list(child.children()):
         if seen:
-            plan.entries.append(Entry(path, type(child).__name__, "eager", "", (), fused=False))
+            plan.entries.append(Entry(path, type(child).__name__, "eager", "", (), False))
         return
     for inner_name, inner in child.named_children():
         _replace(

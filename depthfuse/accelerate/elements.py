@@ -117,9 +117,6 @@ def _module_elements(module: nn.Module, ndim: int) -> list[Element] | None:
     if isinstance(module, TokenBatchNorm):
         affine = batch_norm_affine(module, -1)
         return [affine] if affine else None
-    if isinstance(module, TokenBatchNorm):
-        affine = batch_norm_affine(module, -1)
-        return [affine] if affine else None
     if isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward:
         affine = batch_norm_affine(module, channel_axis)
         return [affine] if affine else None

@@ -59,17 +59,15 @@ def free_name(plan: fx.GraphModule, wanted: str) -> str:
     return name
 
 
-def own_layers(plan: fx.GraphModule) -> None:
-    """Drop the layers that `plan` no longer calls and copy the rest, so that nothing is shared with the
-    model.
-    """
-    plan.delete_all_unused_submodules()
+def own_layers(plan: fx.GraphModule) -> fx.GraphModule:
+    """The plan with only what it calls, and copies of that: nothing is shared with the model."""
+    owned = fx.GraphModule(plan, plan.graph, type(plan).__name__)
     memo: dict[int, object] = {}
-    for node in plan.graph.nodes:
+    for node in owned.graph.nodes:
         if node.op not in ("call_module", "get_attr"):
             continue
         parent_path, _, name = node.target.rpartition(".")
-        parent = plan.get_submodule(parent_path)
+        parent = owned.get_submodule(parent_path)
         value = getattr(parent, name)
         if isinstance(value, Tensor):
             if name in parent._parameters:
@@ -77,9 +75,9 @@ def own_layers(plan: fx.GraphModule) -> None:
                 parent.register_buffer(name, value.detach().clone())
         elif not name.startswith("fused_"):
             setattr(parent, name, copy.deepcopy(value, memo))
-    for parameter in plan.parameters():
+    for parameter in owned.parameters():
         parameter.requires_grad_(False)
-    plan.eval()
+    return owned.eval()
 
 
 # Called on a constant these would change the model's own parameter.

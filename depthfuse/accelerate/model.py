@@ -29,8 +29,8 @@ class AcceleratedModel(nn.Module):
         self.in_channels = in_channels
         fused = [m for m in plan.modules() if isinstance(m, FusedConv2d | FusedLinear)]
         self._swallows_nan = any(m.swallows_nan() for m in fused)
-        self._compiled: Callable[..., object] | None = None
-        self._compiled_for: tuple[tuple[int, ...], ...] = ()
+        self._drop_compiled()
+        self.register_load_state_dict_post_hook(_after_load)
         self.eval()
 
     def report(self) -> Report:
@@ -45,12 +45,21 @@ class AcceleratedModel(nn.Module):
 
     def set_compiled(self, compiled: Callable[..., object], inputs: tuple[Tensor, ...]) -> None:
         """Run `compiled` for inputs of these shapes. Like oneDNN's, its ReLU may turn NaN into a number."""
-        self._compiled, self._compiled_for = compiled, tuple(tuple(x.shape) for x in inputs)
+        # Its bound method, because a module would become a submodule and be saved with this one.
+        self._compiled = getattr(compiled, "forward", compiled)
+        self._compiled_for = tuple(tuple(x.shape) for x in inputs)
         self._swallows_nan = True
 
+    def _drop_compiled(self) -> None:
+        # It holds weights of its own, which no longer are the plan's.
+        self._compiled: Callable[..., object] | None = None
+        self._compiled_for: tuple[tuple[int, ...], ...] = ()
+
     def _apply(self, fn, recurse: bool = True):
-        self._compiled, self._compiled_for = None, ()  # it holds weights of its own, where they were
-        return super()._apply(fn, recurse)
+        self._drop_compiled()
+        super()._apply(fn, recurse)
+        self.dtype = next(t.dtype for t in [*self.parameters(), *self.buffers()] if t.is_floating_point())
+        return self
 
     def __getstate__(self):
         return {**super().__getstate__(), "_compiled": None, "_compiled_for": ()}
@@ -79,6 +88,10 @@ class AcceleratedModel(nn.Module):
         if self.in_channels is not None and (x.dim() != 4 or x.shape[1] != self.in_channels):
             raise ValueError(f"input has shape {list(x.shape)}, expected [N, {self.in_channels}, H, W]")
         return x if x.dtype == self.dtype else x.to(self.dtype)
+
+
+def _after_load(module: AcceleratedModel, _incompatible: object) -> None:
+    module._drop_compiled()
 
 
 def _is_tame(x: Tensor) -> bool:

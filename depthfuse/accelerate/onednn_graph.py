@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from depthfuse.ops import onednn
+
 logger = logging.getLogger(__name__)
 
 # TorchScript profiles the first runs and compiles after them.
@@ -38,7 +40,7 @@ def compile_plan(plan: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..., o
 
     The copy swallows NaN where oneDNN's ReLU does (see `depthfuse.ops.cpu`).
     """
-    if not hasattr(torch._C, "_jit_set_llga_enabled") or not torch.backends.mkldnn.is_available():
+    if not hasattr(torch._C, "_jit_set_llga_enabled") or not onednn.available(inputs[0].dtype):
         return None
     try:
         with _fusion_enabled(), warnings.catch_warnings(), torch.no_grad():

@@ -11,7 +11,7 @@ class Entry:
 
     path: module path in the original model. kind: class or function. implementation: what runs it ("eager" if
     it runs as it was). epilogue: what is fused behind it. absorbed: paths of the layers that it also stands
-    for.
+    for. name: what the plan calls a fused module.
     """
 
     path: str
@@ -20,6 +20,7 @@ class Entry:
     epilogue: str
     absorbed: tuple[str, ...]
     fused: bool
+    name: str = ""
 
     def inside(self, prefix: str) -> Entry:
         """The same entry with its paths below `prefix`."""
@@ -72,6 +73,7 @@ class Report:
         error = "not verified" if self.max_relative_error is None else f"{self.max_relative_error:.1e}"
         lines.append(
             f"{self.model}, {self.dtype} on {self.device}, {self.executor}: {self.fused_count} fused operations "
-            f"that absorbed {self.absorbed_count} layers, {self.unfused_count} as they were; largest relative error {error}"
+            f"that absorbed {self.absorbed_count} layers, {self.unfused_count} as they were; "
+            f"largest relative error {error}"
         )
         return "\n".join(line.rstrip() for line in lines)

@@ -74,4 +74,4 @@ class ShapeRecorder(fx.Interpreter):
 def record_shapes(plan: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Any:
     """Annotate `plan` with the shapes that `inputs` give; returns the output."""
     with torch.no_grad():
-        return ShapeRecorder(plan).run(*inputs)
+        return ShapeRecorder(plan).run(*(x.clone() for x in inputs))

@@ -39,8 +39,8 @@ format: venv ## apply the formatter and the safe fixes
 test-gpu: ## run the tests that need a GPU, in the environment of $(PYTHON)
 	$(PYTHON) -m pytest tests -m gpu
 
-bench-gpu: ## run the kernel benchmarks on the GPU, in the environment of $(PYTHON)
-	$(PYTHON) -m benchmarks.kernels --device cuda
+bench-gpu: ## time whole models on the GPU against eager and torch.compile, in the environment of $(PYTHON)
+	$(PYTHON) -m benchmarks.models --device cuda --dtype fp16 --batch 1 128
 
 clean: ## remove .venv, builds and caches; runs/ stays
 	rm -rf .venv build dist depthfuse.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

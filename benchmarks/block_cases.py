@@ -114,3 +114,39 @@ class MlpCase(Case):
         from depthfuse.kernels.mlp import mlp
 
         return mlp(x, w1, b1, w2, b2, residual, norm_eps=self._norm_eps())
+
+
+@dataclass(frozen=True)
+class AttentionCase(Case):
+    """Softmax attention on the output of the qkv projection."""
+
+    op = "attention"
+    batch: int
+    tokens: int
+    heads: int
+    head_dim: int
+
+    def operands(self, dtype, device):
+        return {"qkv": random((self.batch, self.tokens, 3 * self.heads * self.head_dim), dtype, device)}
+
+    def launches(self, dtype, target):
+        from depthfuse.kernels import attention
+
+        y = random((self.batch, self.tokens, self.heads * self.head_dim), dtype, "meta")
+        options = {"heads": self.heads, "scale": self.head_dim**-0.5}
+        return [attention.plan(self.operands(dtype, "meta")["qkv"], y, **options, config=None, target=target)]
+
+    def flops(self):
+        return 4.0 * self.batch * self.heads * self.tokens**2 * self.head_dim
+
+    def elements_moved(self):
+        return 4 * self.batch * self.tokens * self.heads * self.head_dim
+
+    def eager(self, qkv):
+        q, k, v = qkv.view(self.batch, self.tokens, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def ours(self, qkv):
+        from depthfuse.kernels.attention import attention
+
+        return attention(qkv, heads=self.heads)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import depthfuse  # noqa: F401  before timm, which needs its torchvision remedy
-from benchmarks.block_cases import InvertedResidualCase, MlpCase
+from benchmarks.block_cases import AttentionCase, InvertedResidualCase, MlpCase
 from benchmarks.cases import Case, Conv2dCase, DepthwiseCase, LinearCase
 from depthfuse.kernels import inverted_residual, mlp
 
@@ -183,6 +183,7 @@ def _vit_block(entry: Seen, merged: bool, batch: int) -> dict[str, Case]:
     block, shape = entry.module, entry.shape
     rows: dict[str, Case] = {
         "attn.qkv": replace(_plain(Seen(block.attn.qkv, shape), batch), norm=not merged),
+        "attn": AttentionCase(batch, shape[1], block.attn.num_heads, block.attn.head_dim),
         "attn.proj": _plain(Seen(block.attn.proj, shape), batch, residual=True),
     }
     if merged:

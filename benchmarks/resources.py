@@ -66,6 +66,8 @@ def source_of(launch: Launch, target: Target) -> ASTSource:
         elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and not parameter.do_not_specialize:

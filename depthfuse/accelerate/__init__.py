@@ -12,7 +12,7 @@ from depthfuse.accelerate.errors import AccelerationError
 from depthfuse.accelerate.model import AcceleratedModel
 from depthfuse.accelerate.onednn_graph import compile_plan
 from depthfuse.accelerate.report import Entry, Report
-from depthfuse.accelerate.tune import clearly_faster, measure_ms
+from depthfuse.accelerate.tune import choose_chunk, choose_implementations, clearly_faster, measure_ms
 from depthfuse.accelerate.verify import verify as verify_plan
 from depthfuse.ops import resolve_backend
 
@@ -65,31 +65,47 @@ def accelerate(
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     _try_inputs(model, inputs, tensor)
     measure = tune == "measure"
-    plan = build_plan(model, inputs, dtype, backend, measure)
-    where = (type(model).__name__, str(dtype).removeprefix("torch."), str(tensor.device))
-    report = Report(*where, tuple(plan.entries), "op by op", None)
-    accelerated = AcceleratedModel(plan.module, report, dtype, _in_channels(inputs))
+    plan = build_plan(model, inputs, dtype, backend)
+    accelerated = AcceleratedModel(plan.module, dtype, _in_channels(inputs))
+    given = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+    choose_implementations(plan.module, given, measure=False)
+    executor = "op by op"
     if measure and tensor.device.type == "cpu" and resolve_backend(backend, "cpu")[0] == "reference":
-        _try_compiled(accelerated, tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs))
+        executor = _measure_executors(accelerated, given)
+    entries = tuple(
+        replace(entry, implementation=plan.module.get_submodule(entry.name).implementation())
+        if entry.fused
+        else entry
+        for entry in plan.entries
+    )
+    where = (type(model).__name__, str(dtype).removeprefix("torch."), str(tensor.device))
+    accelerated.set_report(Report(*where, entries, executor, None))
     if verify:
         error = verify_plan(accelerated, model, inputs)
-        accelerated._report = replace(accelerated._report, max_relative_error=error)
+        accelerated.set_report(replace(accelerated.report(), max_relative_error=error))
     return accelerated
 
 
-def _try_compiled(accelerated: AcceleratedModel, inputs: tuple[Tensor, ...]) -> None:
-    """Take the plan compiled by oneDNN Graph for the shapes of `inputs` if it is faster than op by op."""
-    compiled = compile_plan(accelerated.plan, inputs)
-    if compiled is None:
-        return
-    with torch.no_grad():
-        runs = {"op by op": lambda: accelerated.plan(*inputs), "compiled": lambda: compiled(*inputs)}
-        if not clearly_faster("compiled", "op by op", measure_ms(runs)):
-            return
-    accelerated.set_compiled(compiled, inputs)
-    shapes = " and ".join(str(list(x.shape)) for x in inputs)
-    executor = f"oneDNN Graph for {shapes}, op by op for other shapes"
-    accelerated._report = replace(accelerated._report, executor=executor)
+def _measure_executors(accelerated: AcceleratedModel, inputs: tuple[Tensor, ...]) -> str:
+    """Choose how many images run at a time, each op's implementation, and whether oneDNN Graph runs them all.
+
+    Returns:
+        What runs the plan, in words.
+    """
+    plan = accelerated.plan
+    accelerated.chunk = choose_chunk(plan, inputs)
+    part = inputs if accelerated.chunk is None else tuple(x[: accelerated.chunk] for x in inputs)
+    choose_implementations(plan, part, measure=True)
+    executor = "op by op"
+    compiled = compile_plan(plan, part)
+    if compiled is not None:
+        with torch.no_grad():
+            latency_ms = measure_ms({"plan": lambda: plan(*part), "compiled": lambda: compiled(*part)})
+        if clearly_faster("compiled", "plan", latency_ms):
+            accelerated.set_compiled(compiled, part)
+            shapes = " and ".join(str(list(x.shape)) for x in part)
+            executor = f"oneDNN Graph for {shapes}, op by op for other shapes"
+    return executor if accelerated.chunk is None else f"{executor}, {accelerated.chunk} images at a time"
 
 
 def _in_channels(inputs: tuple[Tensor, ...]) -> int | None:

@@ -16,7 +16,6 @@ from depthfuse.accelerate.fuse import fuse
 from depthfuse.accelerate.graph import fold_constants, own_layers, path_of, redirect_in_place
 from depthfuse.accelerate.report import Entry
 from depthfuse.accelerate.trace import TRACE_ERRORS, record_shapes, trace
-from depthfuse.accelerate.tune import choose_implementations
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +36,7 @@ class Plan:
     entries: list[Entry] = field(default_factory=list)
 
 
-def build_plan(
-    model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str, measure: bool
-) -> Plan:
+def build_plan(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str) -> Plan:
     """Plan `model` for inputs like `inputs`; the model is left alone and shares nothing with the plan.
 
     Args:
@@ -51,8 +48,8 @@ def build_plan(
         graph = _trace_and_run(model, inputs)
     except TRACE_ERRORS as error:
         logger.info("%s cannot be traced as a whole (%s): planning its children", type(model).__name__, error)
-        return _plan_children(model, inputs, dtype, backend, measure)
-    return _plan_graph(graph, dtype, backend, measure)
+        return _plan_children(model, inputs, dtype, backend)
+    return _plan_graph(graph, dtype, backend)
 
 
 def _trace_and_run(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
@@ -68,10 +65,9 @@ def _trace_and_run(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModu
     return graph
 
 
-def _plan_graph(graph: fx.GraphModule, dtype: torch.dtype, backend: str, measure: bool) -> Plan:
+def _plan_graph(graph: fx.GraphModule, dtype: torch.dtype, backend: str) -> Plan:
     origins = fuse(graph, dtype, backend)
     graph = own_layers(graph).to(dtype)
-    choose_implementations(graph, origins, dtype, measure)
     return Plan(graph, _entries(graph, origins))
 
 
@@ -83,9 +79,7 @@ def _entries(graph: fx.GraphModule, origins: dict[str, list[str]]) -> list[Entry
             path, *others = origins[node.target]
             epilogue = module.epilogue() + (" + residual" if len(node.args) > 1 else "")
             kind = type(module).__name__
-            entries.append(
-                Entry(path, kind, module.implementation(), epilogue, tuple(others), True, node.target)
-            )
+            entries.append(Entry(path, kind, "", epilogue, tuple(others), True, node.target))
         elif node.op == "call_module":
             kind = type(graph.get_submodule(node.target)).__name__
             entries.append(Entry(path_of(node), kind, "eager", "", (), False))
@@ -96,14 +90,12 @@ def _entries(graph: fx.GraphModule, origins: dict[str, list[str]]) -> list[Entry
     return entries
 
 
-def _plan_children(
-    model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str, measure: bool
-) -> Plan:
+def _plan_children(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str) -> Plan:
     calls = _record_calls(model, inputs)
     root = copy.deepcopy(model)
     plan = Plan(root)
     for name, child in model.named_children():
-        _replace(root, name, name, child, calls, plan, dtype, backend, measure)
+        _replace(root, name, name, child, calls, plan, dtype, backend)
     root.to(dtype)
     return plan
 
@@ -125,9 +117,7 @@ def _record_calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Modul
     return calls
 
 
-def _replace(
-    parent, name: str, path: str, child: nn.Module, calls, plan: Plan, dtype, backend, measure
-) -> None:
+def _replace(parent, name: str, path: str, child: nn.Module, calls, plan: Plan, dtype, backend) -> None:
     """Put a plan in the place of `parent.name`, or of the children below it where that cannot be planned."""
     seen = calls.get(child, [])
     tensors_only = len(seen) >= 1 and all(
@@ -140,7 +130,7 @@ def _replace(
         except TRACE_ERRORS as error:
             logger.debug("%s cannot be traced (%s)", path, error)
         else:
-            part = _plan_graph(graph, dtype, backend, measure)
+            part = _plan_graph(graph, dtype, backend)
             setattr(parent, name, part.module)
             plan.entries += [entry.inside(path) for entry in part.entries]
             return
@@ -158,5 +148,4 @@ def _replace(
             plan,
             dtype,
             backend,
-            measure,
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from depthfuse.accelerate.report import Report
+from depthfuse.accelerate.tune import run_in_chunks
 from depthfuse.nn import FusedConv2d, FusedLinear, plain_ops
 
 # Beyond this a value may overflow inside the net, and what then turns into NaN has to come out as NaN.
@@ -21,17 +22,20 @@ class AcceleratedModel(nn.Module):
     that the model takes are fine. Where a compiled copy for one input shape was faster, inputs of that shape run it.
     """
 
-    def __init__(self, plan: nn.Module, report: Report, dtype: torch.dtype, in_channels: int | None) -> None:
+    def __init__(self, plan: nn.Module, dtype: torch.dtype, in_channels: int | None) -> None:
         super().__init__()
         self.plan = plan
-        self._report = report
         self.dtype = dtype
         self.in_channels = in_channels
-        fused = [m for m in plan.modules() if isinstance(m, FusedConv2d | FusedLinear)]
-        self._swallows_nan = any(m.swallows_nan() for m in fused)
+        self.chunk: int | None = None  # how many images run at a time; None for all
+        self._report: Report | None = None
         self._drop_compiled()
         self.register_load_state_dict_post_hook(_after_load)
         self.eval()
+
+    def set_report(self, report: Report) -> None:
+        """What `report` gives from now on."""
+        self._report = report
 
     def report(self) -> Report:
         """Every operation: its path in the original model, what runs it, what was fused. `print` gives a table."""
@@ -48,7 +52,6 @@ class AcceleratedModel(nn.Module):
         # Its bound method, because a module would become a submodule and be saved with this one.
         self._compiled = getattr(compiled, "forward", compiled)
         self._compiled_for = tuple(tuple(x.shape) for x in inputs)
-        self._swallows_nan = True
 
     def _drop_compiled(self) -> None:
         # It holds weights of its own, which no longer are the plan's.
@@ -66,16 +69,28 @@ class AcceleratedModel(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Run the plan. Raises TypeError or ValueError for inputs that the model could not take either."""
+        if not inputs:
+            raise TypeError("expected at least one input tensor, got none")
         inputs = tuple(self._check(x) for x in inputs)
         with torch.no_grad():
             if torch.compiler.is_compiling():
                 return self.plan(*inputs)
-            if self._swallows_nan and not all(map(_is_tame, inputs)):
+            # On a CPU only: nothing there swallows NaN on a GPU, and looking would wait for it.
+            if inputs[0].device.type == "cpu" and not all(map(_is_tame, inputs)) and self._swallows_nan():
                 with plain_ops():
                     return self.plan(*inputs)
-            if self._compiled is not None and tuple(tuple(x.shape) for x in inputs) == self._compiled_for:
-                return self._compiled(*inputs)
-            return self.plan(*inputs)
+            if self.chunk is not None and inputs[0].shape[0] > self.chunk:
+                return run_in_chunks(self._run, inputs, self.chunk)
+            return self._run(*inputs)
+
+    def _run(self, *inputs: Tensor) -> Tensor:
+        if self._compiled is not None and tuple(tuple(x.shape) for x in inputs) == self._compiled_for:
+            return self._compiled(*inputs)
+        return self.plan(*inputs)
+
+    def _swallows_nan(self) -> bool:
+        fused = (m for m in self.plan.modules() if isinstance(m, FusedConv2d | FusedLinear))
+        return self._compiled is not None or any(m.swallows_nan() for m in fused)
 
     def _check(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):

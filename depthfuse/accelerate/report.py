@@ -11,7 +11,7 @@ class Entry:
 
     path: module path in the original model. kind: class or function. implementation: what runs it ("eager" if
     it runs as it was). epilogue: what is fused behind it. absorbed: paths of the layers that it also stands
-    for. name: what the plan calls a fused module.
+    for. name: path of a fused module in the plan.
     """
 
     path: str
@@ -27,6 +27,7 @@ class Entry:
         return replace(
             self,
             path=f"{prefix}.{self.path}",
+            name=f"{prefix}.{self.name}" if self.name else "",
             absorbed=tuple(f"{prefix}.{path}" for path in self.absorbed),
         )
 

@@ -14,7 +14,7 @@ from depthfuse.accelerate import AccelerationError, accelerate
 from depthfuse.accelerate.graph import redirect_in_place
 from depthfuse.accelerate.onednn_graph import compile_plan
 from depthfuse.accelerate.trace import trace
-from depthfuse.accelerate.tune import clearly_faster, measure_ms
+from depthfuse.accelerate.tune import choose_chunk, clearly_faster, measure_ms
 from depthfuse.accelerate.verify import relative_error
 from depthfuse.blocks import TokenBatchNorm
 from depthfuse.nn import FusedConv2d, FusedLinear
@@ -320,6 +320,32 @@ def test_onednn_graph_leaves_torchscript_as_it_was():
 
     assert compile_plan(Untraceable(), (torch.randn(1),)) is None
     assert torch._C._jit_llga_enabled() == before
+
+
+def test_large_batches_run_in_chunks():
+    model = nn.Sequential(conv(), nn.ReLU(), nn.Flatten(), nn.Linear(WIDTH * 25, 3)).eval()
+    x = torch.randn(5, WIDTH, 5, 5)
+    fast = accelerate(model, x, tune="heuristic")
+    fast.chunk = 2
+    seen = []
+    fast.plan.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    with torch.no_grad():
+        assert relative_error(fast(x), model(x)) < 1e-6
+        assert relative_error(fast(x[:2]), model(x[:2])) < 1e-6
+    assert seen == [2, 2, 1, 2]
+
+
+def test_chunks_are_not_for_models_that_mix_images():
+    x = torch.randn(4, WIDTH, 5, 5)
+    mixing = Wrapped(lambda m, x: m.conv(x) - m.conv(x).mean(0, keepdim=True), conv=conv()).eval()
+    pooled = Wrapped(lambda m, x: m.conv(x).mean(0), conv=conv()).eval()
+    several = Wrapped(lambda m, x: [m.conv(x)], conv=conv()).eval()
+    for model in (mixing, pooled, several):
+        assert choose_chunk(model, (x,)) is None
+    assert choose_chunk(conv().eval(), (x, torch.randn(3, WIDTH, 5, 5))) is None
+    assert choose_chunk(conv().eval(), (x[:1],)) is None
+    # Above the cache's size it may be worth it or not, but is always one of the sizes that were tried.
+    assert choose_chunk(conv().eval(), (torch.randn(8, WIDTH, 64, 64),)) in (None, 1, 2, 4)
 
 
 def test_measuring_prefers_the_usual_unless_another_is_clearly_faster():

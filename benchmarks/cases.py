@@ -124,7 +124,7 @@ class Conv2dCase(Case):
         o = self.operands(dtype, "meta")
         arguments = self._arguments()
         y = empty_output(o["x"], o["weight"], *arguments.values(), groups=1)
-        return [conv2d.plan(*o.values(), y, **arguments, groups=1, act=self.act, config=None, target=target)]
+        return conv2d.plan(*o.values(), y, **arguments, groups=1, act=self.act, config=None, target=target)
 
     def flops(self):
         return 2.0 * self.batch * self._out_size() ** 2 * self.out_channels * self.channels * self.kernel**2
@@ -220,7 +220,7 @@ class LinearCase(Case):
         o = self.operands(dtype, "meta")
         y = torch.empty(self.rows, self.out_channels, dtype=dtype, device="meta")
         norm = {"norm_eps": NORM_EPS if self.norm else None}
-        return [linear.plan(*o.values(), y, act=self.act, **norm, config=None, target=target)]
+        return linear.plan(*o.values(), y, act=self.act, **norm, config=None, target=target)
 
     def flops(self):
         return 2.0 * self.rows * self.channels * self.out_channels

@@ -88,7 +88,7 @@ def faults(resources: Resources, kernel: str, dtype: str, target: Target) -> lis
     return found
 
 
-VECTOR_KERNELS = ("depthwise_kernel",)  # those with no matrix product in them
+VECTOR_KERNELS = ("depthwise_kernel", "reduce_kernel")  # those with no matrix product in them
 
 
 def cached_resources(launch: Launch, target: Target, cache: Path) -> Resources:
@@ -159,7 +159,7 @@ def _rows(
 
 def _tile(launch: Launch) -> str:
     """ "BLOCK_M=128 ... num_warps=8 ...": what the heuristic chose."""
-    blocks = {k: v for k, v in launch.arguments.items() if k.startswith(("BLOCK", "PATCH"))}
+    blocks = {k: v for k, v in launch.arguments.items() if k.startswith(("BLOCK", "PATCH", "SPLITS"))}
     options = {k: v for k, v in launch.options.items() if k != "enable_fp_fusion"}
     return " ".join(f"{k}={v}" for k, v in (blocks | options).items())
 

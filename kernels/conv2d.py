@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from depthfuse.kernels import linear
+from depthfuse.kernels import linear, splitk
 from depthfuse.kernels.epilogue import finish
 from depthfuse.kernels.launch import (
     Launch,
@@ -32,6 +32,7 @@ from depthfuse.kernels.launch import (
     require_tail,
     target_of,
 )
+from depthfuse.kernels.splitk import part_of
 from depthfuse.kernels.tile import GemmConfig, gemm_config, tile_of, within_reduction
 
 
@@ -44,7 +45,7 @@ def conv2d_kernel(
     residual,  # like y, or None
     scale,  # [GROUPS * OUT_CHANNELS] or None
     shift,  # [GROUPS * OUT_CHANNELS] or None
-    y,  # [N, P, Q, GROUPS * OUT_CHANNELS]
+    y,  # [N, P, Q, GROUPS * OUT_CHANNELS], or with SPLITS > 1 the parts, float32 [SPLITS, N, P, Q, ...]
     pixels,  # N * P * Q
     height,  # H
     width,  # W
@@ -68,7 +69,9 @@ def conv2d_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
+    split = tl.program_id(2)
     group = tl.program_id(1)
     tile_m, tile_n = tile_of(
         tl.program_id(0), tl.cdiv(pixels, BLOCK_M), tl.cdiv(OUT_CHANNELS, BLOCK_N), GROUP_M
@@ -91,8 +94,9 @@ def conv2d_kernel(
     step = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if FLAT:
-        for start in range(0, R * S * CHANNELS, BLOCK_K):
-            flat = start + step
+        first, last = part_of((R * S * CHANNELS + BLOCK_K - 1) // BLOCK_K, SPLITS, split)
+        for i in range(first, last):
+            flat = i * BLOCK_K + step
             row = flat // (S * CHANNELS) * DILATION_H
             column = flat % (S * CHANNELS) // CHANNELS * DILATION_W
             c = flat % CHANNELS
@@ -108,7 +112,8 @@ def conv2d_kernel(
             acc = tl.dot(a, b.T, acc, input_precision="ieee")
     else:
         STEPS: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
-        for i in range(R * S * STEPS):
+        first, last = part_of(R * S * STEPS, SPLITS, split)
+        for i in range(first, last):
             tap = i // STEPS
             row = tap // S * DILATION_H
             column = tap % S * DILATION_W
@@ -129,7 +134,10 @@ def conv2d_kernel(
     channel += group * OUT_CHANNELS
     offset = pixel[:, None] * (GROUPS * OUT_CHANNELS) + channel[None, :]
     mask = (pixel < pixels)[:, None] & channel_mask[None, :]
-    acc = finish(acc, bias, residual, scale, shift, channel, channel_mask, offset, mask, ACTIVATION)
+    if SPLITS > 1:  # the tail comes after all parts, in splitk.py
+        y += split * pixels.to(tl.int64) * (GROUPS * OUT_CHANNELS)
+    else:
+        acc = finish(acc, bias, residual, scale, shift, channel, channel_mask, offset, mask, ACTIVATION)
     tl.store(y + offset, acc.to(y.dtype.element_ty), mask=mask)
 
 
@@ -167,8 +175,11 @@ def plan(
     act: str,
     config: GemmConfig | None,
     target: Target,
-) -> Launch:
-    """The launch that computes `y`. A 1x1 convolution of stride 1 is planned as `linear` over the pixels."""
+) -> list[Launch]:
+    """The launches that compute `y`: one, or two where the reduction is split.
+
+    A 1x1 convolution of stride 1 is planned as `linear` over the pixels.
+    """
     _, channels, height, width = x.shape
     batch, out_channels, out_height, out_width = y.shape
     _, group_channels, r, s = weight.shape
@@ -194,14 +205,15 @@ def plan(
     group_outputs = out_channels // groups
     if config is None:
         config = config_for(pixels, group_channels, group_outputs, r * s, groups, x.dtype, target)
+    wide = needs_wide_offsets(x, weight, y)
+    tail = {"bias": bias, "residual": residual, "scale": scale, "shift": shift}
+    split = config.splits > 1
+    parts = splitk.workspace(config.splits, pixels, out_channels, y.device) if split else y
     arguments = {
         "x": x,
         "weight": weight,
-        "bias": bias,
-        "residual": residual,
-        "scale": scale,
-        "shift": shift,
-        "y": y,
+        **(dict.fromkeys(tail) if split else tail),
+        "y": parts,
         "pixels": pixels,
         "height": height,
         "width": width,
@@ -218,16 +230,20 @@ def plan(
         "PADDING_W": padding[1],
         "DILATION_H": dilation[0],
         "DILATION_W": dilation[1],
-        "ACTIVATION": act,
-        "WIDE": needs_wide_offsets(x, weight, y),
+        "ACTIVATION": "none" if split else act,
+        "WIDE": wide,
         "FLAT": group_channels < FLAT_BELOW,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
+        "SPLITS": config.splits,
     }
-    grid = (ceil_div(pixels, config.block_m) * ceil_div(group_outputs, config.block_n), groups)
-    return Launch(conv2d_kernel, grid, arguments, config.options(target))
+    grid = (ceil_div(pixels, config.block_m) * ceil_div(group_outputs, config.block_n), groups, config.splits)
+    launches = [Launch(conv2d_kernel, grid, arguments, config.options(target))]
+    if split:
+        launches.append(splitk.plan(parts, **tail, y=y, act=act, wide=wide, target=target))
+    return launches
 
 
 def conv2d(
@@ -260,7 +276,7 @@ def conv2d(
     y = empty_output(x, weight, stride, padding, dilation, groups)
     require_tail(y, bias=bias, residual=residual, scale=scale, shift=shift, act=act)
     require_channels_last(x=x, weight=weight, residual=residual)
-    launch = plan(
+    launches = plan(
         x,
         weight,
         bias,
@@ -276,5 +292,6 @@ def conv2d(
         config=config,
         target=target,
     )
-    launch.run(x)
+    for launch in launches:
+        launch.run(x)
     return y

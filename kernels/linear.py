@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from depthfuse.kernels import splitk
 from depthfuse.kernels.epilogue import finish
 from depthfuse.kernels.launch import (
     Launch,
@@ -27,6 +28,7 @@ from depthfuse.kernels.launch import (
     require_tail,
     target_of,
 )
+from depthfuse.kernels.splitk import part_of
 from depthfuse.kernels.tile import GemmConfig, gemm_config, tile_of, within_reduction
 
 
@@ -65,13 +67,16 @@ def product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    split,
 ):
-    """Rows of n(x) times rows of weight, summed over CHANNELS: float32 [BLOCK_M, BLOCK_N]."""
+    """Rows of n(x) times rows of weight, summed over one part of CHANNELS: float32 [BLOCK_M, BLOCK_N]."""
     if NORM_EPS is not None:
         mean, inverse = row_statistics(x, x_row, CHANNELS, NORM_EPS, BLOCK_M, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, CHANNELS, BLOCK_K):
-        c = start + tl.arange(0, BLOCK_K)
+    first, last = part_of((CHANNELS + BLOCK_K - 1) // BLOCK_K, SPLITS, split)
+    for step in range(first, last):
+        c = step * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = within_reduction(c, CHANNELS, BLOCK_K)[None, :]
         a = tl.load(x + x_row[:, None] + c[None, :], mask=inside, other=0.0)
         b = tl.load(weight + w_row[:, None] + c[None, :], mask=inside, other=0.0)
@@ -90,7 +95,7 @@ def linear_kernel(
     residual,  # like y, or None
     scale,  # [OUT_CHANNELS] or None
     shift,  # [OUT_CHANNELS] or None
-    y,  # [rows, OUT_CHANNELS]
+    y,  # [rows, OUT_CHANNELS], or with SPLITS > 1 the parts, float32 [SPLITS, rows, OUT_CHANNELS]
     rows,
     X_STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -102,7 +107,9 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
+    split = tl.program_id(1)
     tile_m, tile_n = tile_of(
         tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(OUT_CHANNELS, BLOCK_N), GROUP_M
     )
@@ -116,12 +123,15 @@ def linear_kernel(
     x_row = tl.minimum(row, rows - 1) * X_STRIDE
     w_row = tl.minimum(channel, OUT_CHANNELS - 1) * CHANNELS
 
-    acc = product(x, weight, x_row, w_row, CHANNELS, NORM_EPS, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc = product(x, weight, x_row, w_row, CHANNELS, NORM_EPS, BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, split)
 
     channel_mask = channel < OUT_CHANNELS
     offset = row[:, None] * OUT_CHANNELS + channel[None, :]
     mask = (row < rows)[:, None] & channel_mask[None, :]
-    acc = finish(acc, bias, residual, scale, shift, channel, channel_mask, offset, mask, ACTIVATION)
+    if SPLITS > 1:  # the tail comes after all parts, in splitk.py
+        y += split * rows.to(tl.int64) * OUT_CHANNELS
+    else:
+        acc = finish(acc, bias, residual, scale, shift, channel, channel_mask, offset, mask, ACTIVATION)
     tl.store(y + offset, acc.to(y.dtype.element_ty), mask=mask)
 
 
@@ -143,33 +153,38 @@ def plan(
     norm_eps: float | None,
     config: GemmConfig | None,
     target: Target,
-) -> Launch:
-    """The launch that computes `y`."""
+) -> list[Launch]:
+    """The launches that compute `y`: one, or two where the reduction is split."""
     rows, channels = x.shape
     out_channels = weight.shape[0]
     config = config or config_for(rows, channels, out_channels, x.dtype, target)
+    wide = needs_wide_offsets(x, weight, y)
+    tail = {"bias": bias, "residual": residual, "scale": scale, "shift": shift}
+    split = config.splits > 1
+    parts = splitk.workspace(config.splits, rows, out_channels, y.device) if split else y
     arguments = {
         "x": x,
         "weight": weight,
-        "bias": bias,
-        "residual": residual,
-        "scale": scale,
-        "shift": shift,
-        "y": y,
+        **(dict.fromkeys(tail) if split else tail),
+        "y": parts,
         "rows": rows,
         "X_STRIDE": x.stride(0),
         "CHANNELS": channels,
         "OUT_CHANNELS": out_channels,
         "NORM_EPS": norm_eps,
-        "ACTIVATION": act,
-        "WIDE": needs_wide_offsets(x, weight, y),
+        "ACTIVATION": "none" if split else act,
+        "WIDE": wide,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
+        "SPLITS": config.splits,
     }
-    grid = (ceil_div(rows, config.block_m) * ceil_div(out_channels, config.block_n),)
-    return Launch(linear_kernel, grid, arguments, config.options(target))
+    grid = (ceil_div(rows, config.block_m) * ceil_div(out_channels, config.block_n), config.splits)
+    launches = [Launch(linear_kernel, grid, arguments, config.options(target))]
+    if split:
+        launches.append(splitk.plan(parts, **tail, y=y, act=act, wide=wide, target=target))
+    return launches
 
 
 def linear(
@@ -211,5 +226,6 @@ def linear(
         for t in (x, residual, y)
     )
     options = {"act": act, "norm_eps": norm_eps, "config": config, "target": target}
-    plan(x2, weight, bias, residual2, scale, shift, y2, **options).run(x)
+    for launch in plan(x2, weight, bias, residual2, scale, shift, y2, **options):
+        launch.run(x)
     return y

@@ -4,6 +4,7 @@ y [M, N] = a [M, K] b [K, N], cut into BLOCK_M x BLOCK_N tiles, one program each
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ class GemmConfig:
         num_warps: a 128 x 128 accumulator needs 8 warps: with 4, its registers leave room for one wave only (AMD)
             or spill (NVIDIA).
         num_stages: loads in flight ahead of the product.
+        splits: parts that the reduction is cut into (splitk.py), where tiles alone would leave the chip idle.
         nonkdim: AMD: rows and columns of the matrix instruction. 32 does more work per operand read, 16 fits
             small tiles.
         kpack: AMD: 2 packs two k-steps per shared memory read, which makes it 128 bits wide for 16-bit types.
@@ -38,6 +40,7 @@ class GemmConfig:
     group_m: int = 8
     num_warps: int = 4
     num_stages: int = 2
+    splits: int = 1
     nonkdim: int = 0
     kpack: int = 1
 
@@ -74,6 +77,8 @@ _CUDA_FMA_TILES = ((64, 64, 16, 8), (64, 32, 16, 4), (32, 32, 16, 2))
 _LOAD_BYTES_PER_CLOCK = 64  # L2 to one compute unit, both vendors, to within a factor of two
 _STEP_CLOCKS = 200  # below this a step is bound by latency, not by its products or loads
 _TILE_CLOCKS = 1500  # index arithmetic, first loads, tail
+_LAUNCH_CLOCKS = 3000  # one kernel more, in a replayed graph: 1 to 2 microseconds
+_SPLITS = (1, 2, 4, 8)
 
 
 def _macs_per_clock(dtype: torch.dtype, target: Target) -> int:
@@ -104,22 +109,29 @@ def gemm_config(m: int, n: int, k: int, groups: int, dtype: torch.dtype, target:
     tiles = _HIP_TILES if target.backend == "hip" else _CUDA_FMA_TILES if fma else _CUDA_TILES
     macs = _macs_per_clock(dtype, target)
 
-    def clocks(tile: tuple[int, int, int, int]) -> float:
+    def clocks(choice: tuple[tuple[int, int, int, int], int]) -> float:
+        tile, splits = choice
         block_m, block_n, _, _ = tile
         block_k = _block_k(k, tile, dtype)
-        rounds = ceil_div(ceil_div(m, block_m) * ceil_div(n, block_n) * groups, target.compute_units)
+        rounds = ceil_div(ceil_div(m, block_m) * ceil_div(n, block_n) * groups * splits, target.compute_units)
+        steps = ceil_div(ceil_div(k, block_k), splits)
         product = block_m * block_n * block_k / macs
         load = (block_m + block_n) * block_k * dtype.itemsize / _LOAD_BYTES_PER_CLOCK
-        return rounds * (_TILE_CLOCKS + ceil_div(k, block_k) * max(product, load, _STEP_CLOCKS))
+        time = rounds * (_TILE_CLOCKS + steps * max(product, load, _STEP_CLOCKS))
+        if splits == 1:
+            return time
+        moved = 8 * splits * m * n * groups  # each part is float32, written and read once
+        return time + _LAUNCH_CLOCKS + moved / (_LOAD_BYTES_PER_CLOCK * target.compute_units)
 
-    block_m, block_n, _, num_warps = best = min(tiles, key=clocks)
-    block_k = _block_k(k, best, dtype)
+    tile, splits = min(itertools.product(tiles, _SPLITS), key=clocks)
+    block_m, block_n, _, num_warps = tile
+    block_k = _block_k(k, tile, dtype)
     if target.backend == "hip":
         nonkdim = 32 if block_m * block_n >= 64 * 64 else 16
         kpack = 2 if dtype.itemsize == 2 else 1
-        return GemmConfig(block_m, block_n, block_k, 8, num_warps, 2, nonkdim, kpack)
+        return GemmConfig(block_m, block_n, block_k, 8, num_warps, 2, splits, nonkdim, kpack)
     num_stages = 3 if dtype.itemsize == 2 else 2
-    return GemmConfig(block_m, block_n, block_k, 8, num_warps, num_stages)
+    return GemmConfig(block_m, block_n, block_k, 8, num_warps, num_stages, splits)
 
 
 def _block_k(k: int, tile: tuple[int, int, int, int], dtype: torch.dtype) -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from benchmarks.cases import ACTIVATIONS, NORM_EPS, Case, channels_last, random
+from benchmarks.cases import ACTIVATIONS, NORM_EPS, Case, channels_last, random, tail
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,70 @@ class InvertedResidualCase(Case):
         from depthfuse.kernels.inverted_residual import inverted_residual
 
         return inverted_residual(x, w1, b1, w2, b2, w3, b3, residual, stride=self.stride, act_inner=self.act)
+
+
+@dataclass(frozen=True)
+class DepthwisePointwiseCase(Case):
+    """Depthwise k x k, activation, 1x1, and the skip; `affine`: scale and shift after the last activation."""
+
+    op = "depthwise_pointwise"
+    batch: int
+    channels: int
+    size: int
+    out_channels: int
+    kernel: int
+    act_inner: str
+    act: str
+    skip: bool
+    affine: bool
+
+    def operands(self, dtype, device):
+        from depthfuse.kernels.depthwise import pack_weight
+
+        x = channels_last(random((self.batch, self.channels, self.size, self.size), dtype, device))
+        k = self.out_channels
+        return {
+            "x": x,
+            "w1": pack_weight(random((self.channels, 1, self.kernel, self.kernel), dtype, device)),
+            "b1": random((self.channels,), dtype, device),
+            "w2": channels_last(random((k, self.channels, 1, 1), dtype, device)),
+            "b2": random((k,), dtype, device),
+            "residual": x if self.skip else None,
+            "scale": random((k,), dtype, device) if self.affine else None,
+            "shift": random((k,), dtype, device) if self.affine else None,
+        }
+
+    def _arguments(self) -> dict:
+        padding = (self.kernel // 2,) * 2
+        return {"padding": padding, "act_inner": self.act_inner, "act": self.act}
+
+    def launches(self, dtype, target):
+        from depthfuse.kernels import depthwise_pointwise
+
+        y = channels_last(random((self.batch, self.out_channels, self.size, self.size), dtype, "meta"))
+        arguments = self._arguments() | {"stride": (1, 1), "dilation": (1, 1), "config": None}
+        operands = self.operands(dtype, "meta").values()
+        return [depthwise_pointwise.plan(*operands, y, **arguments, target=target)]
+
+    def flops(self):
+        return 2.0 * self.batch * self.size**2 * self.channels * (self.kernel**2 + self.out_channels)
+
+    def elements_moved(self):
+        pixels = self.batch * self.size**2
+        return pixels * (self.channels + self.out_channels) + self.channels * (
+            self.kernel**2 + self.out_channels
+        )
+
+    def eager(self, x, w1, b1, w2, b2, residual, scale, shift):
+        filtered = ACTIVATIONS[self.act_inner](
+            F.conv2d(x, w1, b1, padding=self.kernel // 2, groups=self.channels)
+        )
+        return tail(F.conv2d(filtered, w2, b2), residual, scale, shift, self.act)
+
+    def ours(self, x, w1, b1, w2, b2, residual, scale, shift):
+        from depthfuse.kernels.depthwise_pointwise import depthwise_pointwise
+
+        return depthwise_pointwise(x, w1, b1, w2, b2, residual, scale, shift, **self._arguments())
 
 
 @dataclass(frozen=True)

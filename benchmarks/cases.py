@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthfuse.kernels.launch import Launch, Target, empty_output
+from depthfuse.kernels.launch import Launch, Target, empty_image, output_shape
 
 NORM_EPS = 1e-6
 ACTIVATIONS = {
@@ -72,7 +72,7 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _tail(z: Tensor, residual: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str) -> Tensor:
+def tail(z: Tensor, residual: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str) -> Tensor:
     """scale * act(z + residual) + shift over channels in dimension 1 (images) or last (tokens)."""
     z = ACTIVATIONS[act](z if residual is None else z + residual)
     if scale is None:
@@ -123,7 +123,7 @@ class Conv2dCase(Case):
 
         o = self.operands(dtype, "meta")
         arguments = self._arguments()
-        y = empty_output(o["x"], o["weight"], *arguments.values(), groups=1)
+        y = empty_image(output_shape(o["x"], o["weight"], *arguments.values(), groups=1), o["x"])
         return conv2d.plan(*o.values(), y, **arguments, groups=1, act=self.act, config=None, target=target)
 
     def flops(self):
@@ -138,7 +138,7 @@ class Conv2dCase(Case):
         return inputs + weights + pixels * self.out_channels * (2 if self.residual else 1)
 
     def eager(self, x, weight, bias, residual, scale, shift):
-        return _tail(F.conv2d(x, weight, bias, self.stride, self.padding), residual, scale, shift, self.act)
+        return tail(F.conv2d(x, weight, bias, self.stride, self.padding), residual, scale, shift, self.act)
 
     def ours(self, x, weight, bias, residual, scale, shift):
         from depthfuse.kernels.conv2d import conv2d
@@ -165,7 +165,7 @@ class DepthwiseCase(Conv2dCase):
 
         o = self.operands(dtype, "meta")
         arguments = self._arguments()
-        y = empty_output(o["x"], o["weight"], *arguments.values(), groups=self.channels)
+        y = empty_image(output_shape(o["x"], o["weight"], *arguments.values(), groups=self.channels), o["x"])
         norm = {"norm_eps": NORM_EPS if self.norm else None}
         return [depthwise.plan(*o.values(), y, **arguments, act=self.act, **norm, config=None, target=target)]
 
@@ -181,7 +181,7 @@ class DepthwiseCase(Conv2dCase):
         z = F.conv2d(x, weight, bias, self.stride, self.padding, groups=self.channels)
         if self.norm:
             z = F.layer_norm(z.permute(0, 2, 3, 1), (self.channels,), eps=NORM_EPS).permute(0, 3, 1, 2)
-        return _tail(z, residual, scale, shift, self.act)
+        return tail(z, residual, scale, shift, self.act)
 
     def ours(self, x, weight, bias, residual, scale, shift):
         from depthfuse.kernels.depthwise import depthwise_conv2d
@@ -231,7 +231,7 @@ class LinearCase(Case):
 
     def eager(self, x, weight, bias, residual, scale, shift):
         x = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) if self.norm else x
-        return _tail(F.linear(x, weight, bias), residual, scale, shift, self.act)
+        return tail(F.linear(x, weight, bias), residual, scale, shift, self.act)
 
     def ours(self, x, weight, bias, residual, scale, shift):
         from depthfuse.kernels.linear import linear

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import depthfuse  # noqa: F401  before timm, which needs its torchvision remedy
-from benchmarks.block_cases import AttentionCase, InvertedResidualCase, MlpCase
+from benchmarks.block_cases import AttentionCase, DepthwisePointwiseCase, InvertedResidualCase, MlpCase
 from benchmarks.cases import Case, Conv2dCase, DepthwiseCase, LinearCase
-from depthfuse.kernels import inverted_residual, mlp
+from depthfuse.kernels import depthwise_pointwise, inverted_residual, mlp
 
 import timm  # isort: skip
 
@@ -75,11 +75,12 @@ def layers(network: str, merged: bool, batch: int) -> dict[str, Case]:
     return cases
 
 
-def blocks(network: str, batch: int) -> dict[str, Case]:
-    """Block name -> the operator that runs an unmerged block, or its MLP, in one launch, where there is one."""
+def blocks(network: str, merged: bool, batch: int) -> dict[str, Case]:
+    """Block name -> the operator that runs a block, or its MLP, in one launch, where there is one."""
     fused = {}
     for name, entry in _trace(network).items():
-        build = _FUSED_BLOCKS.get(type(entry.module).__name__)
+        kind = type(entry.module).__name__
+        build = _FUSED_BLOCKS.get(f"merged {kind}" if merged else kind)
         case = build(entry, batch) if build else None
         if case is not None:
             fused[name] = case
@@ -90,10 +91,11 @@ def unique_cases(network: str, batch: int) -> dict[Case, list[str]]:
     """Each distinct operator of the network, merged and not, with the layers or blocks that it serves."""
     found: dict[Case, list[str]] = {}
     for merged in (False, True):
+        remark = ", merged" if merged else ""
         for name, case in layers(network, merged, batch).items():
-            found.setdefault(case, []).append(f"{name}{' (merged)' if merged else ''}")
-    for name, case in blocks(network, batch).items():
-        found.setdefault(case, []).append(f"{name} (fused)")
+            found.setdefault(case, []).append(f"{name}{remark}")
+        for name, case in blocks(network, merged, batch).items():
+            found.setdefault(case, []).append(f"{name} (fused{remark})")
     return found
 
 
@@ -215,11 +217,27 @@ def _fused_inverted_residual(entry: Seen, batch: int) -> Case | None:
     return InvertedResidualCase(batch, channels, size, hidden, out_channels, stride, block.has_skip)
 
 
+def _fused_separable(entry: Seen, batch: int) -> Case | None:
+    block, (_, channels, size, _) = entry.module, entry.shape
+    kernel, out_channels = block.conv_dw.kernel_size[0], block.conv_pw.out_channels
+    if block.conv_dw.stride[0] != 1 or not depthwise_pointwise.supports(out_channels):
+        return None
+    shape = (batch, channels, size, out_channels, kernel)
+    return DepthwisePointwiseCase(*shape, "relu6", "none", block.has_skip, False)
+
+
 def _fused_convnext_mlp(entry: Seen, batch: int) -> Case | None:
     _, channels, height, width = entry.shape
     if not mlp.supports(channels, channels):
         return None
     return MlpCase(batch * height * width, channels, entry.module.mlp.fc1.out_features, norm=False)
+
+
+def _merged_convnext(entry: Seen, batch: int) -> Case | None:
+    _, channels, size, _ = entry.shape
+    if not depthwise_pointwise.supports(channels):
+        return None
+    return DepthwisePointwiseCase(batch, channels, size, channels, 7, "none", "gelu", True, True)
 
 
 def _fused_vit_mlp(entry: Seen, batch: int) -> Case | None:
@@ -229,8 +247,11 @@ def _fused_vit_mlp(entry: Seen, batch: int) -> Case | None:
     return MlpCase(batch * tokens, channels, entry.module.mlp.fc1.out_features, norm=True)
 
 
+# Block type, or "merged" and block type: how it runs in one launch.
 _FUSED_BLOCKS: dict[str, Callable[[Seen, int], Case | None]] = {
     "InvertedResidual": _fused_inverted_residual,
+    "DepthwiseSeparableConv": _fused_separable,
     "ConvNeXtBlock": _fused_convnext_mlp,
+    "merged ConvNeXtBlock": _merged_convnext,
     "Block": _fused_vit_mlp,
 }

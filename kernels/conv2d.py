@@ -14,6 +14,8 @@ With many channels the reduction walks tap by tap, and one tap is one row of pix
 With few channels (the stem has 3) a tap would leave most of the step empty: there it walks the flat (r, s, c) axis.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -24,8 +26,9 @@ from depthfuse.kernels.launch import (
     Launch,
     Target,
     ceil_div,
-    empty_output,
+    empty_image,
     needs_wide_offsets,
+    output_shape,
     require_channels_last,
     require_dot,
     require_operands,
@@ -150,9 +153,13 @@ def config_for(
         # matrix instruction then reads its operands from LDS in more than 16 bits at a time.
         block_n, num_warps = (32, 4) if out_channels <= 32 else (64, 8)
         return GemmConfig(128, block_n, 32, num_warps=num_warps, nonkdim=16, kpack=2)
-    # Tap by tap, a step may not cross into the next tap, so it is the channels that must divide well.
-    depth = channels if channels >= FLAT_BELOW else taps * channels
-    return gemm_config(pixels, out_channels, depth, groups, dtype, target)
+    if channels >= FLAT_BELOW:
+        return gemm_config(pixels, out_channels, channels, groups, dtype, target, taps)
+    config = gemm_config(pixels, out_channels, taps * channels, groups, dtype, target)
+    if target.backend == "cuda" and config.block_m * config.block_n >= 128 * 64:
+        # Every element of a flat step has an address of its own: on 4 warps they do not fit the registers.
+        return replace(config, num_warps=8)
+    return config
 
 
 # Below this many channels a tap-by-tap step of 32 would be more than half empty.
@@ -273,7 +280,7 @@ def conv2d(
     target = target_of(x)
     require_operands(x, weight=weight, bias=bias, residual=residual, scale=scale, shift=shift)
     require_dot(x)
-    y = empty_output(x, weight, stride, padding, dilation, groups)
+    y = empty_image(output_shape(x, weight, stride, padding, dilation, groups), x)
     require_tail(y, bias=bias, residual=residual, scale=scale, shift=shift, act=act)
     require_channels_last(x=x, weight=weight, residual=residual)
     launches = plan(

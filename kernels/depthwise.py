@@ -30,9 +30,10 @@ from depthfuse.kernels.launch import (
     Target,
     ceil_div,
     compiler_options,
-    empty_output,
+    empty_image,
     needs_wide_offsets,
     next_power_of_2,
+    output_shape,
     require_channels_last,
     require_operands,
     require_tail,
@@ -64,7 +65,7 @@ class DepthwiseConfig:
 
 
 @triton.jit
-def _load_row(x, offset, mask, in_left, width, CHANNELS: tl.constexpr, IN_W: tl.constexpr):
+def load_row(x, offset, mask, in_left, width, CHANNELS: tl.constexpr, IN_W: tl.constexpr):
     """IN_W neighbouring pixels, each float32 [PATCHES, BLOCK_C]; zero left and right of the image."""
     row = ()
     for j in tl.static_range(IN_W):
@@ -76,7 +77,7 @@ def _load_row(x, offset, mask, in_left, width, CHANNELS: tl.constexpr, IN_W: tl.
 
 
 @triton.jit
-def _add_row(
+def add_row(
     sums,
     row,
     w_row,
@@ -170,15 +171,15 @@ def depthwise_kernel(
             ih = in_top + r * DILATION_H
             mask = (exists & (ih >= 0) & (ih < height))[:, None] & channel_mask[None, :]
             offset = (x_base + r * DILATION_H * width * CHANNELS)[:, None] + channel[None, :]
-            row = _load_row(x, offset, mask, in_left, width, CHANNELS, IN_W)
+            row = load_row(x, offset, mask, in_left, width, CHANNELS, IN_W)
             w_row = weight + r * S * W_STRIDE_TAP + channel * W_STRIDE_C
-            sums = _add_row(sums, row, w_row, channel_mask, 0, S, STRIDE_W, DILATION_W, W_STRIDE_TAP, PATCH_W)
+            sums = add_row(sums, row, w_row, channel_mask, 0, S, STRIDE_W, DILATION_W, W_STRIDE_TAP, PATCH_W)
     else:
         for i in tl.static_range(IN_H):
             ih = in_top + i
             mask = (exists & (ih >= 0) & (ih < height))[:, None] & channel_mask[None, :]
             offset = (x_base + i * width * CHANNELS)[:, None] + channel[None, :]
-            row = _load_row(x, offset, mask, in_left, width, CHANNELS, IN_W)
+            row = load_row(x, offset, mask, in_left, width, CHANNELS, IN_W)
             for a in tl.static_range(PATCH_H):
                 # Output row a reads input row i through the kernel's row r where a * STRIDE_H + r * DILATION_H == i.
                 if (
@@ -189,7 +190,7 @@ def depthwise_kernel(
                     w_row = (
                         weight + (i - a * STRIDE_H) // DILATION_H * S * W_STRIDE_TAP + channel * W_STRIDE_C
                     )
-                    sums = _add_row(
+                    sums = add_row(
                         sums,
                         row,
                         w_row,
@@ -369,7 +370,7 @@ def depthwise_conv2d(
     """
     target = target_of(x)
     require_operands(x, weight=weight, bias=bias, residual=residual, scale=scale, shift=shift)
-    y = empty_output(x, weight, stride, padding, dilation, groups=x.shape[1])
+    y = empty_image(output_shape(x, weight, stride, padding, dilation, groups=x.shape[1]), x)
     if weight.shape[0] != x.shape[1]:
         raise ValueError(
             f"weight {list(weight.shape)} must have one filter for each of x's {x.shape[1]} channels"

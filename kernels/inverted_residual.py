@@ -28,6 +28,7 @@ from depthfuse.kernels.launch import (
     Target,
     ceil_div,
     compiler_options,
+    empty_image,
     needs_wide_offsets,
     next_power_of_2,
     require_channels_last,
@@ -309,9 +310,7 @@ def inverted_residual(
             "channels, a 3x3 kernel and stride 1 or 2; use conv2d and depthwise_conv2d instead"
         )
     size = [(extent - 1) // stride + 1 for extent in (height, width)]
-    y = torch.empty(
-        (n, out_channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+    y = empty_image((n, out_channels, *size), x)
     require_tail(y, bias=b3, residual=residual, scale=scale, shift=shift, act=act)
     require_channels_last(x=x, w1=w1, w3=w3, residual=residual)
     if w2.stride(2) != kernel * w2.stride(3):

@@ -168,15 +168,15 @@ def require_tail(
         raise ValueError(f"act is {act!r}, expected one of {', '.join(ACTIVATIONS)}")
 
 
-def empty_output(
+def output_shape(
     x: torch.Tensor,  # [N, C, H, W]
     weight: torch.Tensor,  # [K, C / groups, R, S]
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
-) -> torch.Tensor:  # [N, K, P, Q] channels_last, not filled
-    """The tensor that a convolution of `x` by `weight` will fill.
+) -> tuple[int, int, int, int]:
+    """N, K, P, Q of a convolution of `x` by `weight`.
 
     Raises:
         ValueError: channels that do not fit each other, or a window larger than the padded image.
@@ -198,7 +198,12 @@ def empty_output(
             f"kernel {window} with dilation {list(dilation)} is larger than the image {image} "
             f"with padding {list(padding)}"
         )
-    return torch.empty((n, k, *out), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return n, k, out[0], out[1]
+
+
+def empty_image(shape: tuple[int, int, int, int], like: torch.Tensor) -> torch.Tensor:
+    """[N, C, H, W] in channels_last, not filled, of the dtype and on the device of `like`."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def require_operands(x: torch.Tensor, **operands: torch.Tensor | None) -> None:

@@ -60,15 +60,25 @@ _HIP_TILES = (
     (32, 64, 64, 2),
     (32, 32, 64, 1),
 )
-# On sm_90 a 128 x 256 tile spills in its tail (GELU, residual): its accumulator takes half of all registers. On sm_80
-# a 64 x 32 tile on 4 warps does, since there the compiler aims at more programs than the registers hold.
-_CUDA_TILES = (
+# A 64 x 32 tile on 4 warps spills: the compiler aims at more programs than the registers hold.
+_SM80_TILES = (
     (128, 128, 64, 8),
     (128, 64, 64, 4),
     (64, 128, 64, 4),
     (64, 64, 64, 4),
     (64, 32, 64, 2),
     (32, 64, 64, 2),
+    (32, 32, 64, 2),
+)
+# Hopper's warp group instruction takes 64 rows and 4 warps. A 128 x 256 tile spills in its tail (GELU, residual): its
+# accumulator takes half of all registers.
+_SM90_TILES = (
+    (128, 128, 64, 8),
+    (128, 64, 64, 4),
+    (64, 128, 64, 4),
+    (64, 64, 64, 4),
+    (64, 32, 64, 4),
+    (32, 64, 64, 4),
     (32, 32, 64, 2),
 )
 # float32 on NVIDIA is plain FMA: the accumulator and both operands live in registers, so tiles stay small.
@@ -92,8 +102,18 @@ def _macs_per_clock(dtype: torch.dtype, target: Target) -> int:
     return full // 2 if dtype is torch.bfloat16 and target.arch == "gfx908" else full
 
 
+def _tiles(dtype: torch.dtype, target: Target) -> tuple[tuple[int, int, int, int], ...]:
+    if target.backend == "hip":
+        return _HIP_TILES
+    if dtype is torch.float32:
+        return _CUDA_FMA_TILES
+    return _SM90_TILES if target.arch >= "sm_90" else _SM80_TILES
+
+
 @functools.cache
-def gemm_config(m: int, n: int, k: int, groups: int, dtype: torch.dtype, target: Target) -> GemmConfig:
+def gemm_config(
+    m: int, n: int, k: int, groups: int, dtype: torch.dtype, target: Target, taps: int = 1
+) -> GemmConfig:
     """The tile that a small model of one compute unit expects to finish first.
 
     Time = rounds of tiles over the compute units x time of a tile; the latter is bound by products, loads or latency.
@@ -102,11 +122,10 @@ def gemm_config(m: int, n: int, k: int, groups: int, dtype: torch.dtype, target:
     Args:
         m, n, k: rows, columns and depth of one group's product.
         groups: products of that size.
+        taps: pieces of depth `k` that the reduction is made of; no step crosses from one to the next.
     """
     if target.backend == "interpreter":
         return GemmConfig(64, 32, 64)  # few programs and steps: each costs milliseconds there
-    fma = target.backend == "cuda" and dtype is torch.float32
-    tiles = _HIP_TILES if target.backend == "hip" else _CUDA_FMA_TILES if fma else _CUDA_TILES
     macs = _macs_per_clock(dtype, target)
 
     def clocks(choice: tuple[tuple[int, int, int, int], int]) -> float:
@@ -114,7 +133,7 @@ def gemm_config(m: int, n: int, k: int, groups: int, dtype: torch.dtype, target:
         block_m, block_n, _, _ = tile
         block_k = _block_k(k, tile, dtype)
         rounds = ceil_div(ceil_div(m, block_m) * ceil_div(n, block_n) * groups * splits, target.compute_units)
-        steps = ceil_div(ceil_div(k, block_k), splits)
+        steps = ceil_div(taps * ceil_div(k, block_k), splits)
         product = block_m * block_n * block_k / macs
         load = (block_m + block_n) * block_k * dtype.itemsize / _LOAD_BYTES_PER_CLOCK
         time = rounds * (_TILE_CLOCKS + steps * max(product, load, _STEP_CLOCKS))
@@ -123,7 +142,7 @@ def gemm_config(m: int, n: int, k: int, groups: int, dtype: torch.dtype, target:
         moved = 8 * splits * m * n * groups  # each part is float32, written and read once
         return time + _LAUNCH_CLOCKS + moved / (_LOAD_BYTES_PER_CLOCK * target.compute_units)
 
-    tile, splits = min(itertools.product(tiles, _SPLITS), key=clocks)
+    tile, splits = min(itertools.product(_tiles(dtype, target), _SPLITS), key=clocks)
     block_m, block_n, _, num_warps = tile
     block_k = _block_k(k, tile, dtype)
     if target.backend == "hip":

@@ -1,0 +1,288 @@
+"""Depthwise convolution and the 1x1 convolution behind it, in one launch.
+
+    d[c] = act_inner(sum_{r,s} x[c, shifted by r, s] * w1[c, r, s] + b1[c])
+    y[k] = scale[k] * act(sum_c d[c] * w2[k, c] + b2[k] + residual[k]) + shift[k]
+
+This is a ConvNeXt block merged in its factorised form (7x7, 1x1, the skip beside both), and a depthwise separable
+block. Two launches write d and read it again, which is half of all that they move. Here d never leaves the chip: for
+BLOCK_C channels at a time a program filters its pixels as depthwise.py does, rows sliding through registers, and
+adds their share of the 1x1 product to the accumulator, which holds all output channels of these pixels.
+
+So the outputs must fit one program (MAX_OUT_CHANNELS): with more, either the filtering would be done again for each
+group of outputs, or the tile's rows would be too few to reuse the weights. Wider layers are two launches.
+"""
+# ruff: noqa: RUF005  Triton compiles no starred expressions, so tuples are concatenated.
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from depthfuse.kernels.depthwise import add_row, load_row
+from depthfuse.kernels.epilogue import activate, finish
+from depthfuse.kernels.launch import (
+    Launch,
+    Target,
+    ceil_div,
+    compiler_options,
+    empty_image,
+    needs_wide_offsets,
+    next_power_of_2,
+    output_shape,
+    require_channels_last,
+    require_dot,
+    require_operands,
+    require_tail,
+    target_of,
+)
+from depthfuse.kernels.patches import join_positions
+
+MAX_OUT_CHANNELS = 256
+
+
+@dataclass(frozen=True)
+class DepthwisePointwiseConfig:
+    """One program of a depthwise and a 1x1 convolution.
+
+    Attributes:
+        patch_w: neighbouring outputs that share loaded pixels, a power of 2; each costs a sum in registers.
+        patches: patches a program; patches x patch_w are the rows of the matrix product.
+        block_c: channels a step: 32 is the least depth that keeps the matrix units busy, and more would not fit beside
+            the accumulator.
+        num_warps: as many as keep the accumulator, rows x output channels, within half of the registers.
+    """
+
+    patch_w: int
+    patches: int
+    block_c: int
+    num_warps: int
+
+    def options(self, target: Target) -> dict:
+        """Compiler options on `target`. One stage: the product's left operand is computed, not loaded."""
+        return compiler_options(target, self.num_warps, 1, nonkdim=16, kpack=2)
+
+
+@triton.jit(do_not_specialize=["batch", "height", "width", "out_height", "out_width"])
+def depthwise_pointwise_kernel(
+    x,  # [N, H, W, CHANNELS]
+    w1,  # [CHANNELS, R, S], strides W1_STRIDE_C and W1_STRIDE_TAP
+    b1,  # [CHANNELS] or None
+    w2,  # [OUT_CHANNELS, CHANNELS]
+    b2,  # [OUT_CHANNELS] or None
+    residual,  # like y, or None
+    scale,  # [OUT_CHANNELS] or None
+    shift,  # [OUT_CHANNELS] or None
+    y,  # [N, P, Q, OUT_CHANNELS]
+    batch,  # N
+    height,  # H
+    width,  # W
+    out_height,  # P
+    out_width,  # Q
+    CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    W1_STRIDE_C: tl.constexpr,
+    W1_STRIDE_TAP: tl.constexpr,
+    ACT_INNER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr,  # 64-bit offsets
+    PATCH_W: tl.constexpr,
+    PATCHES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    IN_W: tl.constexpr = (PATCH_W - 1) * STRIDE_W + (S - 1) * DILATION_W + 1  # input columns under a patch
+    patches_w = tl.cdiv(out_width, PATCH_W)
+    patch = tl.program_id(0) * PATCHES + tl.arange(0, PATCHES)
+    image = patch // (out_height * patches_w)
+    if WIDE:
+        image = image.to(tl.int64)
+    in_top = patch // patches_w % out_height * STRIDE_H - PADDING_H
+    in_left = patch % patches_w * PATCH_W * STRIDE_W - PADDING_W
+    exists = image < batch
+    x_base = ((image * height + in_top) * width + in_left) * CHANNELS
+
+    n = tl.arange(0, BLOCK_N)
+    n_mask = n < OUT_CHANNELS
+    acc = tl.zeros((PATCHES * PATCH_W, BLOCK_N), dtype=tl.float32)
+    for start in range(0, CHANNELS, BLOCK_C):
+        channel = start + tl.arange(0, BLOCK_C)
+        channel_mask = channel < CHANNELS
+        initial = tl.zeros((PATCHES, BLOCK_C), dtype=tl.float32)
+        if b1 is not None:
+            initial += tl.load(b1 + channel, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
+        sums = (initial,) * PATCH_W
+        for r in range(R):
+            ih = in_top + r * DILATION_H
+            mask = (exists & (ih >= 0) & (ih < height))[:, None] & channel_mask[None, :]
+            offset = (x_base + r * DILATION_H * width * CHANNELS)[:, None] + channel[None, :]
+            row = load_row(x, offset, mask, in_left, width, CHANNELS, IN_W)
+            w_row = w1 + r * S * W1_STRIDE_TAP + channel * W1_STRIDE_C
+            sums = add_row(sums, row, w_row, channel_mask, 0, S, STRIDE_W, DILATION_W, W1_STRIDE_TAP, PATCH_W)
+        filtered = ()
+        for i in tl.static_range(PATCH_W):
+            filtered = filtered + (activate(sums[i], ACT_INNER),)
+        rows = tl.permute(join_positions(filtered, PATCH_W), (0, 2, 1)).to(x.dtype.element_ty)
+        weight = tl.load(
+            w2 + n[:, None] * CHANNELS + channel[None, :],
+            mask=n_mask[:, None] & channel_mask[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(tl.reshape(rows, (PATCHES * PATCH_W, BLOCK_C)), weight.T, acc, input_precision="ieee")
+
+    # Rows of the product: every output pixel of every patch.
+    row = tl.arange(0, PATCHES * PATCH_W)
+    patch = tl.program_id(0) * PATCHES + row // PATCH_W
+    image = patch // (out_height * patches_w)
+    if WIDE:
+        image = image.to(tl.int64)
+    p = patch // patches_w % out_height
+    q = patch % patches_w * PATCH_W + row % PATCH_W
+    offset = ((image * out_height + p) * out_width + q)[:, None] * OUT_CHANNELS + n[None, :]
+    mask = ((image < batch) & (q < out_width))[:, None] & n_mask[None, :]
+    acc = finish(acc, b2, residual, scale, shift, n, n_mask, offset, mask, ACTIVATION)
+    tl.store(y + offset, acc.to(y.dtype.element_ty), mask=mask)
+
+
+def config_for(out_channels: int, target: Target) -> DepthwisePointwiseConfig:
+    """The tile for `out_channels`; every choice is free of spills on every target."""
+    if target.backend == "interpreter":
+        return DepthwisePointwiseConfig(2, 32, 32, 4)
+    if out_channels <= 128:
+        return DepthwisePointwiseConfig(4, 16, 32, 4)
+    return DepthwisePointwiseConfig(4, 16, 32, 8)
+
+
+def supports(out_channels: int) -> bool:
+    """Whether a pixel's output channels fit one program."""
+    return out_channels <= MAX_OUT_CHANNELS
+
+
+def plan(
+    x: torch.Tensor,  # [N, C, H, W] channels_last
+    w1: torch.Tensor,  # [C, 1, R, S] contiguous, or from depthwise.pack_weight
+    b1: torch.Tensor | None,  # [C]
+    w2: torch.Tensor,  # [K, C, 1, 1]
+    b2: torch.Tensor | None,  # [K]
+    residual: torch.Tensor | None,  # [N, K, P, Q] channels_last
+    scale: torch.Tensor | None,  # [K]
+    shift: torch.Tensor | None,  # [K]
+    y: torch.Tensor,  # [N, K, P, Q] channels_last
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    act_inner: str,
+    act: str,
+    config: DepthwisePointwiseConfig | None,
+    target: Target,
+) -> Launch:
+    """The launch that computes `y`."""
+    _, channels, height, width = x.shape
+    batch, out_channels, out_height, out_width = y.shape
+    config = config or config_for(out_channels, target)
+    arguments = {
+        "x": x,
+        "w1": w1,
+        "b1": b1,
+        "w2": w2,
+        "b2": b2,
+        "residual": residual,
+        "scale": scale,
+        "shift": shift,
+        "y": y,
+        "batch": batch,
+        "height": height,
+        "width": width,
+        "out_height": out_height,
+        "out_width": out_width,
+        "CHANNELS": channels,
+        "OUT_CHANNELS": out_channels,
+        "R": w1.shape[2],
+        "S": w1.shape[3],
+        "STRIDE_H": stride[0],
+        "STRIDE_W": stride[1],
+        "PADDING_H": padding[0],
+        "PADDING_W": padding[1],
+        "DILATION_H": dilation[0],
+        "DILATION_W": dilation[1],
+        "W1_STRIDE_C": w1.stride(0),
+        "W1_STRIDE_TAP": w1.stride(3),
+        "ACT_INNER": act_inner,
+        "ACTIVATION": act,
+        "WIDE": needs_wide_offsets(x, y),
+        "PATCH_W": config.patch_w,
+        "PATCHES": config.patches,
+        "BLOCK_C": config.block_c,
+        "BLOCK_N": max(16, next_power_of_2(out_channels)),
+    }
+    patches = batch * out_height * ceil_div(out_width, config.patch_w)
+    return Launch(
+        depthwise_pointwise_kernel, (ceil_div(patches, config.patches),), arguments, config.options(target)
+    )
+
+
+def depthwise_pointwise(
+    x: torch.Tensor,  # [N, C, H, W] channels_last
+    w1: torch.Tensor,  # [C, 1, R, S] contiguous, or from depthwise.pack_weight
+    b1: torch.Tensor | None,  # [C]
+    w2: torch.Tensor,  # [K, C, 1, 1]
+    b2: torch.Tensor | None = None,  # [K]
+    residual: torch.Tensor | None = None,  # [N, K, P, Q] channels_last
+    scale: torch.Tensor | None = None,  # [K]
+    shift: torch.Tensor | None = None,  # [K]
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    act_inner: str = "none",
+    act: str = "none",
+    config: DepthwisePointwiseConfig | None = None,
+) -> torch.Tensor:  # [N, K, P, Q] channels_last
+    """Depthwise convolution, activation, 1x1 convolution with a fused tail, in one launch; this file's head has the
+    formula.
+
+    float16, bfloat16 or float32 in and out, float32 sums; the filtered tensor is rounded to the dtype of `x`.
+    `config` None takes `config_for`'s choice.
+
+    Raises:
+        ValueError: more than MAX_OUT_CHANNELS outputs, shapes that do not fit each other, or a wrong layout.
+        TypeError: dtypes that differ or are not supported.
+    """
+    target = target_of(x)
+    require_operands(x, w1=w1, b1=b1, w2=w2, b2=b2, residual=residual, scale=scale, shift=shift)
+    require_dot(x)
+    batch, _, *size = output_shape(x, w1, stride, padding, dilation, groups=x.shape[1])
+    channels, out_channels = x.shape[1], w2.shape[0]
+    expected = {
+        "w1": (w1, (channels, 1, *w1.shape[2:])),
+        "b1": (b1, (channels,)),
+        "w2": (w2, (out_channels, channels, 1, 1)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    if not supports(out_channels):
+        raise ValueError(
+            f"{out_channels} output channels: expected at most {MAX_OUT_CHANNELS}; "
+            "use depthwise_conv2d and conv2d instead"
+        )
+    y = empty_image((batch, out_channels, *size), x)
+    require_tail(y, bias=b2, residual=residual, scale=scale, shift=shift, act=act)
+    require_channels_last(x=x, w2=w2, residual=residual)
+    if w1.stride(2) != w1.shape[3] * w1.stride(3):
+        raise ValueError(
+            f"w1 has strides {list(w1.stride())}, expected contiguous or depthwise.pack_weight(w1)"
+        )
+    options = {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation)}
+    options |= {"act_inner": act_inner, "act": act, "config": config, "target": target}
+    plan(x, w1, b1, w2, b2, residual, scale, shift, y, **options).run(x)
+    return y

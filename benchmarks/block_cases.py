@@ -181,6 +181,54 @@ class MlpCase(Case):
 
 
 @dataclass(frozen=True)
+class PoolLinearCase(Case):
+    """Global average pool and classifier; `norm`: LayerNorm without affine between them."""
+
+    op = "pool_linear"
+    matrix = False
+    batch: int
+    channels: int
+    size: int
+    classes: int
+    norm: bool
+
+    def operands(self, dtype, device):
+        x = channels_last(random((self.batch, self.channels, self.size, self.size), dtype, device))
+        return {
+            "x": x,
+            "weight": random((self.classes, self.channels), dtype, device),
+            "bias": random((self.classes,), dtype, device),
+        }
+
+    def _norm_eps(self) -> float | None:
+        return NORM_EPS if self.norm else None
+
+    def launches(self, dtype, target):
+        from depthfuse.kernels import pool_linear
+
+        y = random((self.batch, self.classes), dtype, "meta")
+        operands = self.operands(dtype, "meta").values()
+        return pool_linear.plan(*operands, y, norm_eps=self._norm_eps(), config=None, target=target)
+
+    def flops(self):
+        return 2.0 * self.batch * self.channels * self.classes
+
+    def elements_moved(self):
+        images = self.batch * (self.channels * self.size**2 + self.classes)
+        return images + self.channels * self.classes
+
+    def eager(self, x, weight, bias):
+        mean = x.mean((2, 3))
+        mean = F.layer_norm(mean, mean.shape[-1:], eps=NORM_EPS) if self.norm else mean
+        return F.linear(mean, weight, bias)
+
+    def ours(self, x, weight, bias):
+        from depthfuse.kernels.pool_linear import pool_linear
+
+        return pool_linear(x, weight, bias, norm_eps=self._norm_eps())
+
+
+@dataclass(frozen=True)
 class AttentionCase(Case):
     """Softmax attention on the output of the qkv projection."""
 

@@ -88,7 +88,13 @@ def faults(resources: Resources, kernel: str, dtype: str, target: Target) -> lis
     return found
 
 
-VECTOR_KERNELS = ("depthwise_kernel", "reduce_kernel")  # those with no matrix product in them
+# Those with no matrix product in them.
+VECTOR_KERNELS = ("depthwise_kernel", "reduce_kernel", "pool_kernel", "pool_linear_kernel")
+    "depthwise_kernel",
+    "reduce_kernel",
+    "pool_kernel",
+    "pool_linear_kernel",
+)  # those with no matrix product in them
 
 
 def cached_resources(launch: Launch, target: Target, cache: Path) -> Resources:

@@ -13,7 +13,13 @@ import torch
 from torch import nn
 
 import depthfuse  # noqa: F401  before timm, which needs its torchvision remedy
-from benchmarks.block_cases import AttentionCase, DepthwisePointwiseCase, InvertedResidualCase, MlpCase
+from benchmarks.block_cases import (
+    AttentionCase,
+    DepthwisePointwiseCase,
+    InvertedResidualCase,
+    MlpCase,
+    PoolLinearCase,
+)
 from benchmarks.cases import Case, Conv2dCase, DepthwiseCase, LinearCase
 from depthfuse.kernels import depthwise_pointwise, inverted_residual, mlp
 
@@ -21,6 +27,7 @@ import timm  # isort: skip
 
 NETWORKS = ("resnet34", "mobilenetv2_100", "mobilenetv2_140", "convnext_tiny", "deit_tiny_patch16_224")
 IMAGE_SIZE = 224
+CLASSES = 1000
 BATCHES = (1, 128)
 
 
@@ -84,6 +91,10 @@ def blocks(network: str, merged: bool, batch: int) -> dict[str, Case]:
         case = build(entry, batch) if build else None
         if case is not None:
             fused[name] = case
+        if kind == "SelectAdaptivePool2d":
+            _, channels, size, _ = entry.shape
+            norm = network.startswith("convnext")
+            fused["classifier"] = PoolLinearCase(batch, channels, size, CLASSES, norm)
     return fused
 
 

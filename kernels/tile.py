@@ -149,7 +149,8 @@ def gemm_config(
         nonkdim = 32 if block_m * block_n >= 64 * 64 else 16
         kpack = 2 if dtype.itemsize == 2 else 1
         return GemmConfig(block_m, block_n, block_k, 8, num_warps, 2, splits, nonkdim, kpack)
-    num_stages = 3 if dtype.itemsize == 2 else 2
+    # Short reductions are unrolled whole, and a third stage of addresses would not fit beside them.
+    num_stages = 3 if dtype.itemsize == 2 and k > block_k else 2
     return GemmConfig(block_m, block_n, block_k, 8, num_warps, num_stages, splits)
 
 

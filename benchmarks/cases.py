@@ -147,6 +147,37 @@ class Conv2dCase(Case):
 
 
 @dataclass(frozen=True)
+class WinogradCase(Conv2dCase):
+    """A 3x3 convolution of stride 1, by Winograd's F(2x2, 3x3); its cost stays that of the direct product."""
+
+    op = "winograd_conv2d"
+
+    def operands(self, dtype, device):
+        from depthfuse.kernels.winograd import pack_weight
+
+        operands = super().operands(dtype, device)
+        return operands | {"packed": pack_weight(operands["weight"])}
+
+    def launches(self, dtype, target):
+        from depthfuse.kernels import winograd
+
+        o = self.operands(dtype, "meta")
+        shape = (self.batch, self.out_channels, self._out_size(), self._out_size())
+        tail = [o[name] for name in ("bias", "residual", "scale", "shift")]
+        options = {"padding": (self.padding,) * 2, "act": self.act, "config": None, "target": target}
+        return [winograd.plan(o["x"], o["packed"], *tail, empty_image(shape, o["x"]), **options)]
+
+    def eager(self, x, weight, bias, residual, scale, shift, packed):
+        return super().eager(x, weight, bias, residual, scale, shift)
+
+    def ours(self, x, weight, bias, residual, scale, shift, packed):
+        from depthfuse.kernels.winograd import winograd_conv2d
+
+        options = {"padding": (self.padding,) * 2, "act": self.act}
+        return winograd_conv2d(x, packed, bias, residual, scale, shift, **options)
+
+
+@dataclass(frozen=True)
 class DepthwiseCase(Conv2dCase):
     """Depthwise convolution; `out_channels` equals `channels`. `norm`: LayerNorm over channels after the bias."""
 

@@ -90,11 +90,6 @@ def faults(resources: Resources, kernel: str, dtype: str, target: Target) -> lis
 
 # Those with no matrix product in them.
 VECTOR_KERNELS = ("depthwise_kernel", "reduce_kernel", "pool_kernel", "pool_linear_kernel")
-    "depthwise_kernel",
-    "reduce_kernel",
-    "pool_kernel",
-    "pool_linear_kernel",
-)  # those with no matrix product in them
 
 
 def cached_resources(launch: Launch, target: Target, cache: Path) -> Resources:

@@ -7,7 +7,7 @@ Shapes are read off the real network, run on the meta device, so that no table o
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from benchmarks.block_cases import (
     MlpCase,
     PoolLinearCase,
 )
-from benchmarks.cases import Case, Conv2dCase, DepthwiseCase, LinearCase
+from benchmarks.cases import Case, Conv2dCase, DepthwiseCase, LinearCase, WinogradCase
 from depthfuse.kernels import depthwise_pointwise, inverted_residual, mlp
 
 import timm  # isort: skip
@@ -105,9 +105,16 @@ def unique_cases(network: str, batch: int) -> dict[Case, list[str]]:
         remark = ", merged" if merged else ""
         for name, case in layers(network, merged, batch).items():
             found.setdefault(case, []).append(f"{name}{remark}")
+            if type(case) is Conv2dCase and _suits_winograd(case):
+                found.setdefault(WinogradCase(*astuple(case)), []).append(f"{name} (Winograd{remark})")
         for name, case in blocks(network, merged, batch).items():
             found.setdefault(case, []).append(f"{name} (fused{remark})")
     return found
+
+
+def _suits_winograd(case: Conv2dCase) -> bool:
+    """3x3 of stride 1, with so many channels that products and not loads are the limit."""
+    return (case.kernel, case.stride) == (3, 1) and min(case.channels, case.out_channels) >= 128
 
 
 _STEM_ACTIVATIONS = {"conv1": "relu", "conv_stem": "relu6", "conv_head": "relu6"}

@@ -105,11 +105,13 @@ class Conv2dCase(Case):
 
     def operands(self, dtype, device):
         k, out = self.out_channels, self._out_size()
+        from depthfuse.kernels.conv2d import pack_weight
+
         weight = (k, 1 if self.op == "depthwise_conv2d" else self.channels, self.kernel, self.kernel)
         x = (self.batch, self.channels, self.size, self.size)
         return {
             "x": channels_last(random(x, dtype, device)),
-            "weight": channels_last(random(weight, dtype, device)),
+            "weight": pack_weight(random(weight, dtype, device)),
             "bias": random((k,), dtype, device),
             "residual": channels_last(random((self.batch, k, out, out), dtype, device))
             if self.residual

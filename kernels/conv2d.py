@@ -35,6 +35,7 @@ from depthfuse.kernels.launch import (
     require_tail,
     target_of,
 )
+from depthfuse.kernels.patches import join_positions
 from depthfuse.kernels.splitk import part_of
 from depthfuse.kernels.tile import GemmConfig, gemm_config, tile_of, within_reduction
 
@@ -43,7 +44,7 @@ from depthfuse.kernels.tile import GemmConfig, gemm_config, tile_of, within_redu
 @triton.jit(do_not_specialize=["pixels", "height", "width", "out_height", "out_width"])
 def conv2d_kernel(
     x,  # [N, H, W, GROUPS * CHANNELS]
-    weight,  # [GROUPS * OUT_CHANNELS, R, S, CHANNELS]
+    weight,  # [GROUPS * OUT_CHANNELS, R, S, CHANNELS], filters W_STRIDE apart
     bias,  # [GROUPS * OUT_CHANNELS] or None
     residual,  # like y, or None
     scale,  # [GROUPS * OUT_CHANNELS] or None
@@ -59,6 +60,7 @@ def conv2d_kernel(
     OUT_CHANNELS: tl.constexpr,  # output channels of one group
     R: tl.constexpr,
     S: tl.constexpr,
+    W_STRIDE: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr,
@@ -68,6 +70,7 @@ def conv2d_kernel(
     ACTIVATION: tl.constexpr,
     WIDE: tl.constexpr,  # 64-bit offsets
     FLAT: tl.constexpr,  # walk the reduction as one axis, not tap by tap
+    INTERLEAVE: tl.constexpr,  # neighbours of a flat step that a thread loads one by one
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -92,26 +95,35 @@ def conv2d_kernel(
     top = (within // out_width) * STRIDE_H - PADDING_H
     left = (within % out_width) * STRIDE_W - PADDING_W
     x_row = ((image * height + top) * width + left) * (GROUPS * CHANNELS) + group * CHANNELS
-    w_row = (group * OUT_CHANNELS + source_channel) * (R * S * CHANNELS)
+    w_row = (group * OUT_CHANNELS + source_channel) * W_STRIDE
 
     step = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if FLAT:
         first, last = part_of((R * S * CHANNELS + BLOCK_K - 1) // BLOCK_K, SPLITS, split)
         for i in range(first, last):
+            # Of 3 channels each element is loaded by itself. On AMD a thread gathers neighbours of one row, so that
+            # they go to LDS and come back together, and not 16 bits at a time.
+            parts = ()
+            for j in tl.static_range(INTERLEAVE):
+                flat = i * BLOCK_K + tl.arange(0, BLOCK_K // INTERLEAVE) * INTERLEAVE + j
+                row = flat // (S * CHANNELS) * DILATION_H
+                column = flat % (S * CHANNELS) // CHANNELS * DILATION_W
+                c = flat % CHANNELS
+                x_mask = within_reduction(flat, R * S * CHANNELS, BLOCK_K)[None, :]
+                if PADDING_H > 0 or PADDING_W > 0:
+                    ih = top[:, None] + row[None, :]
+                    iw = left[:, None] + column[None, :]
+                    x_mask = x_mask & (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width)
+                x_offset = x_row[:, None] + ((row * width + column) * (GROUPS * CHANNELS) + c)[None, :]
+                parts = parts + (tl.load(x + x_offset, mask=x_mask, other=0.0),)  # noqa: RUF005  no starred expressions
+            a = parts[0]
+            if INTERLEAVE > 1:
+                a = tl.reshape(join_positions(parts, INTERLEAVE), (BLOCK_M, BLOCK_K))
             flat = i * BLOCK_K + step
-            row = flat // (S * CHANNELS) * DILATION_H
-            column = flat % (S * CHANNELS) // CHANNELS * DILATION_W
-            c = flat % CHANNELS
-            inside = within_reduction(flat, R * S * CHANNELS, BLOCK_K)[None, :]
-            x_mask = inside
-            if PADDING_H > 0 or PADDING_W > 0:
-                ih = top[:, None] + row[None, :]
-                iw = left[:, None] + column[None, :]
-                x_mask = inside & (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width)
-            x_offset = x_row[:, None] + ((row * width + column) * (GROUPS * CHANNELS) + c)[None, :]
-            a = tl.load(x + x_offset, mask=x_mask, other=0.0)
-            b = tl.load(weight + w_row[:, None] + flat[None, :], mask=inside, other=0.0)
+            # What pack_weight put between two filters is zero, and x is masked there: only the next filter must be.
+            w_mask = within_reduction(flat, W_STRIDE, BLOCK_K)[None, :]
+            b = tl.load(weight + w_row[:, None] + flat[None, :], mask=w_mask, other=0.0)
             acc = tl.dot(a, b.T, acc, input_precision="ieee")
     else:
         STEPS: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
@@ -149,8 +161,8 @@ def config_for(
 ) -> GemmConfig:
     """The tile for `pixels` = N * P * Q output pixels; `channels` and `out_channels` are those of one group."""
     if target.backend == "hip" and channels < FLAT_BELOW and taps * channels % 8:
-        # The stem: its filters start at odd addresses, so they are loaded element by element, and only the 16 x 16
-        # matrix instruction then reads its operands from LDS in more than 16 bits at a time.
+        # The stem: its pixels are loaded element by element, and only the 16 x 16 matrix instruction then reads its
+        # operands from LDS in more than 16 bits at a time.
         block_n, num_warps = (32, 4) if out_channels <= 32 else (64, 8)
         return GemmConfig(128, block_n, 32, num_warps=num_warps, nonkdim=16, kpack=2)
     if channels >= FLAT_BELOW:
@@ -166,9 +178,42 @@ def config_for(
 FLAT_BELOW = 32
 
 
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """The same [K, C, R, S] weight in channels_last, its filters a multiple of 8 elements apart, zeros between them.
+
+    A stem's 7 x 7 x 3 filters would start at odd addresses and be loaded element by element. Other weights are dense
+    already. The kernel takes either storage and only runs faster with this one, so prepare weights once.
+    """
+    k, channels, r, s = weight.shape
+    length = r * s * channels
+    if channels >= FLAT_BELOW or length % 8 == 0:
+        return weight.contiguous(memory_format=torch.channels_last)
+    rows = weight.new_zeros(k, ceil_div(length, 8) * 8)
+    rows[:, :length] = weight.permute(0, 2, 3, 1).reshape(k, length)
+    return rows.as_strided((k, channels, r, s), _packed_strides(weight, rows.shape[1]))
+
+
+def is_packed(weight: torch.Tensor) -> bool:
+    """Whether [K, C, R, S] is stored as the kernel takes it: channels_last, or from `pack_weight`."""
+    if weight.is_contiguous(memory_format=torch.channels_last):
+        return True
+    padded = ceil_div(weight[0].numel(), 8) * 8
+    return weight.shape[1] < FLAT_BELOW and weight.stride() == _packed_strides(weight, padded)
+
+
+def _packed_strides(weight: torch.Tensor, filter_stride: int) -> tuple[int, int, int, int]:
+    _, channels, _, s = weight.shape
+    return filter_stride, 1, s * channels, channels
+
+
+def _filter_stride(weight: torch.Tensor) -> int:
+    # Where there is one filter, PyTorch's stride for it may be anything.
+    return weight.stride(0) if weight.shape[0] > 1 else weight[0].numel()
+
+
 def plan(
     x: torch.Tensor,  # [N, C, H, W] channels_last
-    weight: torch.Tensor,  # [K, C / groups, R, S] channels_last
+    weight: torch.Tensor,  # [K, C / groups, R, S] channels_last, or from pack_weight
     bias: torch.Tensor | None,  # [K]
     residual: torch.Tensor | None,  # [N, K, P, Q] channels_last
     scale: torch.Tensor | None,  # [K]
@@ -231,6 +276,7 @@ def plan(
         "OUT_CHANNELS": group_outputs,
         "R": r,
         "S": s,
+        "W_STRIDE": _filter_stride(weight),
         "STRIDE_H": stride[0],
         "STRIDE_W": stride[1],
         "PADDING_H": padding[0],
@@ -240,6 +286,7 @@ def plan(
         "ACTIVATION": "none" if split else act,
         "WIDE": wide,
         "FLAT": group_channels < FLAT_BELOW,
+        "INTERLEAVE": 4 if target.backend != "cuda" and group_channels % 4 else 1,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -255,7 +302,7 @@ def plan(
 
 def conv2d(
     x: torch.Tensor,  # [N, C, H, W] channels_last
-    weight: torch.Tensor,  # [K, C / groups, R, S] channels_last
+    weight: torch.Tensor,  # [K, C / groups, R, S] channels_last, or from pack_weight
     bias: torch.Tensor | None = None,  # [K]
     residual: torch.Tensor | None = None,  # [N, K, P, Q] channels_last
     scale: torch.Tensor | None = None,  # [K]
@@ -282,7 +329,7 @@ def conv2d(
     require_dot(x)
     y = empty_image(output_shape(x, weight, stride, padding, dilation, groups), x)
     require_tail(y, bias=bias, residual=residual, scale=scale, shift=shift, act=act)
-    require_channels_last(x=x, weight=weight, residual=residual)
+    require_channels_last(x=x, weight=None if is_packed(weight) else weight, residual=residual)
     launches = plan(
         x,
         weight,

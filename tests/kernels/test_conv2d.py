@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from depthfuse.kernels import conv2d as module
-from depthfuse.kernels.conv2d import conv2d
+from depthfuse.kernels.conv2d import conv2d, is_packed, pack_weight
 from depthfuse.kernels.launch import INTERPRETED
 from tests.kernels.oracle import ACTIVATIONS, assert_within, finish, forward_error, guarded
 
@@ -121,6 +121,16 @@ def test_unaligned_and_sliced_input(device):
     moved = guarded(x, offset=1)
     assert torch.equal(conv2d(moved, weight, *tail, **arguments), expected)
     assert torch.equal(conv2d(moved[1:], weight, None, None, **arguments), conv2d(x[1:], weight, **arguments))
+
+
+@pytest.mark.parametrize("case", ["stem_7x7_s2", "one_channel", "3x3_few_channels", "3x3", "grouped_narrow"])
+def test_packed_weight_gives_the_same_bits(case, device):
+    (x, weight, *tail), arguments = operands(CASES[case], torch.float16, device, integers=False)
+    packed = pack_weight(weight)
+    assert is_packed(packed)
+    assert torch.equal(packed, weight)
+    assert packed.shape[0] == 1 or packed.stride(0) % 8 == 0
+    assert torch.equal(conv2d(x, packed, *tail, **arguments), conv2d(x, weight, *tail, **arguments))
 
 
 def bad(**changes):

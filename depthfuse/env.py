@@ -22,7 +22,15 @@ _PACKAGES = (
     "onnxruntime",
     "openvino",
 )
-_OPS = ("conv2d", "depthwise conv2d", "linear")
+# Each op, and whether a CPU has fused ops of oneDNN for it.
+_OPS = {
+    "conv2d": True,
+    "depthwise conv2d": True,
+    "linear": True,
+    "inverted_residual": False,
+    "mlp": False,
+    "attention": False,
+}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,7 +56,10 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu(),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
-        "backends": {device: {op: _backend(device) for op in _OPS} for device in devices},
+        "backends": {
+            device: {op: _backend(device, has_onednn) for op, has_onednn in _OPS.items()}
+            for device in devices
+        },
     }
 
 
@@ -86,10 +97,10 @@ def _gpu(index: int) -> dict[str, Any]:
     }
 
 
-def _backend(device: str) -> dict[str, str]:
+def _backend(device: str, has_onednn: bool) -> dict[str, str]:
     name, reason = resolve_backend("auto", device)
     if name == "reference" and device == "cpu":
-        dtypes = [_name(dtype) for dtype in _DTYPES if onednn.available(dtype)]
+        dtypes = [_name(dtype) for dtype in _DTYPES if has_onednn and onednn.available(dtype)]
         fused = f"oneDNN fused ops in {', '.join(dtypes)}" if dtypes else "plain PyTorch"
         reason = f"{fused}; {reason}"
     return {"backend": name, "reason": reason}

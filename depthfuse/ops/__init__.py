@@ -1,16 +1,25 @@
-"""The fused ops: convolution and linear with bias, residual, activation and affine behind one schema each."""
+"""The fused ops: each declared once, with a PyTorch reference and, where it pays, a Triton kernel behind one schema."""
 
 from depthfuse.ops.activations import ACTIVATIONS
+from depthfuse.ops.attention import attention, attention_reference
 from depthfuse.ops.backend import BackendError, resolve_backend
 from depthfuse.ops.conv2d import conv2d, conv2d_reference
+from depthfuse.ops.inverted_residual import inverted_residual, inverted_residual_reference
 from depthfuse.ops.linear import linear, linear_reference
+from depthfuse.ops.mlp import mlp, mlp_reference
 
 __all__ = [
     "ACTIVATIONS",
     "BackendError",
+    "attention",
+    "attention_reference",
     "conv2d",
     "conv2d_reference",
+    "inverted_residual",
+    "inverted_residual_reference",
     "linear",
     "linear_reference",
+    "mlp",
+    "mlp_reference",
     "resolve_backend",
 ]

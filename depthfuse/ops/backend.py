@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "reference")
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _logged: set[tuple[str, str]] = set()
 
 
@@ -66,3 +69,30 @@ def resolve_backend(backend: str, device: torch.device | str) -> tuple[str, str]
         _logged.add((device.type, reason))
         logger.info("depthfuse ops on %s use the PyTorch reference: %s", device, reason)
     return "reference", reason
+
+
+def runs_triton(op: str, backend: str, x: Tensor, refusal: Callable[[], str | None] = lambda: None) -> bool:
+    """Whether the op's Triton kernel runs on `x`, and not its reference.
+
+    Args:
+        refusal: what the kernel does not take of this call, in words, or None. Called only where Triton runs.
+
+    Raises:
+        BackendError: Triton was asked for by name, and the kernel does not take the call. With "auto" the reference
+            runs in its place, and the first time an op does so is logged. ValueError: an unknown backend.
+    """
+    if resolve_backend(backend, x.device)[0] == "reference":
+        return False
+    refused = refusal()
+    if refused is None and x.dtype not in _KERNEL_DTYPES:
+        refused = f"dtype {x.dtype} (expected float16, bfloat16 or float32)"
+    if refused is None:
+        return True
+    if backend == "triton":
+        raise BackendError(
+            f"{op}: backend 'triton' does not take {refused}; pass backend='auto' or 'reference'"
+        )
+    if (op, "refused") not in _logged:
+        _logged.add((op, "refused"))
+        logger.info("depthfuse::%s uses the PyTorch reference: its kernel does not take %s", op, refused)
+    return False

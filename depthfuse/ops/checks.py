@@ -23,12 +23,12 @@ def check_shape(op: str, name: str, tensor: Tensor | None, expected: Sequence[in
         )
 
 
-def check_same_kind(op: str, x: Tensor, others: dict[str, Tensor | None]) -> None:
+def check_same_kind(op: str, x: Tensor, others: dict[str, Tensor | None], first: str = "x") -> None:
     """Raise TypeError for another dtype than x's or one that is not floating point, ValueError for another
-    device.
+    device. `first` is what x is called.
     """
     if not x.is_floating_point():
-        raise TypeError(f"{op}: x has dtype {x.dtype}, expected a floating-point dtype")
+        raise TypeError(f"{op}: {first} has dtype {x.dtype}, expected a floating-point dtype")
     for name, tensor in others.items():
         if tensor is None:
             continue
@@ -36,3 +36,33 @@ def check_same_kind(op: str, x: Tensor, others: dict[str, Tensor | None]) -> Non
             raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected x's dtype {x.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, expected x's device {x.device}")
+
+
+def check_epilogue(
+    op: str,
+    shape: Sequence[int],
+    *,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    channel_dim: int,
+) -> None:
+    """Raise ValueError unless bias, scale and shift are [K] and the residual has the output's `shape`, where given."""
+    channels = shape[channel_dim]
+    for name, vector in (("bias", bias), ("scale", scale), ("shift", shift)):
+        check_shape(op, name, vector, [channels], f"the output has {channels} channels")
+    check_shape(op, "residual", residual, shape, "the output's shape")
+
+
+def check_channels(op: str, **counts: int) -> None:
+    """Raise ValueError for a number of channels that 32 bits do not hold: the kernels count channels in that many."""
+    for name, count in counts.items():
+        if count >= 2**31:
+            raise ValueError(f"{op}: {name} has {count} channels, expected fewer than 2**31")
+
+
+def check_norm_eps(op: str, norm_eps: float | None) -> None:
+    """Raise ValueError for a negative epsilon."""
+    if norm_eps is not None and not norm_eps >= 0:
+        raise ValueError(f"{op}: norm_eps is {norm_eps}, expected None or a number of at least 0")

@@ -1,8 +1,8 @@
-"""y = scale * act(conv2d(x, weight) + bias + residual) + shift: the op `depthfuse::conv2d`.
+"""y = scale * act(norm(conv2d(x, weight) + bias) + residual) + shift: the op `depthfuse::conv2d`.
 
-Residual before the activation, affine after it: a merged block is Conv -> activation -> BatchNorm. Declared
-once here; "triton" and "reference" implement it. Depthwise convolution is its case groups == C, with a Triton
-kernel of its own.
+Residual before the activation, affine after it: a merged block is Conv -> activation -> BatchNorm. norm is nothing,
+or LayerNorm over the channels of each pixel, as in ConvNeXt. Declared once here; "triton" and "reference"
+implement it. Depthwise convolution is its case groups == C, with a Triton kernel of its own.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from depthfuse.ops.activations import activation
-from depthfuse.ops.backend import resolve_backend
-from depthfuse.ops.checks import check_same_kind, check_shape, shape_text
-
-torch.library.define(
-    "depthfuse::conv2d",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? scale, Tensor? shift, "
-    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, str act, str backend) -> Tensor",
+from depthfuse.ops.backend import runs_triton
+from depthfuse.ops.checks import (
+    check_channels,
+    check_epilogue,
+    check_norm_eps,
+    check_same_kind,
+    shape_text,
 )
+from depthfuse.ops.declare import declare
+from depthfuse.ops.layouts import contiguous, dense_nhwc, depthwise_weight, empty_nhwc, nhwc
+
+# With LayerNorm a program of the kernel holds all channels of its pixels; more would ask for more warps than there are.
+_MAX_NORM_CHANNELS = 2048
 
 
 def conv2d(
@@ -38,9 +42,10 @@ def conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     act: str = "none",
+    norm_eps: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """scale * act(conv2d(x, weight) + bias + residual) + shift, without autograd.
+    """scale * act(norm(conv2d(x, weight) + bias) + residual) + shift, without autograd.
 
     Args:
         x: [N, C, H, W], any strides; channels_last is read in place, anything else is copied first. N may be
@@ -49,6 +54,8 @@ def conv2d(
             x's dtype (float32, float16, bfloat16; the reference takes float64 too) and on its device.
         stride, padding, dilation: one integer or (height, width).
         act: "none", "relu", "relu6", "gelu", "gelu_tanh", "silu" or "hardswish".
+        norm_eps: None for no norm, else the epsilon of LayerNorm over K, whose own affine is scale and shift, or
+            belongs in the next layer's weight. Fused where the convolution is depthwise and K is at most 2048.
         backend: "auto", "triton" or "reference", see `depthfuse.ops.resolve_backend`.
 
     Returns:
@@ -70,6 +77,7 @@ def conv2d(
         groups,
         act,
         backend,
+        norm_eps,
     )
 
 
@@ -86,11 +94,14 @@ def conv2d_reference(
     dilation: Sequence[int],
     groups: int,
     act: str,
+    norm_eps: float | None = None,
 ) -> Tensor:
     """The op in plain PyTorch: oracle, baseline, and what runs where no kernel does. Shapes as in
     `conv2d`.
     """
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if norm_eps is not None:
+        y = F.layer_norm(y.permute(0, 2, 3, 1), (y.shape[1],), eps=norm_eps).permute(0, 3, 1, 2)
     if residual is not None:
         y = y + residual
     y = activation(act).apply(y)
@@ -126,10 +137,11 @@ def _pair(value: int | Sequence[int]) -> list[int]:
 
 
 def check_arguments(
-    x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act
+    x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act, norm_eps=None
 ) -> list[int]:
     """Check everything that `conv2d` promises to check; returns the output's shape."""
     activation(act)
+    check_norm_eps("conv2d", norm_eps)
     check_same_kind(
         "conv2d", x, {"weight": weight, "bias": bias, "residual": residual, "scale": scale, "shift": shift}
     )
@@ -141,6 +153,7 @@ def check_arguments(
         )
     batch, channels, *size = x.shape
     filters, group_channels, *kernel = weight.shape
+    check_channels("conv2d", x=channels, weight=filters)
     if groups < 1 or channels % groups or filters % groups:
         raise ValueError(
             f"conv2d: groups {groups} must divide x's {channels} channels and weight's {filters} filters"
@@ -160,60 +173,60 @@ def check_arguments(
             f"padding {tuple(padding)} and dilation {tuple(dilation)}"
         )
     shape = [batch, filters, *out_size]
-    for name, vector in (("bias", bias), ("scale", scale), ("shift", shift)):
-        check_shape("conv2d", name, vector, [filters], f"weight has {filters} filters")
-    check_shape("conv2d", "residual", residual, shape, "the output's shape")
+    check_epilogue("conv2d", shape, bias=bias, residual=residual, scale=scale, shift=shift, channel_dim=1)
     return shape
 
 
-@torch.library.register_fake("depthfuse::conv2d")
-def _conv2d_fake(x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act, backend):
-    shape = check_arguments(x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act)
-    return _empty_nhwc(shape, x)
+def _fake(
+    x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act, backend, norm_eps=None
+):
+    geometry = (stride, padding, dilation, groups)
+    return empty_nhwc(check_arguments(x, weight, bias, residual, scale, shift, *geometry, act, norm_eps), x)
 
 
-# Skip the autograd keys: by default PyTorch would mark the output as requiring a gradient that nothing computes.
-torch.library.impl("depthfuse::conv2d", "Autograd", torch.library.fallthrough_kernel)
+def _run(
+    x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act, backend, norm_eps=None
+):
+    shape = check_arguments(
+        x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act, norm_eps
+    )
+    depthwise = groups == x.shape[1] == weight.shape[0]
 
+    def refusal() -> str | None:
+        if norm_eps is None or (depthwise and groups <= _MAX_NORM_CHANNELS):
+            return None
+        return f"norm_eps for {groups} groups of {shape_text(weight.shape)} (expected depthwise, at most 2048 channels)"
 
-@torch.library.impl("depthfuse::conv2d", "CompositeExplicitAutograd")
-@torch.no_grad()
-def _conv2d(x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act, backend):
-    shape = check_arguments(x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act)
-    name, _ = resolve_backend(backend, x.device)
+    triton = runs_triton("conv2d", backend, x, refusal)
     if 0 in shape:
-        return _empty_nhwc(shape, x)
+        return empty_nhwc(shape, x)
     geometry = {"stride": stride, "padding": padding, "dilation": dilation}
-    if name == "reference":
-        y = conv2d_reference(x, weight, bias, residual, scale, shift, **geometry, groups=groups, act=act)
-        return y if _is_dense_nhwc(y) else _empty_nhwc(shape, y).copy_(y)
-    x = _nhwc(x)
-    weight = _nhwc(weight)
-    residual = None if residual is None else _nhwc(residual)
-    if groups == x.shape[1] and weight.shape[0] == groups:
+    if not triton:
+        options = {"groups": groups, "act": act, "norm_eps": norm_eps}
+        return dense_nhwc(conv2d_reference(x, weight, bias, residual, scale, shift, **geometry, **options))
+    bias, scale, shift = contiguous(bias, scale, shift)
+    residual = None if residual is None else nhwc(residual)
+    if depthwise:
         from depthfuse.kernels.depthwise import depthwise_conv2d
 
-        return depthwise_conv2d(x, weight, bias, residual, scale, shift, **geometry, act=act)
+        tail = (bias, residual, scale, shift)
+        options = {"act": act, "norm_eps": norm_eps}
+        return depthwise_conv2d(nhwc(x), depthwise_weight(weight), *tail, **geometry, **options)
     from depthfuse.kernels.conv2d import conv2d as triton_conv2d
 
-    return triton_conv2d(x, weight, bias, residual, scale, shift, **geometry, groups=groups, act=act)
+    tail = (bias, residual, scale, shift)
+    return triton_conv2d(nhwc(x), nhwc(weight), *tail, **geometry, groups=groups, act=act)
 
 
-def _nhwc(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _empty_nhwc(shape: list[int], like: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def _is_dense_nhwc(x: Tensor) -> bool:
-    # Exact strides, not `is_contiguous(memory_format=...)`: that one ignores axes of size 1, the fake kernel
-    # does not.
-    _, channels, height, width = x.shape
-    return x.stride() == (height * width * channels, 1, width * channels, channels)
-
-
-@register_flop_formula(torch.ops.depthfuse.conv2d)
-def _conv2d_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     return conv2d_flops(x_shape, weight_shape, out_shape)
+
+
+declare(
+    "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? scale, Tensor? shift, "
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, str act, str backend, "
+    "float? norm_eps=None) -> Tensor",
+    fake=_fake,
+    run=_run,
+    flops=_flops,
+)

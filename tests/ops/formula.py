@@ -18,17 +18,23 @@ EXACT_ACTS = ("none", "relu", "relu6")  # integers stay integers
 STEEPEST = 1.5
 
 
-def exact(product, weight, vectors, residual, act, channel_axis):
+def exact(product, weight, vectors, residual, act, channel_axis, inner_depths=()):
     """(y, bound): scale * act(product + bias + residual) + shift in float64 and the allowed |computed - y|.
 
     Args:
-        product: (x, weight) -> their product in float64, without bias. x is bound in it.
+        product: (magnitudes) -> the product in float64, without bias; of the operands' magnitudes where `magnitudes`.
+        weight: of the product, [K, ...].
         vectors: {"bias", "scale", "shift"} -> [K] or None, in the tested dtype.
+        inner_depths: of an op of several layers, the lengths of the sums in the layers before this product.
 
     The bound: a sum of n products, rounded at each step in the tested dtype with unit roundoff u, is off by at most
-    c * u * sqrt(n) * sum |x||w| (independent errors); each step after it adds a few u of its operands.
+    c * u * sqrt(n) * sum |x||w| (independent errors); each step after it adds a few u of its operands. The error of
+    an inner layer grows by the steepest slope at each activation behind it.
     """
-    dtype, depth = weight.dtype, weight[0].numel()
+    dtype = weight.dtype
+    growth = 0.0
+    for depth in (*inner_depths, weight[0].numel()):
+        growth = STEEPEST * (growth + 8 * depth**0.5 + 16)
 
     def wide(name):
         vector = vectors.get(name)
@@ -41,7 +47,7 @@ def exact(product, weight, vectors, residual, act, channel_axis):
         if term is not None:
             z, magnitude = z + term, magnitude + term.abs()
     u = torch.finfo(dtype).eps / 2
-    y, error = ACT[act](z), STEEPEST * (8 * depth**0.5 + 16) * u * magnitude
+    y, error = ACT[act](z), growth * u * magnitude
     scale, shift = wide("scale"), wide("shift")
     if scale is not None:
         y, error = y * scale, (error + 2 * u * y.abs()) * scale.abs()
@@ -68,6 +74,18 @@ def linear_product(x, weight):
         return operands[0] @ operands[1].T
 
     return product
+
+
+def normalized(x, eps):
+    """(value, magnitude): LayerNorm without affine over the last axis of float64 x, written out, and its magnitude.
+
+    An error e of every input moves the normalised value by at most (2 + |value|) e / deviation, so an error that is a
+    fraction of the largest input is that fraction of the magnitude.
+    """
+    centred = x - x.mean(-1, keepdim=True)
+    deviation = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    value = centred / deviation
+    return value, (2 + value.abs()) * x.abs().amax(-1, keepdim=True) / deviation
 
 
 def assert_within(computed, y, bound):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from depthfuse.ops import ACTIVATIONS, BackendError, backend, conv2d
-from tests.ops.formula import ACT, EXACT_ACTS, assert_within, conv_product, exact, integers
+from tests.ops.formula import ACT, EXACT_ACTS, assert_within, conv_product, exact, integers, normalized
 
 LONG = os.environ.get("DEPTHFUSE_LONG") == "1"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -98,6 +98,30 @@ def test_any_shape(data):
     y = conv2d(x, weight, residual=residual, **vectors, **geometry, act=act)
     assert is_channels_last(y)
     assert_within(y, *exact(conv_product(x, weight, **geometry), weight, vectors, residual, act, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [1, 8])
+def test_layer_norm_over_channels(groups, dtype):
+    x, weight = noise((2, 8, 5, 6), dtype), noise((8, 8 // groups, 3, 3), dtype)
+    vectors, residual = operands(x, weight, TERMS[-1], dtype, noise, padding=1, groups=groups)
+    bias = vectors.pop("bias")
+    plain, magnitude = (
+        conv_product(x, weight, padding=1, groups=groups)(magnitudes)
+        + (bias.double().abs() if magnitudes else bias.double()).view(-1, 1, 1)
+        for magnitudes in (False, True)
+    )
+    value, _ = normalized(plain.permute(0, 2, 3, 1), 1e-6)
+    spread = (plain.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    # as `normalized` says, but of an error that is a fraction of the largest sum of magnitudes
+    worst = (2 + value.abs()).permute(0, 3, 1, 2) * magnitude.amax(1, keepdim=True) / spread
+
+    def product(magnitudes):
+        return worst if magnitudes else value.permute(0, 3, 1, 2)
+
+    y = conv2d(x, weight, bias, residual, **vectors, padding=1, groups=groups, act="silu", norm_eps=1e-6)
+    assert is_channels_last(y)
+    assert_within(y, *exact(product, weight, vectors, residual, "silu", 1, [8]))
 
 
 def layouts(x):
@@ -201,6 +225,16 @@ BAD = {
     "dilation": (ValueError, {"dilation": (1, 0)}, ["dilation", "(1, 0)", "at least 1"]),
     "three strides": (ValueError, {"stride": (1, 1, 1)}, ["(1, 1, 1)", "two"]),
     "kernel too large": (ValueError, {"x": torch.zeros(2, 6, 2, 2)}, ["[2, 6, 2, 2]", "[3, 3]"]),
+    "norm_eps": (ValueError, {"norm_eps": float("nan")}, ["norm_eps", "nan", "at least 0"]),
+    "channels beyond 32 bits": (
+        ValueError,
+        {
+            "x": torch.empty(1, 2**31, 1, 1, device="meta"),
+            "weight": torch.empty(1, 2**31, 1, 1, device="meta"),
+            "bias": None,
+        },
+        ["x", "2147483648", "2**31"],
+    ),
     "backend": (ValueError, {"backend": "cuda"}, ["'cuda'", "auto", "triton", "reference"]),
 }
 

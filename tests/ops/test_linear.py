@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from depthfuse.ops import BackendError, backend, linear
-from tests.ops.formula import ACT, EXACT_ACTS, assert_within, exact, integers, linear_product
+from tests.ops.formula import ACT, EXACT_ACTS, assert_within, exact, integers, linear_product, normalized
 
 LONG = os.environ.get("DEPTHFUSE_LONG") == "1"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -58,6 +58,21 @@ def test_any_shape(data):
     y = linear(x, weight, residual=residual, **vectors, act=act)
     assert y.is_contiguous()
     assert_within(y, *exact(linear_product(x, weight), weight, vectors, residual, act, -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 17), (8,)])
+def test_layer_norm_before_the_product(shape, dtype):
+    for eps in (1e-6, 0.5):
+        x, weight = noise(shape, dtype) + 3, noise((13, shape[-1]), dtype)
+        value, magnitude = normalized(x.double(), eps)
+        vectors, residual = operands(x, weight, TERMS[-1], dtype, noise)
+
+        def product(magnitudes, value=value, magnitude=magnitude, weight=weight):
+            return magnitude @ weight.double().abs().T if magnitudes else value @ weight.double().T
+
+        y = linear(x, weight, residual=residual, **vectors, act="silu", norm_eps=eps)
+        assert_within(y, *exact(product, weight, vectors, residual, "silu", -1, [shape[-1]]))
 
 
 def layouts(x):
@@ -129,6 +144,16 @@ BAD = {
     "integers": (TypeError, {"x": X.int(), "weight": W.int()}, ["x", "torch.int32", "floating-point"]),
     "act": (ValueError, {"act": "GELU"}, ["'GELU'", "gelu_tanh"]),
     "device": (ValueError, {"weight": W.to("meta")}, ["weight", "meta", "cpu"]),
+    "norm_eps": (ValueError, {"norm_eps": -1.0}, ["norm_eps", "-1.0", "at least 0"]),
+    "channels": (
+        ValueError,
+        {
+            "x": torch.empty(1, 2**31, device="meta"),
+            "weight": torch.empty(1, 2**31, device="meta"),
+            "bias": None,
+        },
+        ["x", "2147483648", "2**31"],
+    ),
     "backend": (ValueError, {"backend": "cuda"}, ["'cuda'", "auto", "triton", "reference"]),
 }
 

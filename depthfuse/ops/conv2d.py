@@ -71,9 +71,9 @@ def conv2d(
         residual,
         scale,
         shift,
-        _pair(stride),
-        _pair(padding),
-        _pair(dilation),
+        as_pair(stride),
+        as_pair(padding),
+        as_pair(dilation),
         groups,
         act,
         backend,
@@ -129,11 +129,26 @@ def output_size(size: Sequence[int], kernel: Sequence[int], stride, padding, dil
     ]
 
 
-def _pair(value: int | Sequence[int]) -> list[int]:
+def as_pair(value: int | Sequence[int]) -> list[int]:
+    """One integer for both axes, or (height, width). Raises ValueError for anything else."""
     pair = [value, value] if isinstance(value, int | torch.SymInt) else list(value)
     if len(pair) != 2:
-        raise ValueError(f"conv2d: expected one integer or two (height, width), got {value}")
+        raise ValueError(f"expected one integer or two (height, width), got {value}")
     return pair
+
+
+def check_window(op: str, x: Tensor, kernel: Sequence[int], stride, padding, dilation) -> list[int]:
+    """Raise ValueError for a geometry that does not fit x [N, C, H, W]; returns the output's height and width."""
+    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if min(pair) < least:
+            raise ValueError(f"{op}: {name} is {tuple(pair)}, expected at least {least}")
+    size = output_size(x.shape[2:], kernel, stride, padding, dilation)
+    if min(size) < 1:
+        raise ValueError(
+            f"{op}: x of {shape_text(x.shape)} is smaller than the kernel {shape_text(kernel)} with "
+            f"padding {tuple(padding)} and dilation {tuple(dilation)}"
+        )
+    return size
 
 
 def check_arguments(
@@ -151,7 +166,7 @@ def check_arguments(
         raise ValueError(
             f"conv2d: weight has shape {shape_text(weight.shape)}, expected [K, C / groups, R, S]"
         )
-    batch, channels, *size = x.shape
+    batch, channels = x.shape[:2]
     filters, group_channels, *kernel = weight.shape
     check_channels("conv2d", x=channels, weight=filters)
     if groups < 1 or channels % groups or filters % groups:
@@ -163,15 +178,7 @@ def check_arguments(
             f"conv2d: weight has shape {shape_text(weight.shape)}, expected [K, {channels // groups}, R, S] "
             f"(x has {channels} channels, groups is {groups})"
         )
-    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        if min(pair) < least:
-            raise ValueError(f"conv2d: {name} is {tuple(pair)}, expected at least {least}")
-    out_size = output_size(size, kernel, stride, padding, dilation)
-    if min(out_size) < 1:
-        raise ValueError(
-            f"conv2d: x of {shape_text(x.shape)} is smaller than the kernel {shape_text(kernel)} with "
-            f"padding {tuple(padding)} and dilation {tuple(dilation)}"
-        )
+    out_size = check_window("conv2d", x, kernel, stride, padding, dilation)
     shape = [batch, filters, *out_size]
     check_epilogue("conv2d", shape, bias=bias, residual=residual, scale=scale, shift=shift, channel_dim=1)
     return shape
@@ -213,9 +220,11 @@ def _run(
         options = {"act": act, "norm_eps": norm_eps}
         return depthwise_conv2d(nhwc(x), depthwise_weight(weight), *tail, **geometry, **options)
     from depthfuse.kernels.conv2d import conv2d as triton_conv2d
+    from depthfuse.kernels.conv2d import is_packed
 
+    weight = weight if is_packed(weight) else nhwc(weight)
     tail = (bias, residual, scale, shift)
-    return triton_conv2d(nhwc(x), nhwc(weight), *tail, **geometry, groups=groups, act=act)
+    return triton_conv2d(nhwc(x), weight, *tail, **geometry, groups=groups, act=act)
 
 
 def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:

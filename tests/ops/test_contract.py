@@ -1,6 +1,7 @@
 """What every op of `depthfuse.ops` keeps: PyTorch's tools take it, empty batches work, and its backends agree."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +10,22 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from depthfuse.ops import BackendError, attention, backend, conv2d, inverted_residual, linear, mlp
+from depthfuse.ops import (
+    BackendError,
+    attention,
+    backend,
+    conv2d,
+    depthwise_pointwise,
+    inverted_residual,
+    linear,
+    mlp,
+    pool_linear,
+    winograd_conv2d,
+)
 from tests.ops.formula import integers
 
 pytest.importorskip("triton", reason="the kernels are written in Triton, which is not installed")
+from depthfuse.kernels.winograd import pack_weight
 
 
 @dataclass(frozen=True)
@@ -26,13 +39,17 @@ class Example:
         default_factory=dict
     )  # shapes that its kernel does not take
     exact: bool = True  # whether small integers in give integers out, with nothing rounded
+    prepare: dict[str, Callable[[Tensor], Tensor]] = field(
+        default_factory=dict
+    )  # what makes an argument of a tensor
 
     def tensors(self, batch: int = 2, make=integers, dtype=torch.float32, **changed) -> dict[str, Tensor]:
         shapes = (self.shapes | changed).items()
         return {k: make(tuple(batch if n is None else n for n in s), dtype) for k, s in shapes}
 
     def __call__(self, tensors: dict[str, Tensor], **more) -> Tensor:
-        return self.op(**tensors, **self.options, **more)
+        prepared = {k: self.prepare[k](t) if k in self.prepare else t for k, t in tensors.items()}
+        return self.op(**prepared, **self.options, **more)
 
 
 TAIL = {"scale": (8,), "shift": (8,)}
@@ -90,6 +107,35 @@ EXAMPLES = {
         {"x": (None, 3, 12), "w1": (16, 12), "b1": (16,), "w2": (8, 16), "b2": (8,), **ROWS},
         {"act_inner": "gelu", "norm_eps": 1e-6},
         exact=False,
+    ),
+    "depthwise_pointwise": Example(
+        depthwise_pointwise,
+        {
+            "x": (None, 6, 5, 7),
+            "w1": (6, 1, 3, 3),
+            "b1": (6,),
+            "w2": (8, 6, 1, 1),
+            "b2": (8,),
+            "residual": (None, 8, 5, 7),
+            **TAIL,
+        },
+        {"padding": 1, "act_inner": "relu"},
+        {"w2": (257, 6, 1, 1), "b2": (257,), "residual": (2, 257, 5, 7), "scale": (257,), "shift": (257,)},
+    ),
+    "pool_linear": Example(
+        pool_linear, {"x": (None, 12, 4, 2), "weight": (8, 12), "bias": (8,)}, {}, exact=False
+    ),
+    "pool_linear, norm": Example(
+        pool_linear,
+        {"x": (None, 12, 4, 2), "weight": (8, 12), "bias": (8,)},
+        {"norm_eps": 1e-6},
+        exact=False,
+    ),
+    "winograd_conv2d": Example(
+        winograd_conv2d,
+        {"x": (None, 6, 5, 7), "packed": (8, 6, 3, 3), **IMAGE},
+        {"padding": 1, "act": "relu"},
+        prepare={"packed": lambda weight: pack_weight(4 * weight)},  # times 4: integers stay integers
     ),
     "attention": Example(
         attention, {"qkv": (None, 9, 192)}, {"heads": 2}, {"qkv": (1, 1025, 96)}, exact=False

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,33 +35,45 @@ def plain_ops() -> Iterator[None]:
         _local.plain = before
 
 
-def _drop_packed(module: _Fused, _incompatible_keys: object) -> None:
+def _drop_packed(module: FusedModule, _incompatible_keys: object) -> None:
     # A function with a name, not a lambda: modules that hold a lambda cannot be pickled.
     module._unbind()
 
 
-class _Fused(nn.Module):
-    """What the fused modules share: the epilogue's buffers, the bound implementation's life, the report's text."""
+class FusedModule(nn.Module):
+    """What stands in a plan for several layers: tensors, a description in plain values, and implementations to choose.
 
-    weight: Tensor
-    bias: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
+    A subclass passes its tensors on by the names of its constructor's arguments and gives the other arguments in
+    `config`, so that `type(m)(**m.tensors(), **m.config())` is the same module again. Its `forward` takes tensors.
+    """
 
-    def __init__(self, weight, bias, scale, shift, act: str, backend: str) -> None:
+    def __init__(self, backend: str, **tensors: Tensor | None) -> None:
         super().__init__()
-        activation(act)
-        self.act = act
         self.backend = backend
-        for name, value in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
+        self._tensor_names = tuple(tensors)
+        for name, value in tensors.items():
             self.register_buffer(name, None if value is None else value.detach().clone())
         self._unbind()
         self.register_load_state_dict_post_hook(_drop_packed)
         self.eval()
 
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The constructor's tensor arguments."""
+        return {name: getattr(self, name) for name in self._tensor_names}
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's other arguments: numbers, strings and lists of them, fit for JSON."""
+        raise NotImplementedError
+
+    def signature(self) -> dict[str, Any]:
+        """All that the speed of this module depends on, its inputs apart; fit for JSON."""
+        shapes = {name: None if t is None else list(t.shape) for name, t in self.tensors().items()}
+        dtype = str(next(self.buffers()).dtype).removeprefix("torch.")
+        return {"module": type(self).__name__, "config": self.config(), "tensors": shapes, "dtype": dtype}
+
     def _unbind(self) -> None:
-        self._runner: cpu.Runner | None = None
-        self._bound = "plain"
+        self._runner: Callable[..., Tensor] | None = None
+        self._bound: str | None = None
 
     def _apply(self, fn, recurse: bool = True):
         self._unbind()
@@ -68,14 +81,7 @@ class _Fused(nn.Module):
 
     def __getstate__(self):
         # Packed weights are opaque: they can neither be copied nor saved.
-        return {**super().__getstate__(), "_runner": None, "_bound": "plain"}
-
-    def _is_cpu_reference(self) -> bool:
-        name, _ = ops.resolve_backend(self.backend, self.weight.device)
-        return name == "reference" and self.weight.device.type == "cpu"
-
-    def _epilogue(self) -> cpu.Epilogue:
-        return cpu.Epilogue(self.bias, self.scale, self.shift, self.act)
+        return {**super().__getstate__(), "_runner": None, "_bound": None}
 
     def _runs_bound(self, x: Tensor) -> bool:
         return (
@@ -86,17 +92,95 @@ class _Fused(nn.Module):
             and not torch.jit.is_tracing()
         )
 
-    def _check(self, x: Tensor, residual: Tensor | None) -> None:
-        raise NotImplementedError
+    def _resolved(self) -> tuple[str, bool]:
+        """The backend of the unbound module, and whether that is the reference on a CPU."""
+        device = next(self.buffers()).device
+        name, _ = ops.resolve_backend(self.backend, device)
+        return name, name == "reference" and device.type == "cpu"
 
-    def _check_name(self, name: str) -> None:
+    def _op_backend(self) -> str:
+        """What to pass to the op as its backend."""
+        return self._bound if self._bound in ("triton", "reference") else self.backend
+
+    def candidates(self) -> list[str]:
+        """The implementations that can run this module where it is, the usual best first.
+
+        On a CPU those of `depthfuse.ops.cpu`; on a GPU "triton" and "reference", which is the vendor's library.
+        """
+        name, on_cpu = self._resolved()
+        if on_cpu:
+            return self._cpu_candidates()
+        return ["triton", "reference"] if name == "triton" and self.backend == "auto" else [name]
+
+    def use(self, name: str, input_size: Sequence[int]) -> None:
+        """Bind the implementation `name`, one of `candidates()` or "plain", which is none of them.
+
+        Args:
+            input_size: the shape of x for which packed weights are laid out; they are right for any other.
+
+        Raises:
+            ValueError: an unknown implementation.
+        """
         names = list(dict.fromkeys([*self.candidates(), "plain"]))
         if name not in names:
             raise ValueError(f"unknown implementation {name!r}; expected one of {', '.join(names)}")
+        self._unbind()
+        if name == "plain":
+            return
+        if self._resolved()[1]:
+            self._runner = self._bind_cpu(name, input_size)
+        self._bound = name
+
+    def prepare(self, input_size: Sequence[int]) -> None:
+        """Bind the implementation that is usually best; `depthfuse.accelerate` measures instead."""
+        self.use(self.candidates()[0], input_size)
+
+    def _cpu_candidates(self) -> list[str]:
+        return ["plain"]
+
+    def _bind_cpu(self, name: str, input_size: Sequence[int]) -> Callable[..., Tensor]:
+        raise NotImplementedError
+
+    def swallows_nan(self) -> bool:
+        """Whether the bound implementation turns NaN into a number."""
+        return False
+
+    def implementation(self) -> str:
+        """What runs this module: "triton" or "reference", or on a CPU one of `depthfuse.ops.cpu`."""
+        name, on_cpu = self._resolved()
+        return self._bound or ("plain" if on_cpu else name)
+
+    def epilogue(self) -> str:
+        """What is fused behind the product, in words."""
+        return "none"
+
+    def extra_repr(self) -> str:
+        return f"implementation={self.implementation()!r}, epilogue={self.epilogue()!r}"
+
+
+class _FusedProduct(FusedModule):
+    """A convolution or linear layer with its epilogue."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def __init__(self, weight, bias, scale, shift, act: str, backend: str) -> None:
+        activation(act)
+        super().__init__(backend, weight=weight, bias=bias, scale=scale, shift=shift)
+        self.act = act
+
+    def _epilogue(self) -> cpu.Epilogue:
+        return cpu.Epilogue(self.bias, self.scale, self.shift, self.act)
+
+    def _check(self, x: Tensor, residual: Tensor | None) -> None:
+        raise NotImplementedError
 
     def _run_bound(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if residual is not None and residual.dtype != self.weight.dtype:
             self._check(x, residual)
+        assert self._runner is not None
         try:
             with torch.no_grad():  # an input that requires a gradient must not make this record one
                 return self._runner(x, residual)
@@ -104,39 +188,17 @@ class _Fused(nn.Module):
             self._check(x, residual)  # says what does not fit; if all does, it is another error
             raise
 
-    def candidates(self) -> list[str]:
-        """The implementations that can run this module where it is, the usual best first; see `depthfuse.ops.cpu`."""
-        raise NotImplementedError
-
-    def use(self, name: str, input_size: Sequence[int]) -> None:
-        """Bind the implementation `name`, one of `candidates()`; packed weights are laid out for `input_size`."""
-        raise NotImplementedError
-
-    def prepare(self, input_size: Sequence[int]) -> None:
-        """Bind the implementation that is usually best; `depthfuse.accelerate` measures instead."""
-        self.use(self.candidates()[0], input_size)
-
     def swallows_nan(self) -> bool:
-        """Whether the bound implementation's activation turns NaN into a number."""
         return self._bound == "onednn" and self.act in cpu.SWALLOWS_NAN
 
-    def implementation(self) -> str:
-        """What runs this module: "triton", or on a CPU one of `depthfuse.ops.cpu`."""
-        name, _ = ops.resolve_backend(self.backend, self.weight.device)
-        return name if name != "reference" else self._bound
-
     def epilogue(self) -> str:
-        """What is fused behind the product, in words."""
         parts = ["bias"] if self.bias is not None else []
         parts += [self.act] if self.act != "none" else []
         parts += ["affine"] if self.scale is not None or self.shift is not None else []
         return " + ".join(parts) or "none"
 
-    def extra_repr(self) -> str:
-        return f"implementation={self.implementation()!r}, epilogue={self.epilogue()!r}"
 
-
-class FusedConv2d(_Fused):
+class FusedConv2d(_FusedProduct):
     """scale * act(conv2d(x, weight) + bias + residual) + shift. Depthwise where groups equals the channels.
 
     Args:
@@ -182,19 +244,16 @@ class FusedConv2d(_Fused):
             backend=backend,
         )
 
-    def candidates(self) -> list[str]:
-        if not self._is_cpu_reference():
-            return ["plain"]
+    def config(self) -> dict[str, Any]:
+        geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        return {**geometry, "groups": self.groups, "act": self.act, "backend": self.backend}
+
+    def _cpu_candidates(self) -> list[str]:
         return cpu.conv2d_candidates(self.weight, self.padding, self.groups)
 
-    def use(self, name: str, input_size: Sequence[int]) -> None:
-        self._check_name(name)
-        self._unbind()
-        if name == "plain":
-            return
+    def _bind_cpu(self, name: str, input_size: Sequence[int]) -> cpu.Runner:
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        self._runner = cpu.bind_conv2d(name, self.weight, self._epilogue(), *geometry, input_size)
-        self._bound = name
+        return cpu.bind_conv2d(name, self.weight, self._epilogue(), *geometry, input_size)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [N, C, H, W]; residual: [N, K, P, Q] or None. Returns [N, K, P, Q] in channels_last."""
@@ -215,7 +274,7 @@ class FusedConv2d(_Fused):
             names = ("stride", "padding", "dilation", "groups")
             keywords = dict(zip(names, geometry, strict=True))
             return ops.conv2d_reference(x, self.weight, *vectors, **keywords, act=self.act)
-        return torch.ops.depthfuse.conv2d(x, self.weight, *vectors, *geometry, self.act, self.backend)
+        return torch.ops.depthfuse.conv2d(x, self.weight, *vectors, *geometry, self.act, self._op_backend())
 
     def _check(self, x: Tensor, residual: Tensor | None) -> None:
         vectors = (self.bias, residual, self.scale, self.shift)
@@ -231,7 +290,7 @@ class FusedConv2d(_Fused):
         )
 
 
-class FusedLinear(_Fused):
+class FusedLinear(_FusedProduct):
     """scale * act(x @ weight.T + bias + residual) + shift over the last axis.
 
     Args:
@@ -249,15 +308,14 @@ class FusedLinear(_Fused):
         """From an nn.Linear, which is left alone."""
         return cls(linear.weight, linear.bias, scale, shift, act=act, backend=backend)
 
-    def candidates(self) -> list[str]:
-        return cpu.linear_candidates(self.weight) if self._is_cpu_reference() else ["plain"]
+    def config(self) -> dict[str, Any]:
+        return {"act": self.act, "backend": self.backend}
 
-    def use(self, name: str, input_size: Sequence[int]) -> None:
-        self._check_name(name)
-        self._unbind()
-        if name != "plain":
-            self._runner = cpu.bind_linear(name, self.weight, self._epilogue(), input_size)
-            self._bound = name
+    def _cpu_candidates(self) -> list[str]:
+        return cpu.linear_candidates(self.weight)
+
+    def _bind_cpu(self, name: str, input_size: Sequence[int]) -> cpu.Runner:
+        return cpu.bind_linear(name, self.weight, self._epilogue(), input_size)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [..., C]; residual: [..., K] or None. Returns [..., K]."""
@@ -270,10 +328,14 @@ class FusedLinear(_Fused):
         vectors = (self.bias, residual, self.scale, self.shift)
         if torch.jit.is_tracing():
             return ops.linear_reference(x, self.weight, *vectors, act=self.act)
-        return torch.ops.depthfuse.linear(x, self.weight, *vectors, self.act, self.backend)
+        return torch.ops.depthfuse.linear(x, self.weight, *vectors, self.act, self._op_backend())
 
     def _check(self, x: Tensor, residual: Tensor | None) -> None:
         check_linear(x, self.weight, self.bias, residual, self.scale, self.shift, self.act)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, {super().extra_repr()}"
+
+
+# By name, for those who rebuild a plan from a file.
+FUSED_MODULES: dict[str, type[FusedModule]] = {cls.__name__: cls for cls in (FusedConv2d, FusedLinear)}

@@ -21,6 +21,11 @@ class Timing:
         return statistics.median(self.rounds_ms)
 
     @property
+    def least_ms(self) -> float:
+        """The fastest round: whatever disturbs a run makes it longer."""
+        return min(self.rounds_ms)
+
+    @property
     def quartiles_ms(self) -> tuple[float, float]:
         if len(self.rounds_ms) < 2:
             return self.median_ms, self.median_ms
@@ -38,7 +43,8 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Time each call once a round, in turn, each repeated until a round lasts `min_round_ms`.
 
-    On a GPU the device is synchronised around each round. Nothing else may run on the machine.
+    Each turn starts with one call that is not timed: threads and caches are cold after another's turn. On a GPU the
+    device is synchronised around each round. Nothing else may run on the machine.
     """
     sync = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
 
@@ -58,5 +64,6 @@ def time_interleaved(
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            call()
             times[name].append(run_ms(call, repeats[name]))
     return {name: Timing(tuple(values)) for name, values in times.items()}

@@ -31,6 +31,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_dir(tmp_path_factory):
+    """What tests measure stays out of the user's cache; processes that they start share it."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["DEPTHFUSE_CACHE_DIR"] = str(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Seeds Python, NumPy and torch before each test, so that a failure repeats; returns the seed."""

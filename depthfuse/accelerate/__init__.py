@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from depthfuse.accelerate.build import build_plan
+from depthfuse.accelerate.cache import MeasuredCache, cache_folder
 from depthfuse.accelerate.errors import AccelerationError
+from depthfuse.accelerate.executor import Execution, choose_execution, worth_measuring
 from depthfuse.accelerate.model import AcceleratedModel
-from depthfuse.accelerate.onednn_graph import compile_plan
 from depthfuse.accelerate.report import Entry, Report
-from depthfuse.accelerate.tune import choose_chunk, choose_implementations, clearly_faster, measure_ms
+from depthfuse.accelerate.tune import TUNE, choose_implementations
+from depthfuse.accelerate.verify import compare_operations
 from depthfuse.accelerate.verify import verify as verify_plan
 from depthfuse.ops import resolve_backend
 
-__all__ = ["AcceleratedModel", "AccelerationError", "Entry", "Report", "accelerate"]
+__all__ = ["AcceleratedModel", "AccelerationError", "Entry", "Report", "accelerate", "cache_folder"]
 
 
 def accelerate(
@@ -24,7 +27,7 @@ def accelerate(
     example_inputs: Tensor | tuple[Tensor, ...] | None = None,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
-    verify: bool = True,
+    verify: bool | str = True,
     tune: str = "measure",
 ) -> AcceleratedModel:
     """Replace convolution and linear chains by fused modules and check that nothing else changed.
@@ -36,16 +39,20 @@ def accelerate(
             right for any.
         dtype: float32, float16, bfloat16 or float64 for the result; default the model's own.
         backend: "auto", "triton" or "reference", see `depthfuse.ops.resolve_backend`.
-        verify: compare outputs with the model's on the example input.
+        verify: True compares outputs with the model's on the example input; "blocks" also gives the error of every
+            operation against a float64 copy of the model, in the report; False does neither.
         tune: "measure" runs the implementations of every distinct shape on this machine and takes the fastest (one
-            to a few seconds); "heuristic" takes the usual best without running any.
+            to a few seconds, kept for the next time in `cache_folder()`), then compares the whole with the model: where
+            that is faster, a copy of it runs. "heuristic" takes the usual best without running any. "off" leaves the
+            fused modules to the plain ops.
 
     Returns:
         An AcceleratedModel; `print(result.report())` shows what was fused.
 
     Raises:
         AccelerationError: the model is in training mode, the example input does not go through it, no input
-            size is known, or the outputs differ (the worst layer is named).
+            size is known, or the outputs differ (the worst operation is named).
+        ValueError: an unknown `tune`, `verify` or `backend`.
         depthfuse.ops.BackendError: a backend asked for by name cannot run here.
     """
     training = next((name or "the model itself" for name, m in model.named_modules() if m.training), None)
@@ -57,55 +64,68 @@ def accelerate(
     dtype = dtype or tensor.dtype
     if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise AccelerationError(f"dtype is {dtype}, expected float32, float16, bfloat16 or float64")
-    if tune not in ("measure", "heuristic"):
-        raise ValueError(f"tune is {tune!r}, expected 'measure' or 'heuristic'")
+    if tune not in TUNE:
+        raise ValueError(f"tune is {tune!r}, expected one of {', '.join(map(repr, TUNE))}")
+    if verify not in (True, False, "blocks"):
+        raise ValueError(f"verify is {verify!r}, expected True, False or 'blocks'")
     resolve_backend(backend, tensor.device)
     if example_inputs is None:
         example_inputs = _default_input(model, tensor)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     _try_inputs(model, inputs, tensor)
-    measure = tune == "measure"
     plan = build_plan(model, inputs, dtype, backend)
-    accelerated = AcceleratedModel(plan.module, dtype, _in_channels(inputs))
-    given = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
-    choose_implementations(plan.module, given, measure=False)
-    executor = "op by op"
-    if measure and tensor.device.type == "cpu" and resolve_backend(backend, "cpu")[0] == "reference":
-        executor = _measure_executors(accelerated, given)
-    entries = tuple(
-        replace(entry, implementation=plan.module.get_submodule(entry.name).implementation())
-        if entry.fused
-        else entry
-        for entry in plan.entries
+    report = Report(
+        type(model).__name__,
+        str(dtype).removeprefix("torch."),
+        str(tensor.device),
+        tuple(plan.entries),
+        "op by op",
+        None,
     )
-    where = (type(model).__name__, str(dtype).removeprefix("torch."), str(tensor.device))
-    accelerated.set_report(Report(*where, entries, executor, None))
+    accelerated = AcceleratedModel(plan.module, dtype, _in_channels(inputs), report)
+    tune_plan(accelerated, model, inputs, backend, tune)
     if verify:
         error = verify_plan(accelerated, model, inputs)
         accelerated.set_report(replace(accelerated.report(), max_relative_error=error))
+    if verify == "blocks":
+        entries = compare_operations(accelerated, copy.deepcopy(model).double(), inputs)
+        accelerated.set_report(replace(accelerated.report(), entries=entries))
     return accelerated
 
 
-def _measure_executors(accelerated: AcceleratedModel, inputs: tuple[Tensor, ...]) -> str:
-    """Choose how many images run at a time, each op's implementation, and whether oneDNN Graph runs them all.
+def tune_plan(
+    accelerated: AcceleratedModel,
+    model: nn.Module | None,
+    inputs: tuple[Tensor, ...],
+    backend: str,
+    tune: str,
+) -> None:
+    """Choose what runs each operation and the whole, for inputs like `inputs`, and write it into the report.
 
-    Returns:
-        What runs the plan, in words.
+    Args:
+        model: what the plan was made from, to be compared with; None where it is not at hand.
     """
     plan = accelerated.plan
-    accelerated.chunk = choose_chunk(plan, inputs)
-    part = inputs if accelerated.chunk is None else tuple(x[: accelerated.chunk] for x in inputs)
-    choose_implementations(plan, part, measure=True)
-    executor = "op by op"
-    compiled = compile_plan(plan, part)
-    if compiled is not None:
-        with torch.no_grad():
-            latency_ms = measure_ms({"plan": lambda: plan(*part), "compiled": lambda: compiled(*part)})
-        if clearly_faster("compiled", "plan", latency_ms):
-            accelerated.set_compiled(compiled, part)
-            shapes = " and ".join(str(list(x.shape)) for x in part)
-            executor = f"oneDNN Graph for {shapes}, op by op for other shapes"
-    return executor if accelerated.chunk is None else f"{executor}, {accelerated.chunk} images at a time"
+    given = tuple(x.to(accelerated.dtype) if x.is_floating_point() else x for x in inputs)
+    execution = Execution()
+    measure = tune == "measure" and worth_measuring(given, backend, accelerated.device)
+    choose_implementations(plan, given, "heuristic" if tune == "measure" else tune)
+    if measure:
+        execution = choose_execution(accelerated, model, given, MeasuredCache(accelerated.device))
+    entries = tuple(
+        replace(entry, implementation=plan.get_submodule(entry.module).implementation())
+        if entry.fused
+        else entry
+        for entry in accelerated.report().entries
+    )
+    accelerated.set_report(
+        replace(
+            accelerated.report(),
+            entries=entries,
+            executor=execution.in_words(given),
+            latency_ms=execution.latency_ms,
+        )
+    )
 
 
 def _in_channels(inputs: tuple[Tensor, ...]) -> int | None:

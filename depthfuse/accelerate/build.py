@@ -1,21 +1,21 @@
-"""From a model to its plan: trace, simplify, fuse, own, pack. Where tracing fails, the same for the
-children.
-"""
+"""From a model to its plan: trace, simplify, fuse, own. Where tracing fails, the same for the children."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
 
 from depthfuse.accelerate.elements import is_no_op
 from depthfuse.accelerate.fuse import fuse
-from depthfuse.accelerate.graph import fold_constants, own_layers, path_of, redirect_in_place
+from depthfuse.accelerate.graph import fold_constants, has_hooks, origin_of, own_layers, redirect_in_place
 from depthfuse.accelerate.report import Entry
 from depthfuse.accelerate.trace import TRACE_ERRORS, record_shapes, trace
+from depthfuse.nn import FusedModule
 
 logger = logging.getLogger(__name__)
 
@@ -44,63 +44,93 @@ def build_plan(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype,
         inputs: example inputs in the model's dtype; batch and image size may differ later.
         dtype: of the plan. backend: see `depthfuse.ops.resolve_backend`.
     """
+    if has_hooks(model):
+        logger.info("%s has hooks of its own: planning its children", type(model).__name__)
+        return _plan_children(model, inputs, dtype, backend)
     try:
-        graph = _trace_and_run(model, inputs)
+        graph = trace_simplified(model)
+        record_shapes(graph, inputs)
     except TRACE_ERRORS as error:
         logger.info("%s cannot be traced as a whole (%s): planning its children", type(model).__name__, error)
         return _plan_children(model, inputs, dtype, backend)
-    return _plan_graph(graph, dtype, backend)
+    plan = _plan_graph(graph, dtype, backend)
+    if not list(model.children()):
+        plan.entries = [replace(entry, path="") for entry in plan.entries]
+    _plan_inside_leaves(plan, model, inputs, dtype, backend)
+    return plan
 
 
-def _trace_and_run(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
-    """The graph of `model`, simplified, with shapes. Raises one of TRACE_ERRORS where it has none that runs."""
-    graph = trace(model)
+def trace_simplified(model: nn.Module) -> fx.GraphModule:
+    """The graph of `model` without what computes nothing; the same names each time. Raises one of TRACE_ERRORS.
+
+    A layer without children is traced as one node.
+    """
+    graph = trace(model if list(model.children()) else nn.Sequential(model))
     redirect_in_place(graph)
     for node in list(graph.graph.nodes):
         if is_no_op(node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     fold_constants(graph)
-    record_shapes(graph, inputs)
     return graph
 
 
 def _plan_graph(graph: fx.GraphModule, dtype: torch.dtype, backend: str) -> Plan:
-    origins = fuse(graph, dtype, backend)
+    fuse(graph, dtype, backend)
     graph = own_layers(graph).to(dtype)
-    return Plan(graph, _entries(graph, origins))
+    return Plan(graph, _entries(graph))
 
 
-def _entries(graph: fx.GraphModule, origins: dict[str, list[str]]) -> list[Entry]:
+def _entries(graph: fx.GraphModule) -> list[Entry]:
     entries = []
     for node in graph.graph.nodes:
-        if node.op == "call_module" and node.target in origins:
+        origin = origin_of(node)
+        path, *others = origin.paths
+        if node.op == "call_module":
             module = graph.get_submodule(node.target)
-            path, *others = origins[node.target]
-            epilogue = module.epilogue() + (" + residual" if len(node.args) > 1 else "")
-            kind = type(module).__name__
-            entries.append(Entry(path, kind, "", epilogue, tuple(others), True, node.target))
-        elif node.op == "call_module":
-            kind = type(graph.get_submodule(node.target)).__name__
-            entries.append(Entry(path_of(node), kind, "eager", "", (), False))
+            kind, fused = type(module).__name__, isinstance(module, FusedModule)
+            epilogue = module.epilogue() + (" + residual" if len(node.args) > 1 else "") if fused else ""
+            target = node.target
         elif node.op in ("call_function", "call_method"):
             kind = node.target if isinstance(node.target, str) else node.target.__name__
-            if kind not in _VIEWS:
-                entries.append(Entry(path_of(node), kind, "eager", "", (), False))
+            fused, epilogue, target = False, "", ""
+            if kind in _VIEWS:
+                continue
+        else:
+            continue
+        entry = Entry(path, kind, "" if fused else "eager", epilogue, tuple(others), fused, target)
+        entries.append(replace(entry, node=node.name, nodes=origin.nodes))
     return entries
 
 
 def _plan_children(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str) -> Plan:
-    calls = _record_calls(model, inputs)
+    calls = record_calls(model, inputs)
     root = copy.deepcopy(model)
     plan = Plan(root)
     for name, child in model.named_children():
-        _replace(root, name, name, child, calls, plan, dtype, backend)
-    root.to(dtype)
+        plan.entries += _replace(root, name, name, child, calls, dtype, backend)
+    root.requires_grad_(False).to(dtype)
     return plan
 
 
-def _record_calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module, list[tuple[tuple, dict]]]:
+def _plan_inside_leaves(
+    plan: Plan, model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str
+) -> None:
+    """Plan the children of modules that the graph calls as a whole, because they have hooks or cannot be traced."""
+    entries = []
+    calls = None
+    for entry in plan.entries:
+        entries.append(entry)
+        leaf = plan.module.get_submodule(entry.module) if entry.module else None
+        if leaf is None or entry.fused or isinstance(leaf, BatchNormAct2d):
+            continue
+        for name, child in model.get_submodule(entry.path).named_children():
+            calls = calls or record_calls(model, inputs)
+            entries += _replace(leaf, name, f"{entry.path}.{name}", child, calls, dtype, backend)
+    plan.entries = entries
+
+
+def record_calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module, list[tuple[tuple, dict]]]:
     """The arguments of every call of every submodule in one run."""
     calls: dict[nn.Module, list[tuple[tuple, dict]]] = {}
 
@@ -117,35 +147,25 @@ def _record_calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Modul
     return calls
 
 
-def _replace(parent, name: str, path: str, child: nn.Module, calls, plan: Plan, dtype, backend) -> None:
+def _replace(parent, name: str, path: str, child: nn.Module, calls, dtype, backend) -> list[Entry]:
     """Put a plan in the place of `parent.name`, or of the children below it where that cannot be planned."""
     seen = calls.get(child, [])
-    tensors_only = len(seen) >= 1 and all(
-        not k and all(isinstance(a, Tensor) for a in args) for args, k in seen
-    )
-    if tensors_only:
-        holder = nn.Sequential(child) if not list(child.children()) else child
+    tensors_only = all(not k and all(isinstance(a, Tensor) for a in args) for args, k in seen)
+    if seen and tensors_only and not has_hooks(child):
         try:
-            graph = _trace_and_run(holder, seen[0][0])
+            graph = trace_simplified(child)
+            record_shapes(graph, seen[0][0])
         except TRACE_ERRORS as error:
             logger.debug("%s cannot be traced (%s)", path, error)
         else:
             part = _plan_graph(graph, dtype, backend)
-            setattr(parent, name, part.module)
-            plan.entries += [entry.inside(path) for entry in part.entries]
-            return
-    if not list(child.children()):
-        if seen:
-            plan.entries.append(Entry(path, type(child).__name__, "eager", "", (), False))
-        return
+            if any(entry.fused for entry in part.entries):
+                setattr(parent, name, part.module)
+                return [entry.inside(path, is_layer=not list(child.children())) for entry in part.entries]
+    entries = []
     for inner_name, inner in child.named_children():
-        _replace(
-            getattr(parent, name),
-            inner_name,
-            f"{path}.{inner_name}",
-            inner,
-            calls,
-            plan,
-            dtype,
-            backend,
-        )
+        inner_parent = getattr(parent, name)
+        entries += _replace(inner_parent, inner_name, f"{path}.{inner_name}", inner, calls, dtype, backend)
+    if any(entry.fused for entry in entries):
+        return entries
+    return [Entry(path, type(child).__name__, "eager", "", (), False)] if seen else []

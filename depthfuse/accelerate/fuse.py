@@ -1,6 +1,8 @@
-"""Find convolution and linear chains in a graph and put one fused module in the place of each.
+"""Put fused modules in the place of what a graph's nodes compute together, by passes over the graph.
 
-A chain starts at a convolution or linear layer and follows its only reader, as long as what that does fits
+A pass looks for one pattern and replaces each place where it finds it: `PASSES` lists them, those for larger patterns
+first. What a pass must keep is said at `Pass`. The last one finds convolution and linear chains: a chain starts at a
+convolution or linear layer and follows its only reader, as long as what that does fits
 
     y = scale * act(conv(x) + bias + residual) + shift
 
@@ -13,14 +15,15 @@ channels_last both are free.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
 
-from depthfuse import nn as fused_nn
 from depthfuse.accelerate.elements import Act, Add, Affine, read
-from depthfuse.accelerate.graph import free_name, has_hooks, module_of, path_of
+from depthfuse.accelerate.graph import has_hooks, insert_fused, mark_value, module_of
+from depthfuse.nn import FusedConv2d, FusedLinear, FusedModule
 
 CONV_CHANNEL_AXIS = -3
 LINEAR_CHANNEL_AXIS = -1
@@ -135,27 +138,32 @@ def grow(chain: Chain) -> None:
         vars(chain).update(vars(longer))
 
 
-def fuse(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> dict[str, list[str]]:
-    """Replace every chain of `plan` by a fused module, in place.
-
-    Returns:
-        For each fused module's name, the original paths of the nodes that it stands for.
-    """
-    origins: dict[str, list[str]] = {}
+def fuse_chains(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
+    """Replace every chain of `plan` by a fused module."""
     for node in list(plan.graph.nodes):
         chain = start_chain(node)
         if chain is None:
             continue
         grow(chain)
-        name = free_name(plan, node.target)
-        plan.add_submodule(name, build(chain, dtype, backend))
-        origins[name] = [path_of(n) for n in chain.nodes]
-        emit(plan, chain, name)
-    plan.graph.eliminate_dead_code()
-    return origins
+        emit(plan, chain, build(chain, dtype, backend))
 
 
-def build(chain: Chain, dtype: torch.dtype, backend: str) -> nn.Module:
+# Changes a plan in place: (plan, dtype of the fused modules, backend). A pass puts each fused module in with
+# `graph.insert_fused`, which writes down for which nodes it stands; the node whose value is that of the pattern's last
+# one says so with `graph.mark_value`. Shapes stay on the nodes for the passes after it.
+Pass = Callable[[fx.GraphModule, torch.dtype, str], None]
+
+PASSES: tuple[Pass, ...] = (fuse_chains,)
+
+
+def fuse(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
+    """Run all passes over `plan`, in place."""
+    for run in PASSES:
+        run(plan, dtype, backend)
+        plan.graph.eliminate_dead_code()
+
+
+def build(chain: Chain, dtype: torch.dtype, backend: str) -> FusedModule:
     """The fused module of a chain."""
 
     def cast(tensor: Tensor | None) -> Tensor | None:
@@ -164,9 +172,9 @@ def build(chain: Chain, dtype: torch.dtype, backend: str) -> nn.Module:
     tensors = (cast(chain.weight), cast(chain.bias), cast(chain.scale), cast(chain.shift))
     act = chain.act or "none"
     if isinstance(chain.layer, nn.Linear):
-        return fused_nn.FusedLinear(*tensors, act=act, backend=backend)
+        return FusedLinear(*tensors, act=act, backend=backend)
     layer = chain.layer
-    return fused_nn.FusedConv2d(
+    return FusedConv2d(
         *tensors,
         stride=layer.stride,
         padding=layer.padding,
@@ -177,7 +185,7 @@ def build(chain: Chain, dtype: torch.dtype, backend: str) -> nn.Module:
     )
 
 
-def emit(plan: fx.GraphModule, chain: Chain, name: str) -> None:
+def emit(plan: fx.GraphModule, chain: Chain, module: FusedModule) -> None:
     """Put a call of the fused module where the chain ended, with the permutations around it."""
     graph = plan.graph
     with graph.inserting_before(chain.end):
@@ -188,13 +196,14 @@ def emit(plan: fx.GraphModule, chain: Chain, name: str) -> None:
                 inverse = tuple(chain.residual_permute.index(d) for d in range(len(chain.residual_permute)))
                 residual = graph.call_method("permute", (residual, *inverse))
             arguments.append(residual)
-        result = graph.call_module(name, tuple(arguments))
-        shape, permute = chain.end.meta.get("shape"), chain.permute
-        result.meta = dict(chain.end.meta)
+        result = insert_fused(plan, module, tuple(arguments), chain.nodes)
+        shape, permute = chain.end.meta["shape"], chain.permute
         if permute is not None:
             result.meta["shape"] = tuple(shape[permute.index(d)] for d in range(len(permute)))
             result = graph.call_method("permute", (result, *permute))
-            result.meta = dict(chain.end.meta)
+        else:
+            result.meta["shape"] = shape
+        mark_value(result, chain.end)
     chain.end.replace_all_uses_with(result)
     for node in reversed(chain.nodes):
         graph.erase_node(node)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
+
+from depthfuse.nn import FusedModule
 
 
 def module_of(node: fx.Node) -> nn.Module:
@@ -59,22 +63,69 @@ def free_name(plan: fx.GraphModule, wanted: str) -> str:
     return name
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a node of a plan stands for: nodes of the traced model, by name, the last one last, and their paths."""
+
+    nodes: tuple[str, ...]
+    paths: tuple[str, ...]
+
+
+def origin_of(node: fx.Node) -> Origin:
+    """The origin of a fused module's call, or of a node that is left as it was."""
+    return node.meta.get("origin") or Origin((node.name,), (path_of(node),))
+
+
+def value_name(node: fx.Node) -> str:
+    """The name of the node of the traced model whose value this node has."""
+    return node.meta.get("value_of", node.name)
+
+
+def mark_value(node: fx.Node, original: fx.Node) -> None:
+    """Write down that `node` has the value that `original` had, and its shape and dtype."""
+    node.meta["value_of"] = value_name(original)
+    node.meta |= {key: original.meta[key] for key in ("shape", "dtype") if key in original.meta}
+
+
+def insert_fused(
+    plan: fx.GraphModule, module: FusedModule, args: tuple[fx.Node, ...], nodes: Sequence[fx.Node]
+) -> fx.Node:
+    """A call of `module`, at the graph's insertion point, that stands for `nodes`, in the order that they ran."""
+    first, *_ = nodes
+    name = free_name(plan, first.target if isinstance(first.target, str) else first.name)
+    plan.add_submodule(name, module)
+    call = plan.graph.call_module(name, args)
+    origins = [origin_of(node) for node in nodes]
+    call.meta["origin"] = Origin(
+        tuple(name for origin in origins for name in origin.nodes),
+        tuple(path for origin in origins for path in origin.paths),
+    )
+    call.meta["dtype"] = nodes[-1].meta.get("dtype")
+    return call
+
+
 def own_layers(plan: fx.GraphModule) -> fx.GraphModule:
     """The plan with only what it calls, and copies of that: nothing is shared with the model."""
     owned = fx.GraphModule(plan, plan.graph, type(plan).__name__)
     memo: dict[int, object] = {}
+    copied: set[str] = set()
+    clones: dict[int, Tensor] = {}
+    # Modules first: a tensor that is read may lie in one that is also called, which then is a copy already.
     for node in owned.graph.nodes:
-        if node.op not in ("call_module", "get_attr"):
+        if node.op == "call_module" and node.target not in copied:
+            copied.add(node.target)
+            module = owned.get_submodule(node.target)
+            if not isinstance(module, FusedModule):
+                owned.set_submodule(node.target, copy.deepcopy(module, memo))
+    for target in dict.fromkeys(node.target for node in owned.graph.nodes if node.op == "get_attr"):
+        value = attribute_of(owned, target)
+        if not isinstance(value, Tensor):
             continue
-        parent_path, _, name = node.target.rpartition(".")
+        parent_path, _, name = target.rpartition(".")
         parent = owned.get_submodule(parent_path)
-        value = getattr(parent, name)
-        if isinstance(value, Tensor):
-            if name in parent._parameters:
-                delattr(parent, name)
-                parent.register_buffer(name, value.detach().clone())
-        elif not name.startswith("fused_"):
-            setattr(parent, name, copy.deepcopy(value, memo))
+        clone = clones.setdefault(id(value), value.detach().clone())
+        delattr(parent, name)
+        parent.register_buffer(name, clone)
     for parameter in owned.parameters():
         parameter.requires_grad_(False)
     return owned.eval()

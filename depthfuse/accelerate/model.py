@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from depthfuse.accelerate.report import Report
 from depthfuse.accelerate.tune import run_in_chunks
-from depthfuse.nn import FusedConv2d, FusedLinear, plain_ops
+from depthfuse.nn import FusedModule, plain_ops
 
 # Beyond this a value may overflow inside the net, and what then turns into NaN has to come out as NaN.
 _LARGE = 1e6
@@ -19,17 +20,24 @@ class AcceleratedModel(nn.Module):
     """The result of `depthfuse.accelerate`: call it as you called the model. Not trainable.
 
     Inputs of another floating-point dtype are cast to the plan's; other memory formats, batch sizes and image sizes
-    that the model takes are fine. Where a compiled copy for one input shape was faster, inputs of that shape run it.
+    that the model takes are fine. Where a compiled copy for one input shape was faster, inputs of that shape run it;
+    where the model itself was faster than its plan, a copy of it runs (`eager`). Both copies hold weights of their own,
+    and are dropped, so that the plan runs, whenever the plan's weights are moved, cast or loaded, and in copies.
     """
 
-    def __init__(self, plan: nn.Module, dtype: torch.dtype, in_channels: int | None) -> None:
+    _compiled: Callable[..., Any] | None
+    _compiled_for: tuple[tuple[int, ...], ...]
+    _eager: Callable[..., Any] | None
+
+    def __init__(self, plan: nn.Module, dtype: torch.dtype, in_channels: int | None, report: Report) -> None:
         super().__init__()
         self.plan = plan
         self.dtype = dtype
+        self.device = next(t.device for t in [*plan.parameters(), *plan.buffers()])
         self.in_channels = in_channels
         self.chunk: int | None = None  # how many images run at a time; None for all
-        self._report: Report | None = None
-        self._drop_compiled()
+        self._report = report
+        self._drop_copies()
         self.register_load_state_dict_post_hook(_after_load)
         self.eval()
 
@@ -53,21 +61,26 @@ class AcceleratedModel(nn.Module):
         self._compiled = getattr(compiled, "forward", compiled)
         self._compiled_for = tuple(tuple(x.shape) for x in inputs)
 
-    def _drop_compiled(self) -> None:
-        # It holds weights of its own, which no longer are the plan's.
-        self._compiled: Callable[..., object] | None = None
-        self._compiled_for: tuple[tuple[int, ...], ...] = ()
+    def set_eager(self, model: nn.Module) -> None:
+        """Run `model`, for all inputs."""
+        self._drop_copies()
+        self._eager = model.__call__  # bound, for the same reason
+
+    def _drop_copies(self) -> None:
+        # They hold weights of their own, which no longer are the plan's.
+        self._compiled, self._compiled_for, self._eager = None, (), None
 
     def _apply(self, fn, recurse: bool = True):
-        self._drop_compiled()
+        self._drop_copies()
         super()._apply(fn, recurse)
-        self.dtype = next(t.dtype for t in [*self.parameters(), *self.buffers()] if t.is_floating_point())
+        tensor = next(t for t in [*self.parameters(), *self.buffers()] if t.is_floating_point())
+        self.dtype, self.device = tensor.dtype, tensor.device
         return self
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_compiled": None, "_compiled_for": ()}
+        return {**super().__getstate__(), "_compiled": None, "_compiled_for": (), "_eager": None}
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Any:
         """Run the plan. Raises TypeError or ValueError for inputs that the model could not take either."""
         if not inputs:
             raise TypeError("expected at least one input tensor, got none")
@@ -75,21 +88,23 @@ class AcceleratedModel(nn.Module):
         with torch.no_grad():
             if torch.compiler.is_compiling():
                 return self.plan(*inputs)
+            if self._eager is not None:
+                return self._eager(*inputs)
             # On a CPU only: nothing there swallows NaN on a GPU, and looking would wait for it.
-            if inputs[0].device.type == "cpu" and not all(map(_is_tame, inputs)) and self._swallows_nan():
+            if self.device.type == "cpu" and not all(map(_is_tame, inputs)) and self._swallows_nan():
                 with plain_ops():
                     return self.plan(*inputs)
             if self.chunk is not None and inputs[0].shape[0] > self.chunk:
                 return run_in_chunks(self._run, inputs, self.chunk)
             return self._run(*inputs)
 
-    def _run(self, *inputs: Tensor) -> Tensor:
+    def _run(self, *inputs: Tensor) -> Any:
         if self._compiled is not None and tuple(tuple(x.shape) for x in inputs) == self._compiled_for:
             return self._compiled(*inputs)
         return self.plan(*inputs)
 
     def _swallows_nan(self) -> bool:
-        fused = (m for m in self.plan.modules() if isinstance(m, FusedConv2d | FusedLinear))
+        fused = (m for m in self.plan.modules() if isinstance(m, FusedModule))
         return self._compiled is not None or any(m.swallows_nan() for m in fused)
 
     def _check(self, x: Tensor) -> Tensor:
@@ -100,13 +115,17 @@ class AcceleratedModel(nn.Module):
                 f"input has dtype {x.dtype}, expected {self.dtype} (or another floating-point dtype, "
                 "which is cast); convert images to floating point and normalise them first"
             )
+        if x.device != self.device:
+            raise ValueError(
+                f"input is on {x.device}, expected {self.device}: move it there, or the accelerated model to it"
+            )
         if self.in_channels is not None and (x.dim() != 4 or x.shape[1] != self.in_channels):
             raise ValueError(f"input has shape {list(x.shape)}, expected [N, {self.in_channels}, H, W]")
         return x if x.dtype == self.dtype else x.to(self.dtype)
 
 
 def _after_load(module: AcceleratedModel, _incompatible: object) -> None:
-    module._drop_compiled()
+    module._drop_copies()
 
 
 def _is_tame(x: Tensor) -> bool:

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one operation takes on one input.
+
+    latency_ms: as it runs in the plan, op by op. before_ms: of the layers that it stands for, as the model runs them,
+    or None where the model was not given. macs: multiply-accumulates. bytes_moved: each tensor that it reads or writes
+    counted once. roofline_ms: the least time that arithmetic or memory allow, or None for an unknown device.
+    """
+
+    latency_ms: float
+    before_ms: float | None
+    macs: int
+    bytes_moved: int
+    roofline_ms: float | None
+
+    @property
+    def roofline_percent(self) -> float | None:
+        """How much of the roofline's speed is reached; above 100 where the data were in a cache."""
+        return None if self.roofline_ms is None else 100 * self.roofline_ms / self.latency_ms
 
 
 @dataclass(frozen=True)
 class Entry:
     """One operation of the plan.
 
-    path: module path in the original model. kind: class or function. implementation: what runs it ("eager" if
-    it runs as it was). epilogue: what is fused behind it. absorbed: paths of the layers that it also stands
-    for. name: path of a fused module in the plan.
+    path: module path in the original model. kind: class or function. implementation: what runs it ("eager" if it runs
+    as it was). epilogue: what is fused behind it. absorbed: paths of the layers that it also stands for.
+
+    module: path of its module in the plan, "" for a function. part: path of the graph in the plan that it belongs to,
+    "" for the plan itself. node: its name in that graph. nodes: the names in the traced model of all that it stands
+    for, of which it has the last one's value.
+
+    cost: see `AcceleratedModel.profile`. error: of its output against the model in float64, relative to the largest
+    value, with everything before it accelerated too; see `accelerate(verify="blocks")`.
     """
 
     path: str
@@ -20,25 +49,35 @@ class Entry:
     epilogue: str
     absorbed: tuple[str, ...]
     fused: bool
-    name: str = ""
+    module: str = ""
+    part: str = ""
+    node: str = ""
+    nodes: tuple[str, ...] = ()
+    cost: Cost | None = None
+    error: float | None = None
 
-    def inside(self, prefix: str) -> Entry:
-        """The same entry with its paths below `prefix`."""
+    def inside(self, prefix: str, is_layer: bool = False) -> Entry:
+        """The same entry as part of a larger plan.
+
+        Args:
+            prefix: where its graph lies. is_layer: the graph stands for one layer, whose path is `prefix` itself.
+        """
         return replace(
             self,
-            path=f"{prefix}.{self.path}",
-            name=f"{prefix}.{self.name}" if self.name else "",
+            path=prefix if is_layer else f"{prefix}.{self.path}",
+            module=f"{prefix}.{self.module}" if self.module else "",
             absorbed=tuple(f"{prefix}.{path}" for path in self.absorbed),
+            part=f"{prefix}.{self.part}" if self.part else prefix,
         )
 
 
 @dataclass(frozen=True)
 class Report:
-    """All operations of a plan, in order, and the largest error against the model it was made from.
+    """All operations of a plan, in order, and what was measured when it was made.
 
-    executor: what runs the plan as a whole.
-    max_relative_error: max |plan - model| / max |model| on the example input, or None if that was not
-    verified.
+    executor: what runs the plan as a whole. max_relative_error: max |plan - model| / max |model| on the example input,
+    or None if that was not verified. latency_ms: of the plan ("accelerated") and of the model in each memory layout,
+    on the example input; empty where they were not compared.
     """
 
     model: str
@@ -47,6 +86,7 @@ class Report:
     entries: tuple[Entry, ...]
     executor: str
     max_relative_error: float | None
+    latency_ms: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def fused_count(self) -> int:
@@ -63,18 +103,70 @@ class Report:
         """How many operations run as they were."""
         return len(self.entries) - self.fused_count
 
+    @property
+    def worst(self) -> Entry | None:
+        """The operation with the largest error against float64, or None where errors were not asked for."""
+        known = [entry for entry in self.entries if entry.error is not None]
+        return max(known, key=lambda entry: entry.error or 0.0, default=None)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The entries as a table of plain values; columns that nothing was measured for are left out."""
+        rows = []
+        for entry in self.entries:
+            row: dict[str, Any] = {
+                "path": entry.path,
+                "op": entry.kind,
+                "implementation": entry.implementation,
+            }
+            if entry.cost is not None:
+                row |= {
+                    "latency_ms": entry.cost.latency_ms,
+                    "before_ms": entry.cost.before_ms,
+                    "MACs": entry.cost.macs,
+                    "bytes": entry.cost.bytes_moved,
+                    "roofline_ms": entry.cost.roofline_ms,
+                    "roofline_%": entry.cost.roofline_percent,
+                }
+            if any(e.error is not None for e in self.entries):
+                row["error"] = entry.error
+            rows.append(row | {"epilogue": entry.epilogue, "absorbed": ", ".join(entry.absorbed)})
+        empty = [key for key in (rows[0] if rows else {}) if all(row[key] is None for row in rows)]
+        return [{key: value for key, value in row.items() if key not in empty} for row in rows]
+
     def __str__(self) -> str:
-        rows = [("path", "op", "implementation", "epilogue", "absorbed")]
-        rows += [(e.path, e.kind, e.implementation, e.epilogue, ", ".join(e.absorbed)) for e in self.entries]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + "  " + row[4]
-            for row in rows
-        ]
+        rows = self.rows()
+        lines = _table(rows) if rows else []
         error = "not verified" if self.max_relative_error is None else f"{self.max_relative_error:.1e}"
         lines.append(
             f"{self.model}, {self.dtype} on {self.device}, {self.executor}: {self.fused_count} fused operations "
             f"that absorbed {self.absorbed_count} layers, {self.unfused_count} as they were; "
             f"largest relative error {error}"
         )
+        if self.worst is not None:
+            lines.append(f"worst against float64: {self.worst.path}, relative error {self.worst.error:.1e}")
+        if self.latency_ms:
+            ours, *others = self.latency_ms.items()
+            lines.append(
+                f"{ours[0]} {ours[1]:.3f} ms"
+                + "".join(f", {name} {value:.3f} ms ({value / ours[1]:.2f}x)" for name, value in others)
+            )
         return "\n".join(line.rstrip() for line in lines)
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    cells = [list(rows[0]), *([_text(key, value) for key, value in row.items()] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    widths[-1] = 0  # the last one may be long: nothing is aligned behind it
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+
+
+def _text(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if key.endswith("_ms"):
+        return f"{value:.3f}"
+    if key == "roofline_%":
+        return f"{value:.0f}"
+    if key == "error":
+        return f"{value:.1e}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

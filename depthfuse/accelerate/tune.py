@@ -2,47 +2,71 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from depthfuse.nn import FusedConv2d, FusedLinear
+from depthfuse.accelerate.cache import MeasuredCache
+from depthfuse.nn import FusedConv2d, FusedModule
+from depthfuse.timing import time_interleaved
 
 logger = logging.getLogger(__name__)
+
+TUNE = ("off", "heuristic", "measure")
 
 # Below this gain over the usual best the difference is measurement noise.
 _LEAST_GAIN = 1.03
 _ROUNDS = 5
-_CALLS_MS = 0.5  # time for each candidate in each round
+_ROUND_MS = 0.5  # time for each candidate in each round
 
 
-def choose_implementations(plan: nn.Module, inputs: tuple[Tensor, ...], measure: bool) -> None:
+def choose_implementations(
+    plan: nn.Module, inputs: tuple[Tensor, ...], tune: str, cache: MeasuredCache | None = None
+) -> None:
     """Bind an implementation to each fused module of `plan`, for the shapes it sees when the plan is given `inputs`.
 
-    With `measure` the candidates of each distinct shape run in turn on random data and the fastest is taken; without,
-    the usual best.
+    Args:
+        tune: "off" binds none; "heuristic" takes the usual best; "measure" runs the candidates of each distinct
+            shape in turn on random data and takes the fastest.
+        cache: where measurements are looked up and kept.
     """
-    winners: dict[tuple, str] = {}
+    if tune == "off":
+        return
+    winners: dict[str, str] = {}
     for module, shapes in _shapes_seen(plan, inputs).items():
         candidates = module.candidates()
-        key = (*_signature(module), *shapes)
+        if tune != "measure" or len(candidates) == 1:
+            module.use(candidates[0], shapes[0])
+            continue
+        question = {
+            **module.signature(),
+            "inputs": [list(shape) for shape in shapes],
+            "candidates": candidates,
+        }
+        key = repr(question)
         if key not in winners:
-            several = measure and len(candidates) > 1
-            winners[key] = _fastest(module, shapes, candidates) if several else candidates[0]
+            answer = cache.get(question) if cache else None
+            if answer is None or answer.get("winner") not in candidates:
+                latency_ms = _latencies(module, shapes, candidates)
+                answer = {"winner": _winner(latency_ms, usual=candidates[0]), "latency_ms": latency_ms}
+                if cache:
+                    cache.put(question, answer)
+            winners[key] = answer["winner"]
         module.use(winners[key], shapes[0])
 
 
-def _shapes_seen(plan: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module, list[torch.Size]]:
-    """The shapes of x, and of the residual if there is one, at the first call of each fused module."""
-    seen: dict[nn.Module, list[torch.Size]] = {}
+def _shapes_seen(plan: nn.Module, inputs: tuple[Tensor, ...]) -> dict[FusedModule, list[torch.Size]]:
+    """The shapes of the tensors that each fused module is given, at its first call."""
+    seen: dict[FusedModule, list[torch.Size]] = {}
 
-    def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def record(module: FusedModule, args: tuple[Tensor, ...]) -> None:
         seen.setdefault(module, [x.shape for x in args if x is not None])
 
-    fused = [m for m in plan.modules() if isinstance(m, FusedConv2d | FusedLinear)]
+    fused = [m for m in plan.modules() if isinstance(m, FusedModule)]
     handles = [module.register_forward_pre_hook(record) for module in fused]
     try:
         with torch.no_grad():
@@ -53,29 +77,24 @@ def _shapes_seen(plan: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module,
     return seen
 
 
-def _signature(module: nn.Module) -> tuple:
-    geometry = ()
-    if isinstance(module, FusedConv2d):
-        geometry = (*module.stride, *module.padding, *module.dilation, module.groups)
-    affine = module.scale is not None or module.shift is not None
-    return type(module), tuple(module.weight.shape), geometry, module.act, affine
-
-
-def _fastest(module: nn.Module, shapes: list[torch.Size], candidates: list[str]) -> str:
-    inputs = [torch.randn(shape).to(module.weight.dtype) for shape in shapes]
+def _latencies(module: FusedModule, shapes: list[torch.Size], candidates: list[str]) -> dict[str, float]:
+    like = next(module.buffers())
+    inputs = [torch.randn(shape, device=like.device).to(like.dtype) for shape in shapes]
     if isinstance(module, FusedConv2d):
         inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
 
     def bound(name: str) -> Callable[[], object]:
-        module.use(name, shapes[0])
-        runner = module._runner or module
-        arguments = inputs if len(inputs) > 1 else [inputs[0], None]
-        return lambda: runner(*arguments)
+        twin = copy.copy(module)  # the same tensors, another implementation
+        twin.use(name, shapes[0])
+        return lambda: twin(*inputs)
 
-    with torch.no_grad():
-        latency_ms = measure_ms({name: bound(name) for name in candidates})
-    usual, best = candidates[0], min(latency_ms, key=latency_ms.__getitem__)
+    latency_ms = least_ms({name: bound(name) for name in candidates})
     logger.debug("%r: %s", module, {name: round(value, 4) for name, value in latency_ms.items()})
+    return latency_ms
+
+
+def _winner(latency_ms: Mapping[str, float], usual: str) -> str:
+    best = min(latency_ms, key=latency_ms.__getitem__)
     return best if clearly_faster(best, usual, latency_ms) else usual
 
 
@@ -100,7 +119,7 @@ def choose_chunk(plan: nn.Module, inputs: tuple[Tensor, ...]) -> int | None:
         ):
             return None
         runs = {size: lambda size=size: run_in_chunks(plan, inputs, size) for size in sizes}
-        latency_ms = measure_ms({batch: lambda: plan(*inputs), **runs}, rounds=3)
+        latency_ms = least_ms({batch: lambda: plan(*inputs), **runs}, rounds=3)
     best = min(latency_ms, key=latency_ms.__getitem__)
     return best if best != batch and clearly_faster(best, batch, latency_ms) else None
 
@@ -116,25 +135,7 @@ def clearly_faster(name: Hashable, usual: Hashable, latency_ms: dict) -> bool:
     return latency_ms[name] * _LEAST_GAIN < latency_ms[usual]
 
 
-def measure_ms(runs: dict, rounds: int = _ROUNDS) -> dict:
-    """The least time in ms of each of `runs`, a {name: callable of nothing}, taken in turns: {name: ms}.
-
-    The least, because whatever disturbs a run makes it longer.
-    """
-
-    def once(run: Callable[[], object], calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        return (time.perf_counter() - start) / calls * 1e3
-
-    calls, least_ms = {}, {}
-    for name, run in runs.items():
-        once(run, 1)
-        calls[name] = max(1, min(20, round(_CALLS_MS / max(once(run, 1), 1e-3))))
-        least_ms[name] = float("inf")
-    for _ in range(rounds):
-        for name, run in runs.items():
-            run()
-            least_ms[name] = min(least_ms[name], once(run, calls[name]))
-    return least_ms
+def least_ms(runs: Mapping[Any, Callable[[], object]], rounds: int = _ROUNDS) -> dict[Any, float]:
+    """The least time in ms of each of `runs`, taken in turns: {name: ms}. The least, as disturbances only add to it."""
+    timings = time_interleaved(runs, rounds, _ROUND_MS, warmup=1)
+    return {name: timing.least_ms for name, timing in timings.items()}

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor, fx, nn
 
+from depthfuse.accelerate.build import trace_simplified
 from depthfuse.accelerate.errors import AccelerationError
+from depthfuse.accelerate.graph import value_name
 from depthfuse.accelerate.model import AcceleratedModel
+from depthfuse.accelerate.report import Entry
 
 # Largest allowed max |plan - model| / max |model| by the coarser of the two dtypes. Rounding alone gives
 # about eps * sqrt(operations in a row): 1e-6 in float32 for the nets of the zoo; these leave two orders of
@@ -40,7 +46,7 @@ def verify(accelerated: AcceleratedModel, model: nn.Module, inputs: tuple[Tensor
     """The largest relative error over the outputs.
 
     Raises:
-        AccelerationError: it is beyond TOLERANCE; the error names the layer whose output differs most.
+        AccelerationError: it is beyond TOLERANCE; the error names the operation whose output differs most.
     """
     dtype = accelerated.dtype
     with torch.no_grad():
@@ -51,64 +57,92 @@ def verify(accelerated: AcceleratedModel, model: nn.Module, inputs: tuple[Tensor
         raise AccelerationError(f"the plan gives {len(given)} outputs, the model {len(expected)}")
     tolerance = max(TOLERANCE[dtype], *(TOLERANCE[x.dtype] for x in inputs if x.dtype in TOLERANCE))
     error = max((relative_error(g, e) for g, e in zip(given, expected, strict=True)), default=0.0)
-    layers: dict[str, float] = {}
+    entries: tuple[Entry, ...] = ()
     if not all(e.any() for e in expected):
         # A head whose weights start at zero hides everything before it: look behind it.
-        layers = layer_errors(accelerated, model, inputs)
-        error = max([error, *layers.values()])
+        entries = compare_operations(accelerated, model, inputs)
+        error = max([error, *(e.error for e in entries if e.error is not None)])
     if error <= tolerance:
         return error
-    layers = layers or layer_errors(accelerated, model, inputs)
-    where = "no layer's output exists in both to compare"
-    if layers:
-        worst = max(layers, key=layers.__getitem__)
-        where = f"worst layer: {worst}, relative error {layers[worst]:.1e}"
+    entries = entries or compare_operations(accelerated, model, inputs)
+    worst = max((e for e in entries if e.error is not None), key=lambda e: e.error or 0.0, default=None)
+    where = "no operation's output exists in both to compare"
+    if worst is not None:
+        where = f"worst operation: {worst.path}, relative error {worst.error:.1e}"
     raise AccelerationError(
         f"the accelerated model differs from the model by {error:.1e} (relative to the largest output; "
         f"allowed {tolerance:.0e} in {dtype}); {where}"
     )
 
 
-def layer_errors(
+def compare_operations(
     accelerated: AcceleratedModel, model: nn.Module, inputs: tuple[Tensor, ...]
-) -> dict[str, float]:
-    """Relative error at each fused module whose output is some layer's output in the model too.
+) -> tuple[Entry, ...]:
+    """The plan's entries with the error of each operation's output, as far as the model has the same value somewhere.
 
-    Returns:
-        {path of the fused convolution or linear layer: relative error}. Empty for a model whose children were planned
-        one by one: its plan has no graph to look into.
+    Each graph of the plan and what it was traced from see what they see in a run of the whole, so that errors of
+    earlier operations go on into later ones.
+
+    Args:
+        model: what the plan was made from, or a copy of it in another dtype to compare with.
+        inputs: for the model; they are cast for the plan.
     """
-    if not isinstance(accelerated.plan, fx.GraphModule):
-        return {}
-    fused = {entry.name: entry for entry in accelerated.report().entries if entry.fused}
-    ends = {name: entry.absorbed[-1] if entry.absorbed else entry.path for name, entry in fused.items()}
-    expected: dict[str, Tensor] = {}
+    entries = accelerated.report().entries
+    dtype = next(p.dtype for p in [*model.parameters(), *model.buffers()] if p.is_floating_point())
+    layers = dict(model.named_modules())
+    parts = {name: m for name, m in accelerated.plan.named_modules() if isinstance(m, fx.GraphModule)}
+    theirs = _first_inputs(model, {name: layers[name] for name in parts}, _cast(inputs, dtype))
+    ours = _first_inputs(accelerated.plan, parts, _cast(inputs, accelerated.dtype))
+    errors: dict[tuple[str, str], float] = {}
+    with torch.no_grad():
+        for part in parts.keys() & theirs.keys() & ours.keys():
+            wanted = {entry.nodes[-1] for entry in entries if entry.part == part and entry.nodes}
+            expected: dict[str, Tensor] = {}
+            _Visit(trace_simplified(layers[part]), expected.__setitem__).run(*theirs[part])
 
-    def keep(path: str):
-        def hook(_module: nn.Module, _inputs: tuple, output: object) -> None:
-            if isinstance(output, Tensor):
-                expected.setdefault(path, output.clone())  # the next layer may write over it
+            def compare(name: str, value: Tensor, part=part, wanted=wanted, expected=expected) -> None:
+                if name in wanted and name in expected:
+                    errors[part, name] = relative_error(value, expected[name])
+
+            _Visit(parts[part], compare).run(*ours[part])
+    return tuple(replace(e, error=errors.get((e.part, e.nodes[-1])) if e.nodes else None) for e in entries)
+
+
+def _cast(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(x.to(dtype, copy=True) if x.is_floating_point() else x.clone() for x in inputs)
+
+
+def _first_inputs(
+    model: nn.Module, parts: dict[str, nn.Module], inputs: tuple[Tensor, ...]
+) -> dict[str, tuple[Tensor, ...]]:
+    """What each of `parts` is given at its first call when the model runs."""
+    seen: dict[str, tuple[Tensor, ...]] = {}
+
+    def keep(name: str):
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.setdefault(name, tuple(x.clone() for x in args))  # it may write over them
 
         return hook
 
-    layers = dict(model.named_modules())
-    handles = [layers[path].register_forward_hook(keep(path)) for path in set(ends.values()) & set(layers)]
+    handles = [module.register_forward_pre_hook(keep(name)) for name, module in parts.items()]
     try:
         with torch.no_grad():
-            model(*(x.clone() for x in inputs))
+            model(*inputs)
     finally:
         for handle in handles:
             handle.remove()
-    errors: dict[str, float] = {}
+    return seen
 
-    class Compare(fx.Interpreter):
-        def run_node(self, node: fx.Node) -> object:
-            value = super().run_node(node)
-            reference = expected.get(ends.get(node.target)) if node.op == "call_module" else None
-            if isinstance(value, Tensor) and isinstance(reference, Tensor) and value.shape == reference.shape:
-                errors[fused[node.target].path] = relative_error(value, reference)
-            return value
 
-    with torch.no_grad():
-        Compare(accelerated.plan).run(*(x.to(accelerated.dtype, copy=True) for x in inputs))
-    return errors
+class _Visit(fx.Interpreter):
+    """Runs a graph and hands each tensor on, with the name of the node of the traced model that has this value."""
+
+    def __init__(self, graph: fx.GraphModule, visit: Callable[[str, Tensor], None]) -> None:
+        super().__init__(graph)
+        self._visit = visit
+
+    def run_node(self, node: fx.Node) -> object:
+        value = super().run_node(node)
+        if isinstance(value, Tensor):
+            self._visit(value_name(node), value.clone())  # the next one may write over it
+        return value

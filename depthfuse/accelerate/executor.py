@@ -1,0 +1,205 @@
+"""How a plan runs as a whole: op by op, through oneDNN Graph, a few images at a time, or not at all.
+
+The last one is the promise that the result is never slower: where the model itself was measured to be faster than its
+plan, a copy of the model runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from depthfuse.accelerate.cache import MeasuredCache
+from depthfuse.accelerate.model import AcceleratedModel
+from depthfuse.accelerate.onednn_graph import compile_plan
+from depthfuse.accelerate.tune import choose_chunk, choose_implementations, clearly_faster, least_ms
+from depthfuse.nn import FusedModule
+from depthfuse.ops import resolve_backend
+from depthfuse.timing import Timing, time_interleaved
+
+logger = logging.getLogger(__name__)
+
+OURS = "accelerated"
+_ROUNDS, _ROUNDS_IF_CLOSE = 5, 15
+_CLOSE = 1.1  # within this ratio a few rounds decide by chance
+_ROUND_MS = 20.0
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The choice and what it rests on.
+
+    chunk: how many images run at a time, None for all. compiled: whether oneDNN Graph runs the plan for the example's
+    shapes. eager: "eager" or "eager channels_last" where the model itself runs. latency_ms: of the plan and of the
+    model in each layout, on the example input; empty where nothing was compared. ratio: the fastest layout's time over
+    the plan's, median of interleaved rounds.
+    """
+
+    chunk: int | None = None
+    compiled: bool = False
+    eager: str | None = None
+    latency_ms: dict[str, float] = field(default_factory=dict)
+    ratio: float | None = None
+
+    def document(self) -> dict[str, Any]:
+        """As JSON for the cache."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any] | None) -> Execution | None:
+        """From the cache, or None where that holds anything else."""
+        if document is None:
+            return None
+        try:
+            made = cls(**document)
+        except TypeError:
+            return None
+        sane = (made.chunk is None or isinstance(made.chunk, int)) and made.eager in (None, *_EAGER)
+        return made if sane and isinstance(made.latency_ms, dict) else None
+
+    def in_words(self, inputs: tuple[Tensor, ...]) -> str:
+        """What runs, for the report."""
+        if self.eager is not None:
+            return f"{self.eager}: the model itself, whose time was {self.ratio:.2f} of the plan's"
+        text = "op by op"
+        if self.compiled:
+            part = inputs if self.chunk is None else tuple(x[: self.chunk] for x in inputs)
+            shapes = " and ".join(str(list(x.shape)) for x in part)
+            text = f"oneDNN Graph for {shapes}, op by op for other shapes"
+        return text if self.chunk is None else f"{text}, {self.chunk} images at a time"
+
+
+_EAGER = ("eager", "eager channels_last")
+
+
+def choose_execution(
+    accelerated: AcceleratedModel,
+    model: nn.Module | None,
+    inputs: tuple[Tensor, ...],
+    cache: MeasuredCache | None,
+) -> Execution:
+    """Choose by measurement, or by what was measured before, and set `accelerated` up for it.
+
+    Args:
+        model: what the plan was made from, in evaluation mode, to be compared with at the end; None to leave that out.
+        inputs: in the plan's dtype.
+    """
+    plan = accelerated.plan
+    question = {
+        "plan": fingerprint(plan),
+        "inputs": [[list(x.shape), str(x.dtype)] for x in inputs],
+        "compared": model is not None,
+    }
+    known = Execution.from_document(cache.get(question)) if cache else None
+    on_cpu = accelerated.device.type == "cpu"
+    if known is not None:
+        chunk = known.chunk
+    else:
+        chunk = choose_chunk(plan, inputs) if on_cpu else None
+    part = inputs if chunk is None else tuple(x[:chunk] for x in inputs)
+    choose_implementations(plan, part, "measure", cache)
+    accelerated.chunk = chunk
+    compiled = False
+    if on_cpu and (known is None or known.compiled):
+        compiled = _compile(accelerated, part, measure=known is None)
+    if known is not None:
+        execution = known
+    else:
+        execution = Execution(chunk, compiled)
+        if model is not None:
+            execution = _compare(execution, accelerated, model, inputs)
+        if cache:
+            cache.put(question, execution.document())
+    if execution.eager is not None and model is not None:
+        accelerated.set_eager(_own(model, execution.eager, accelerated.dtype))
+    return execution
+
+
+def _compile(accelerated: AcceleratedModel, part: tuple[Tensor, ...], measure: bool) -> bool:
+    """Let oneDNN Graph run the plan, with `measure` only where that is faster. Says whether it does."""
+    plan = accelerated.plan
+    compiled = compile_plan(plan, part)
+    if compiled is None:
+        return False
+    if measure:
+        latency_ms = least_ms({"plan": lambda: plan(*part), "compiled": lambda: compiled(*part)})
+        if not clearly_faster("compiled", "plan", latency_ms):
+            return False
+    accelerated.set_compiled(compiled, part)
+    return True
+
+
+def _compare(
+    execution: Execution, accelerated: AcceleratedModel, model: nn.Module, inputs: tuple[Tensor, ...]
+) -> Execution:
+    """`execution`, with the plan's latency beside the model's, and the model itself where that is faster."""
+    runs: dict[str, Callable[[], object]] = {OURS: lambda: accelerated(*inputs)}
+    for name in _EAGER:
+        if name == "eager channels_last" and not any(isinstance(m, nn.Conv2d) for m in model.modules()):
+            continue
+        same = name == "eager" and _dtype_of(model) == accelerated.dtype
+        try:
+            candidate = model if same else _own(model, name, accelerated.dtype)
+        except (RuntimeError, TypeError) as error:
+            logger.warning("%s cannot be copied, and is not compared with: %s", type(model).__name__, error)
+            continue
+        runs[name] = functools.partial(candidate, *inputs)
+    judged = judge(execution, time_interleaved(runs, _ROUNDS, _ROUND_MS, warmup=1))
+    if judged.ratio is not None and 1 / _CLOSE < judged.ratio < _CLOSE:
+        return judge(execution, time_interleaved(runs, _ROUNDS_IF_CLOSE, _ROUND_MS, warmup=1))
+    return judged
+
+
+def judge(execution: Execution, timings: dict[str, Timing]) -> Execution:
+    """`execution`, or the model itself where that took less time; `timings` by the names of OURS and of the layouts."""
+    latency_ms = {name: timing.median_ms for name, timing in timings.items()}
+    ratios = {name: timings[OURS].speedup_over(timings[name]) for name in timings if name != OURS}
+    if not ratios:
+        return execution
+    best = min(ratios, key=ratios.__getitem__)
+    return Execution(
+        execution.chunk,
+        execution.compiled,
+        best if ratios[best] < 1.0 else None,
+        latency_ms,
+        ratios[best],
+    )
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype | None:
+    tensors = [*model.parameters(), *model.buffers()]
+    return next((t.dtype for t in tensors if t.is_floating_point()), None)
+
+
+def _own(model: nn.Module, name: str, dtype: torch.dtype) -> nn.Module:
+    own: Any = copy.deepcopy(model).to(dtype).requires_grad_(False)
+    return own.to(memory_format=torch.channels_last) if name == "eager channels_last" else own
+
+
+def fingerprint(plan: nn.Module) -> str:
+    """Equal for plans of equal structure, shapes and dtype, whatever their weights."""
+    parts: list[Any] = []
+    for name, module in plan.named_modules():
+        if isinstance(module, FusedModule):
+            parts.append([name, module.signature()])
+        elif isinstance(module, fx.GraphModule):
+            parts.append([name, str(module.graph)])
+        else:
+            parts.append([name, type(module).__name__, module.extra_repr()])
+    parts += [[name, list(t.shape), str(t.dtype)] for name, t in plan.state_dict().items()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def worth_measuring(inputs: tuple[Tensor, ...], backend: str, device: torch.device) -> bool:
+    """Whether measuring means anything: not for empty batches, nor in Triton's interpreter."""
+    in_interpreter = device.type == "cpu" and resolve_backend(backend, device)[0] == "triton"
+    return all(x.numel() > 0 for x in inputs) and not in_interpreter

@@ -51,7 +51,7 @@ def accelerate(
 
     Raises:
         AccelerationError: the model is in training mode, the example input does not go through it, no input
-            size is known, or the outputs differ (the worst operation is named).
+            size is known, or the outputs differ (the first wrong operation is named).
         ValueError: an unknown `tune`, `verify` or `backend`.
         depthfuse.ops.BackendError: a backend asked for by name cannot run here.
     """

@@ -46,7 +46,7 @@ def verify(accelerated: AcceleratedModel, model: nn.Module, inputs: tuple[Tensor
     """The largest relative error over the outputs.
 
     Raises:
-        AccelerationError: it is beyond TOLERANCE; the error names the operation whose output differs most.
+        AccelerationError: it is beyond TOLERANCE; the error names the first operation of which that is true.
     """
     dtype = accelerated.dtype
     with torch.no_grad():
@@ -65,10 +65,10 @@ def verify(accelerated: AcceleratedModel, model: nn.Module, inputs: tuple[Tensor
     if error <= tolerance:
         return error
     entries = entries or compare_operations(accelerated, model, inputs)
-    worst = max((e for e in entries if e.error is not None), key=lambda e: e.error or 0.0, default=None)
-    where = "no operation's output exists in both to compare"
-    if worst is not None:
-        where = f"worst operation: {worst.path}, relative error {worst.error:.1e}"
+    wrong = next((e for e in entries if (e.error or 0.0) > tolerance), None)
+    where = "each operation by itself is within that"
+    if wrong is not None:
+        where = f"first wrong operation: {wrong.path}, relative error {wrong.error:.1e}"
     raise AccelerationError(
         f"the accelerated model differs from the model by {error:.1e} (relative to the largest output; "
         f"allowed {tolerance:.0e} in {dtype}); {where}"

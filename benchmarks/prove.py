@@ -26,8 +26,8 @@ import triton
 from benchmarks.cases import Case
 from benchmarks.registry import BATCHES, NETWORKS, unique_cases
 from benchmarks.resources import Resources, key_of, resources_of
-from benchmarks.roofline import roofline_us
 from depthfuse.kernels.launch import INTERPRETED, TARGETS, Launch, Target
+from depthfuse.roofline import roofline_us
 
 log = logging.getLogger(__name__)
 

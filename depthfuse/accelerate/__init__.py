@@ -13,13 +13,13 @@ from depthfuse.accelerate.cache import MeasuredCache, cache_folder
 from depthfuse.accelerate.errors import AccelerationError
 from depthfuse.accelerate.executor import Execution, choose_execution, worth_measuring
 from depthfuse.accelerate.model import AcceleratedModel
-from depthfuse.accelerate.report import Entry, Report
+from depthfuse.accelerate.report import Cost, Entry, Report
 from depthfuse.accelerate.tune import TUNE, choose_implementations
 from depthfuse.accelerate.verify import compare_operations
 from depthfuse.accelerate.verify import verify as verify_plan
 from depthfuse.ops import resolve_backend
 
-__all__ = ["AcceleratedModel", "AccelerationError", "Entry", "Report", "accelerate", "cache_folder"]
+__all__ = ["AcceleratedModel", "AccelerationError", "Cost", "Entry", "Report", "accelerate", "cache_folder"]
 
 
 def accelerate(

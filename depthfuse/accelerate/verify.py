@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from depthfuse.accelerate.build import trace_simplified
 from depthfuse.accelerate.errors import AccelerationError
 from depthfuse.accelerate.graph import value_name
 from depthfuse.accelerate.model import AcceleratedModel
+from depthfuse.accelerate.parts import CallByCall, cast, first_inputs, parts_of, tensors_in
 from depthfuse.accelerate.report import Entry
 
 # Largest allowed max |plan - model| / max |model| by the coarser of the two dtypes. Rounding alone gives
@@ -34,14 +34,6 @@ def relative_error(result: Tensor, reference: Tensor) -> float:
     return (difference / largest.clamp_min(torch.finfo(torch.float64).tiny)).item()
 
 
-def _tensors(value: object) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for v in value for t in _tensors(v)] if isinstance(value, list | tuple) else []
-
-
 def verify(accelerated: AcceleratedModel, model: nn.Module, inputs: tuple[Tensor, ...]) -> float:
     """The largest relative error over the outputs.
 
@@ -51,8 +43,8 @@ def verify(accelerated: AcceleratedModel, model: nn.Module, inputs: tuple[Tensor
     dtype = accelerated.dtype
     with torch.no_grad():
         # On copies: some models write over their input.
-        expected = _tensors(model(*(x.clone() for x in inputs)))
-        given = _tensors(accelerated(*(x.clone() for x in inputs)))
+        expected = tensors_in(model(*(x.clone() for x in inputs)))
+        given = tensors_in(accelerated(*(x.clone() for x in inputs)))
     if len(expected) != len(given):
         raise AccelerationError(f"the plan gives {len(given)} outputs, the model {len(expected)}")
     tolerance = max(TOLERANCE[dtype], *(TOLERANCE[x.dtype] for x in inputs if x.dtype in TOLERANCE))
@@ -88,61 +80,28 @@ def compare_operations(
         inputs: for the model; they are cast for the plan.
     """
     entries = accelerated.report().entries
-    dtype = next(p.dtype for p in [*model.parameters(), *model.buffers()] if p.is_floating_point())
     layers = dict(model.named_modules())
-    parts = {name: m for name, m in accelerated.plan.named_modules() if isinstance(m, fx.GraphModule)}
-    theirs = _first_inputs(model, {name: layers[name] for name in parts}, _cast(inputs, dtype))
-    ours = _first_inputs(accelerated.plan, parts, _cast(inputs, accelerated.dtype))
+    parts = parts_of(accelerated.plan)
+    theirs = first_inputs(model, {name: layers[name] for name in parts}, cast(inputs, model))
+    ours = first_inputs(accelerated.plan, parts, cast(inputs, accelerated))
     errors: dict[tuple[str, str], float] = {}
     with torch.no_grad():
         for part in parts.keys() & theirs.keys() & ours.keys():
             wanted = {entry.nodes[-1] for entry in entries if entry.part == part and entry.nodes}
             expected: dict[str, Tensor] = {}
-            _Visit(trace_simplified(layers[part]), expected.__setitem__).run(*theirs[part])
 
-            def compare(name: str, value: Tensor, part=part, wanted=wanted, expected=expected) -> None:
-                if name in wanted and name in expected:
+            def keep(node, args, kwargs, call, wanted=wanted, expected=expected):
+                value = call()
+                if node.name in wanted and isinstance(value, Tensor):
+                    expected[node.name] = value.clone()  # the next one may write over it
+                return value
+
+            def compare(node, args, kwargs, call, part=part, expected=expected):
+                value, name = call(), value_name(node)
+                if name in expected and isinstance(value, Tensor):
                     errors[part, name] = relative_error(value, expected[name])
+                return value
 
-            _Visit(parts[part], compare).run(*ours[part])
+            CallByCall(trace_simplified(layers[part]), keep).run(*theirs[part])
+            CallByCall(parts[part], compare).run(*ours[part])
     return tuple(replace(e, error=errors.get((e.part, e.nodes[-1])) if e.nodes else None) for e in entries)
-
-
-def _cast(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return tuple(x.to(dtype, copy=True) if x.is_floating_point() else x.clone() for x in inputs)
-
-
-def _first_inputs(
-    model: nn.Module, parts: dict[str, nn.Module], inputs: tuple[Tensor, ...]
-) -> dict[str, tuple[Tensor, ...]]:
-    """What each of `parts` is given at its first call when the model runs."""
-    seen: dict[str, tuple[Tensor, ...]] = {}
-
-    def keep(name: str):
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.setdefault(name, tuple(x.clone() for x in args))  # it may write over them
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(keep(name)) for name, module in parts.items()]
-    try:
-        with torch.no_grad():
-            model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-class _Visit(fx.Interpreter):
-    """Runs a graph and hands each tensor on, with the name of the node of the traced model that has this value."""
-
-    def __init__(self, graph: fx.GraphModule, visit: Callable[[str, Tensor], None]) -> None:
-        super().__init__(graph)
-        self._visit = visit
-
-    def run_node(self, node: fx.Node) -> object:
-        value = super().run_node(node)
-        if isinstance(value, Tensor):
-            self._visit(value_name(node), value.clone())  # the next one may write over it
-        return value

@@ -242,7 +242,7 @@ def test_a_wrong_plan_is_refused_and_the_layer_named(monkeypatch):
         )
 
     monkeypatch.setattr(elements, "batch_norm_affine", wrong)
-    with pytest.raises(AccelerationError, match=r"differs from the model by .* first wrong operation: layer3\.1\.conv2,"):
+    with pytest.raises(AccelerationError, match=r"first wrong operation: layer3\.1\.conv2,"):
         accelerate(model, torch.randn(1, *size), tune="heuristic")
     accelerate(model, torch.randn(1, *size), verify=False, tune="heuristic")
 

@@ -76,7 +76,9 @@ def test_the_first_wrong_one_is_named_where_verification_fails(monkeypatch):
         return elements.Affine(affine.scale * 3, affine.shift, axis) if norm is wrong_norm else affine
 
     monkeypatch.setattr(elements, "batch_norm_affine", wrong)
-    with pytest.raises(AccelerationError, match=r"first wrong operation: blocks\.3\.1\.conv_dw, relative error"):
+    with pytest.raises(
+        AccelerationError, match=r"first wrong operation: blocks\.3\.1\.conv_dw, relative error"
+    ):
         accelerate(model, torch.randn(2, *size), tune="off")
 
 

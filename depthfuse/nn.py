@@ -73,6 +73,7 @@ class FusedModule(nn.Module):
 
     def _unbind(self) -> None:
         self._runner: Callable[..., Tensor] | None = None
+        self._packed: Tensor | None = None
         self._bound: str | None = None
 
     def _apply(self, fn, recurse: bool = True):
@@ -81,7 +82,7 @@ class FusedModule(nn.Module):
 
     def __getstate__(self):
         # Packed weights are opaque: they can neither be copied nor saved.
-        return {**super().__getstate__(), "_runner": None, "_bound": None}
+        return {**super().__getstate__(), "_runner": None, "_packed": None, "_bound": None}
 
     def _runs_bound(self, x: Tensor) -> bool:
         return (
@@ -105,12 +106,14 @@ class FusedModule(nn.Module):
     def candidates(self) -> list[str]:
         """The implementations that can run this module where it is, the usual best first.
 
-        On a CPU those of `depthfuse.ops.cpu`; on a GPU "triton" and "reference", which is the vendor's library.
+        On a CPU those of `depthfuse.ops.cpu`; on a GPU those of Triton, and "reference", which is the vendor's library.
         """
         name, on_cpu = self._resolved()
         if on_cpu:
             return self._cpu_candidates()
-        return ["triton", "reference"] if name == "triton" and self.backend == "auto" else [name]
+        if name != "triton":
+            return [name]
+        return [*self._triton_candidates(), *(["reference"] if self.backend == "auto" else [])]
 
     def use(self, name: str, input_size: Sequence[int]) -> None:
         """Bind the implementation `name`, one of `candidates()` or "plain", which is none of them.
@@ -127,8 +130,11 @@ class FusedModule(nn.Module):
         self._unbind()
         if name == "plain":
             return
-        if self._resolved()[1]:
+        backend, on_cpu = self._resolved()
+        if on_cpu:
             self._runner = self._bind_cpu(name, input_size)
+        elif backend == "triton" and name != "reference":
+            self._packed = self._pack(name)
         self._bound = name
 
     def prepare(self, input_size: Sequence[int]) -> None:
@@ -140,6 +146,13 @@ class FusedModule(nn.Module):
 
     def _bind_cpu(self, name: str, input_size: Sequence[int]) -> Callable[..., Tensor]:
         raise NotImplementedError
+
+    def _triton_candidates(self) -> list[str]:
+        return ["triton"]
+
+    def _pack(self, name: str) -> Tensor | None:
+        """The weight as the Triton kernel of implementation `name` reads it fastest; None for as it is."""
+        return None
 
     def swallows_nan(self) -> bool:
         """Whether the bound implementation turns NaN into a number."""
@@ -166,10 +179,13 @@ class _FusedProduct(FusedModule):
     scale: Tensor | None
     shift: Tensor | None
 
-    def __init__(self, weight, bias, scale, shift, act: str, backend: str) -> None:
+    def __init__(
+        self, weight, bias, scale, shift, act: str, backend: str, norm_eps: float | None = None
+    ) -> None:
         activation(act)
         super().__init__(backend, weight=weight, bias=bias, scale=scale, shift=shift)
         self.act = act
+        self.norm_eps = norm_eps
 
     def _epilogue(self) -> cpu.Epilogue:
         return cpu.Epilogue(self.bias, self.scale, self.shift, self.act)
@@ -192,19 +208,20 @@ class _FusedProduct(FusedModule):
         return self._bound == "onednn" and self.act in cpu.SWALLOWS_NAN
 
     def epilogue(self) -> str:
-        parts = ["bias"] if self.bias is not None else []
+        parts = ["LayerNorm"] if self.norm_eps is not None else []
+        parts += ["bias"] if self.bias is not None else []
         parts += [self.act] if self.act != "none" else []
         parts += ["affine"] if self.scale is not None or self.shift is not None else []
         return " + ".join(parts) or "none"
 
 
 class FusedConv2d(_FusedProduct):
-    """scale * act(conv2d(x, weight) + bias + residual) + shift. Depthwise where groups equals the channels.
+    """scale * act(norm(conv2d(x, weight) + bias) + residual) + shift. Depthwise where groups equals the channels.
 
     Args:
         weight: [K, C / groups, R, S]. bias, scale, shift: [K] or None. All of one dtype, on one device.
         stride, padding, dilation: (height, width).
-        act, backend: see `depthfuse.ops.conv2d`.
+        act, norm_eps, backend: see `depthfuse.ops.conv2d`.
     """
 
     def __init__(
@@ -219,10 +236,11 @@ class FusedConv2d(_FusedProduct):
         dilation: Sequence[int] = (1, 1),
         groups: int = 1,
         act: str = "none",
+        norm_eps: float | None = None,
         backend: str = "auto",
     ) -> None:
         weight = weight.contiguous(memory_format=torch.channels_last)
-        super().__init__(weight, bias, scale, shift, act, backend)
+        super().__init__(weight, bias, scale, shift, act, backend, norm_eps)
         self.stride, self.padding, self.dilation = list(stride), list(padding), list(dilation)
         self.groups = groups
 
@@ -246,10 +264,29 @@ class FusedConv2d(_FusedProduct):
 
     def config(self) -> dict[str, Any]:
         geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        return {**geometry, "groups": self.groups, "act": self.act, "backend": self.backend}
+        rest = {"act": self.act, "norm_eps": self.norm_eps, "backend": self.backend}
+        return {**geometry, "groups": self.groups, **rest}
 
     def _cpu_candidates(self) -> list[str]:
+        if self.norm_eps is not None:
+            return ["plain"]
         return cpu.conv2d_candidates(self.weight, self.padding, self.groups)
+
+    def _triton_candidates(self) -> list[str]:
+        from depthfuse.kernels import winograd
+
+        kernel, stride, dilation = tuple(self.weight.shape[2:]), tuple(self.stride), tuple(self.dilation)
+        suits = self.norm_eps is None and winograd.supports(kernel, stride, dilation, self.groups)
+        # With few channels on either side it is loads that limit a convolution, not the products that Winograd saves.
+        return ["triton", "winograd"] if suits and min(self.weight.shape[:2]) >= 64 else ["triton"]
+
+    def _pack(self, name: str) -> Tensor:
+        from depthfuse.kernels import conv2d, depthwise, winograd
+
+        if name == "winograd":
+            return winograd.pack_weight(self.weight)
+        is_depthwise = self.groups > 1 and self.weight.shape[:2] == (self.groups, 1)
+        return (depthwise if is_depthwise else conv2d).pack_weight(self.weight)
 
     def _bind_cpu(self, name: str, input_size: Sequence[int]) -> cpu.Runner:
         geometry = (self.stride, self.padding, self.dilation, self.groups)
@@ -273,13 +310,18 @@ class FusedConv2d(_FusedProduct):
         if torch.jit.is_tracing():  # what TorchScript knows how to fuse
             names = ("stride", "padding", "dilation", "groups")
             keywords = dict(zip(names, geometry, strict=True))
-            return ops.conv2d_reference(x, self.weight, *vectors, **keywords, act=self.act)
-        return torch.ops.depthfuse.conv2d(x, self.weight, *vectors, *geometry, self.act, self._op_backend())
+            options = {"act": self.act, "norm_eps": self.norm_eps}
+            return ops.conv2d_reference(x, self.weight, *vectors, **keywords, **options)
+        weight = self.weight if self._packed is None else self._packed
+        options = (self.act, self._op_backend())
+        if self._bound == "winograd":
+            return torch.ops.depthfuse.winograd_conv2d(x, weight, *vectors, self.padding, *options)
+        return torch.ops.depthfuse.conv2d(x, weight, *vectors, *geometry, *options, self.norm_eps)
 
     def _check(self, x: Tensor, residual: Tensor | None) -> None:
         vectors = (self.bias, residual, self.scale, self.shift)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        check_conv2d(x, self.weight, *vectors, *geometry, self.act)
+        check_conv2d(x, self.weight, *vectors, *geometry, self.act, self.norm_eps)
 
     def extra_repr(self) -> str:
         filters, group_channels, *kernel = self.weight.shape
@@ -291,15 +333,17 @@ class FusedConv2d(_FusedProduct):
 
 
 class FusedLinear(_FusedProduct):
-    """scale * act(x @ weight.T + bias + residual) + shift over the last axis.
+    """scale * act(norm(x) @ weight.T + bias + residual) + shift over the last axis.
 
     Args:
         weight: [K, C]. bias, scale, shift: [K] or None. All of one dtype, on one device.
-        act, backend: see `depthfuse.ops.linear`.
+        act, norm_eps, backend: see `depthfuse.ops.linear`.
     """
 
-    def __init__(self, weight, bias=None, scale=None, shift=None, *, act="none", backend="auto") -> None:
-        super().__init__(weight.contiguous(), bias, scale, shift, act, backend)
+    def __init__(
+        self, weight, bias=None, scale=None, shift=None, *, act="none", norm_eps=None, backend="auto"
+    ) -> None:
+        super().__init__(weight.contiguous(), bias, scale, shift, act, backend, norm_eps)
 
     @classmethod
     def from_linear(
@@ -309,10 +353,10 @@ class FusedLinear(_FusedProduct):
         return cls(linear.weight, linear.bias, scale, shift, act=act, backend=backend)
 
     def config(self) -> dict[str, Any]:
-        return {"act": self.act, "backend": self.backend}
+        return {"act": self.act, "norm_eps": self.norm_eps, "backend": self.backend}
 
     def _cpu_candidates(self) -> list[str]:
-        return cpu.linear_candidates(self.weight)
+        return ["plain"] if self.norm_eps is not None else cpu.linear_candidates(self.weight)
 
     def _bind_cpu(self, name: str, input_size: Sequence[int]) -> cpu.Runner:
         return cpu.bind_linear(name, self.weight, self._epilogue(), input_size)
@@ -327,11 +371,12 @@ class FusedLinear(_FusedProduct):
             return self._run_bound(x, residual)
         vectors = (self.bias, residual, self.scale, self.shift)
         if torch.jit.is_tracing():
-            return ops.linear_reference(x, self.weight, *vectors, act=self.act)
-        return torch.ops.depthfuse.linear(x, self.weight, *vectors, self.act, self._op_backend())
+            return ops.linear_reference(x, self.weight, *vectors, act=self.act, norm_eps=self.norm_eps)
+        options = (self.act, self._op_backend(), self.norm_eps)
+        return torch.ops.depthfuse.linear(x, self.weight, *vectors, *options)
 
     def _check(self, x: Tensor, residual: Tensor | None) -> None:
-        check_linear(x, self.weight, self.bias, residual, self.scale, self.shift, self.act)
+        check_linear(x, self.weight, self.bias, residual, self.scale, self.shift, self.act, self.norm_eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, {super().extra_repr()}"

@@ -1,5 +1,5 @@
-"""What a graph node does to each element of its input: an affine map, an activation, an addition, a
-permutation.
+"""What a graph node does to its input, of what fusion knows: an affine map, an activation, an addition, a permutation,
+a LayerNorm over the channels.
 
 `read(node, value)` turns a node into a list of such elements, which is all that fusion has to know about it.
 Axes are negative (counted from the last), so that they hold for any number of leading axes.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, norm_act
+from timm.layers import DropPath, LayerNorm, LayerNorm2d, norm_act
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -51,7 +51,17 @@ class Permute:
     dims: tuple[int, ...]
 
 
-Element = Affine | Act | Add | Permute
+@dataclass(frozen=True)
+class Norm:
+    """LayerNorm over one axis; weight and bias float64 [C] or None."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    axis: int
+
+
+Element = Affine | Act | Add | Permute | Norm
 
 _NO_OPS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, DropPath)
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -101,6 +111,15 @@ def batch_norm_affine(norm: nn.Module, axis: int) -> Affine | None:
     return Affine(scale, shift, axis)
 
 
+def layer_norm(module: nn.Module) -> Norm | None:
+    """What a LayerNorm over the channels does, or None for any other module."""
+    axes = {nn.LayerNorm: -1, LayerNorm: -1, LayerNorm2d: -3}
+    if type(module) not in axes or len(module.normalized_shape) != 1:
+        return None
+    weight, bias = (None if t is None else t.detach().double() for t in (module.weight, module.bias))
+    return Norm(weight, bias, module.eps, axes[type(module)])
+
+
 def _module_elements(module: nn.Module, ndim: int) -> list[Element] | None:
     name = act_of_module(module)
     if name:
@@ -120,7 +139,8 @@ def _module_elements(module: nn.Module, ndim: int) -> list[Element] | None:
     if isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward:
         affine = batch_norm_affine(module, channel_axis)
         return [affine] if affine else None
-    return None
+    norm = layer_norm(module)
+    return [norm] if norm else None
 
 
 def _constant_affine(node: fx.Node, constant: Tensor | float, multiply: bool, ndim: int) -> Affine | None:

@@ -1,13 +1,15 @@
 """Put fused modules in the place of what a graph's nodes compute together, by passes over the graph.
 
-A pass looks for one pattern and replaces each place where it finds it: `PASSES` lists them, those for larger patterns
-first. What a pass must keep is said at `Pass`. The last one finds convolution and linear chains: a chain starts at a
-convolution or linear layer and follows its only reader, as long as what that does fits
+A pass looks for one pattern and replaces each place where it finds it; what it must keep is said at `Pass`. The first
+one finds convolution and linear chains; where our kernels run, those of `accelerate/blocks.py` then put whole blocks
+together. A chain starts at a convolution or linear layer and follows its only reader, as long as what that does fits
 
-    y = scale * act(conv(x) + bias + residual) + shift
+    y = scale * act(norm(conv(x) + bias) + residual) + shift
 
 Batch norm, LayerScale and constants before the residual and the activation are folded into weight and bias,
-in float64; after them they become scale and shift. Permutations on the way (ConvNeXt goes from [N, H, W, C]
+in float64; after them they become scale and shift. A LayerNorm before a linear layer or behind a depthwise convolution
+is taken in where the kernels run, which normalise what they hold anyway: before, its affine belongs in the weight and
+the bias, behind, it is scale and shift. Permutations on the way (ConvNeXt goes from [N, H, W, C]
 back to [N, C, H, W]) are moved behind the fused module, and their inverse before the residual; in
 channels_last both are free.
 """
@@ -15,15 +17,18 @@ channels_last both are free.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
 
-from depthfuse.accelerate.elements import Act, Add, Affine, read
+from depthfuse.accelerate.blocks import BLOCK_PASSES
+from depthfuse.accelerate.elements import Act, Add, Affine, Norm, layer_norm, read
 from depthfuse.accelerate.graph import has_hooks, insert_fused, mark_value, module_of
 from depthfuse.nn import FusedConv2d, FusedLinear, FusedModule
+from depthfuse.ops import resolve_backend
 
 CONV_CHANNEL_AXIS = -3
 LINEAR_CHANNEL_AXIS = -1
@@ -38,8 +43,10 @@ class Chain:
     weight: Tensor
     bias: Tensor | None
     channel_axis: int
+    source: fx.Node
     end: fx.Node
     nodes: list[fx.Node]
+    norm_eps: float | None = None
     residual: fx.Node | None = None
     residual_permute: tuple[int, ...] | None = None  # how the output lay where the residual was added
     act: str | None = None
@@ -50,6 +57,8 @@ class Chain:
 
     def take(self, element) -> bool:
         """Absorb one element if it fits; says whether it did."""
+        if isinstance(element, Norm):
+            return self._take_norm(element)
         if isinstance(element, Affine):
             return self._take_affine(element)
         if isinstance(element, Act):
@@ -83,7 +92,7 @@ class Chain:
         channels = self.weight.shape[0]
         scale = None if element.scale is None else element.scale.expand(channels)
         shift = None if element.shift is None else element.shift.expand(channels)
-        if self.act is None and self.residual is None:
+        if self.act is None and self.residual is None and self.norm_eps is None:
             self._fold(scale, shift)
         else:
             if scale is not None:
@@ -93,6 +102,28 @@ class Chain:
                 self.shift = shift if self.shift is None else self.shift + shift
         self.pieces.append("affine")
         return True
+
+    def _take_norm(self, norm: Norm) -> bool:
+        """LayerNorm behind a depthwise convolution, whose kernel holds all channels of its pixels."""
+        layer = self.layer
+        fits = isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels > 1
+        taken = (self.norm_eps, self.act, self.residual, self.scale, self.shift)
+        if not fits or any(value is not None for value in taken) or norm.axis != self.channel_axis:
+            return False
+        self.norm_eps, self.scale, self.shift = norm.eps, norm.weight, norm.bias
+        self.pieces.append("norm")
+        return True
+
+    def take_norm_before(self, node: fx.Node, norm: Norm) -> None:
+        """Absorb the LayerNorm at `node` that this chain's linear layer reads, alone."""
+        self.norm_eps = norm.eps
+        if norm.bias is not None:
+            shift = self.weight @ norm.bias
+            self.bias = shift if self.bias is None else self.bias + shift
+        if norm.weight is not None:
+            self.weight = self.weight * norm.weight
+        self.source = node.args[0]
+        self.nodes.insert(0, node)
 
     def _fold(self, scale: Tensor | None, shift: Tensor | None) -> None:
         if scale is not None:
@@ -120,11 +151,52 @@ def start_chain(node: fx.Node) -> Chain | None:
     if has_hooks(layer):
         return None
     bias = None if layer.bias is None else layer.bias.detach().double()
-    return Chain(node, layer, layer.weight.detach().double(), bias, axis, node, [node])
+    return Chain(node, layer, layer.weight.detach().double(), bias, axis, node.args[0], node, [node])
 
 
-def grow(chain: Chain) -> None:
-    """Follow the only reader as far as the fused module's schema goes."""
+def look_back(chain: Chain) -> None:
+    """Absorb the LayerNorm before a linear layer, where nothing else reads its values."""
+    if not isinstance(chain.layer, nn.Linear):
+        return
+    _choose_token_first(chain)
+    before = chain.source
+    norm = _norm_of_tokens(before)
+    questions = [user for user in before.users if user.target is getattr and user.args[1] == "shape"]
+    if norm is None or set(before.users) != {chain.start, *questions}:
+        return
+    for question in questions:  # its input has the same shape
+        question.replace_input_with(before, before.args[0])
+    chain.take_norm_before(before, norm)
+
+
+def _norm_of_tokens(node: fx.Node) -> Norm | None:
+    """The LayerNorm over the last axis that a node calls, or None."""
+    if node.op != "call_module" or len(node.args) != 1 or has_hooks(module_of(node)):
+        return None
+    norm = layer_norm(module_of(node))
+    return norm if norm is not None and norm.axis == LINEAR_CHANNEL_AXIS else None
+
+
+def _choose_token_first(chain: Chain) -> None:
+    """Of norm(x)[:, 0], what the head of a ViT reads, make norm(x[:, 0]): the other tokens need no norm."""
+    choice = chain.source
+    if choice.target is not operator.getitem or choice.args[1] != (slice(None), 0) or len(choice.users) != 1:
+        return
+    norm = choice.args[0]
+    if _norm_of_tokens(norm) is None or len(norm.users) != 1:
+        return
+    plan = norm.graph
+    with plan.inserting_before(norm):
+        token = plan.call_function(operator.getitem, (norm.args[0], choice.args[1]))
+    norm.args = (token,)
+    mark_value(norm, choice)
+    choice.replace_all_uses_with(norm)
+    plan.erase_node(choice)
+    chain.source = norm
+
+
+def grow(chain: Chain, norms: bool) -> None:
+    """Follow the only reader as far as the fused module's schema goes; `norms`: LayerNorm is part of that."""
     while len(chain.end.users) == 1:
         (user,) = chain.end.users
         if user.op == "call_module" and has_hooks(module_of(user)):
@@ -132,6 +204,8 @@ def grow(chain: Chain) -> None:
         longer = copy.copy(chain)
         longer.pieces = list(chain.pieces)
         elements = read(user, chain.end)
+        if elements is not None and not norms and any(isinstance(e, Norm) for e in elements):
+            return
         if elements is None or not all(longer.take(element) for element in elements):
             return
         longer.end, longer.nodes = user, [*chain.nodes, user]
@@ -140,11 +214,14 @@ def grow(chain: Chain) -> None:
 
 def fuse_chains(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
     """Replace every chain of `plan` by a fused module."""
+    norms = runs_triton_kernels(plan, backend)
     for node in list(plan.graph.nodes):
         chain = start_chain(node)
         if chain is None:
             continue
-        grow(chain)
+        if norms:
+            look_back(chain)
+        grow(chain, norms)
         emit(plan, chain, build(chain, dtype, backend))
 
 
@@ -153,12 +230,17 @@ def fuse_chains(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
 # one says so with `graph.mark_value`. Shapes stay on the nodes for the passes after it.
 Pass = Callable[[fx.GraphModule, torch.dtype, str], None]
 
-PASSES: tuple[Pass, ...] = (fuse_chains,)
+
+def runs_triton_kernels(plan: fx.GraphModule, backend: str) -> bool:
+    """Whether our kernels run the plan where its weights are."""
+    tensor = next(iter([*plan.parameters(), *plan.buffers()]), None)
+    return tensor is not None and resolve_backend(backend, tensor.device)[0] == "triton"
 
 
 def fuse(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
     """Run all passes over `plan`, in place."""
-    for run in PASSES:
+    passes: tuple[Pass, ...] = (fuse_chains, *(BLOCK_PASSES if runs_triton_kernels(plan, backend) else ()))
+    for run in passes:
         run(plan, dtype, backend)
         plan.graph.eliminate_dead_code()
 
@@ -172,7 +254,7 @@ def build(chain: Chain, dtype: torch.dtype, backend: str) -> FusedModule:
     tensors = (cast(chain.weight), cast(chain.bias), cast(chain.scale), cast(chain.shift))
     act = chain.act or "none"
     if isinstance(chain.layer, nn.Linear):
-        return FusedLinear(*tensors, act=act, backend=backend)
+        return FusedLinear(*tensors, act=act, norm_eps=chain.norm_eps, backend=backend)
     layer = chain.layer
     return FusedConv2d(
         *tensors,
@@ -181,6 +263,7 @@ def build(chain: Chain, dtype: torch.dtype, backend: str) -> FusedModule:
         dilation=layer.dilation,
         groups=layer.groups,
         act=act,
+        norm_eps=chain.norm_eps,
         backend=backend,
     )
 
@@ -189,7 +272,7 @@ def emit(plan: fx.GraphModule, chain: Chain, module: FusedModule) -> None:
     """Put a call of the fused module where the chain ended, with the permutations around it."""
     graph = plan.graph
     with graph.inserting_before(chain.end):
-        arguments = [chain.start.args[0]]
+        arguments = [chain.source]
         if chain.residual is not None:
             residual = chain.residual
             if chain.residual_permute is not None:

@@ -1,0 +1,210 @@
+"""Autograd-free modules that stand for several products: whole blocks, or parts of them, in one launch of a GPU.
+
+Each has three implementations to choose from by measurement: "triton", the one launch; "layers", a launch of ours for
+each product; and "reference", the vendor's library. A fused launch saves the traffic of what lies between its products
+and pays for it (work done twice at borders, weights read again), so none of them is always best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from depthfuse import ops
+from depthfuse.nn import FusedModule
+from depthfuse.ops.activations import activation
+
+_UNIT = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+
+
+class FusedBlock(FusedModule):
+    """A module of several products. A subclass gives the one op (`_fused`) and the op for each product (`_layers`)."""
+
+    def __init__(self, backend: str, config: dict[str, Any], **tensors: Tensor | None) -> None:
+        for name in ("act", "act_inner"):
+            if name in config:
+                activation(config[name])
+        super().__init__(backend, **tensors)
+        self._config = config
+
+    def config(self) -> dict[str, Any]:
+        return {**self._config, "backend": self.backend}
+
+    def _triton_candidates(self) -> list[str]:
+        return ["triton", "layers"]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self._bound == "layers":
+            return self._layers(x, residual, self.backend)
+        if torch.jit.is_tracing():  # what TorchScript knows how to fuse
+            return self._layers(x, residual, "reference")
+        return self._fused(x, residual, self._op_backend())
+
+    def _fused(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
+        raise NotImplementedError
+
+    def _layers(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
+        raise NotImplementedError
+
+    def epilogue(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in self._config.items() if isinstance(v, str)) or "none"
+
+
+class FusedInvertedResidual(FusedBlock):
+    """Expand 1x1, depthwise k x k, project 1x1 and the skip; the formula is that of `depthfuse.ops.inverted_residual`.
+
+    Args:
+        w1: [hidden, C, 1, 1]; b1, b2: [hidden]; w2: [hidden, 1, R, R]; w3: [K, hidden, 1, 1]; b3, scale, shift: [K] or
+            None. All of one dtype, on one device.
+        stride: of the depthwise convolution, whose padding is R // 2.
+        act_inner, act, backend: see `depthfuse.ops.inverted_residual`.
+    """
+
+    def __init__(
+        self, w1, b1, w2, b2, w3, b3=None, scale=None, shift=None, *, stride, act_inner, act, backend
+    ):
+        w1, w3 = (w.contiguous(memory_format=torch.channels_last) for w in (w1, w3))
+        tensors = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "w3": w3, "b3": b3, "scale": scale, "shift": shift}
+        super().__init__(backend, {"stride": stride, "act_inner": act_inner, "act": act}, **tensors)
+
+    def _pack(self, name: str) -> Tensor:
+        from depthfuse.kernels.depthwise import pack_weight
+
+        return pack_weight(self.w2)
+
+    def _fused(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
+        w2 = self.w2 if self._packed is None else self._packed
+        tensors = (x, self.w1, self.b1, w2, self.b2, self.w3, self.b3, residual, self.scale, self.shift)
+        return ops.inverted_residual(*tensors, **self._config, backend=backend)
+
+    def _layers(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
+        w2 = self.w2 if self._packed is None else self._packed
+        inner = {"act": self._config["act_inner"], "backend": backend}
+        geometry = {"stride": self._config["stride"], "padding": w2.shape[-1] // 2, "groups": len(w2)}
+        expanded = ops.conv2d(x, self.w1, self.b1, **inner)
+        filtered = ops.conv2d(expanded, w2, self.b2, **geometry, **inner)
+        tail = (self.b3, residual, self.scale, self.shift)
+        return ops.conv2d(filtered, self.w3, *tail, act=self._config["act"], backend=backend)
+
+
+class FusedDepthwisePointwise(FusedBlock):
+    """Depthwise and 1x1 convolution; the formula is that of `depthfuse.ops.depthwise_pointwise`.
+
+    Args:
+        w1: [C, 1, R, S]; b1: [C] or None; w2: [K, C, 1, 1]; b2, scale, shift: [K] or None. All of one dtype, on one
+            device.
+        stride, padding, dilation: of the depthwise convolution, (height, width).
+        act_inner, act, backend: see `depthfuse.ops.depthwise_pointwise`.
+    """
+
+    def __init__(
+        self,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        *,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        act_inner: str,
+        act: str,
+        backend: str,
+    ) -> None:
+        w2 = w2.contiguous(memory_format=torch.channels_last)
+        tensors = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "scale": scale, "shift": shift}
+        config = {"stride": list(stride), "padding": list(padding), "dilation": list(dilation)}
+        super().__init__(backend, {**config, "act_inner": act_inner, "act": act}, **tensors)
+
+    def _pack(self, name: str) -> Tensor:
+        from depthfuse.kernels.depthwise import pack_weight
+
+        return pack_weight(self.w1)
+
+    def _fused(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
+        w1 = self.w1 if self._packed is None else self._packed
+        tensors = (x, w1, self.b1, self.w2, self.b2, residual, self.scale, self.shift)
+        return ops.depthwise_pointwise(*tensors, **self._config, backend=backend)
+
+    def _layers(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
+        w1 = self.w1 if self._packed is None else self._packed
+        geometry = {name: self._config[name] for name in _UNIT}
+        inner = {"groups": len(w1), "act": self._config["act_inner"], "backend": backend}
+        filtered = ops.conv2d(x, w1, self.b1, **geometry, **inner)
+        tail = (self.b2, residual, self.scale, self.shift)
+        return ops.conv2d(filtered, self.w2, *tail, act=self._config["act"], backend=backend)
+
+
+class FusedMlp(FusedBlock):
+    """Linear, activation, linear; the formula is that of `depthfuse.ops.mlp`.
+
+    Args:
+        w1: [hidden, C]; b1: [hidden] or None; w2: [K, hidden]; b2, scale, shift: [K] or None. All of one dtype, on one
+            device.
+        act_inner, act, norm_eps, backend: see `depthfuse.ops.mlp`.
+    """
+
+    def __init__(
+        self, w1, b1, w2, b2=None, scale=None, shift=None, *, act_inner, act, norm_eps=None, backend
+    ):
+        tensors = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "scale": scale, "shift": shift}
+        super().__init__(backend, {"act_inner": act_inner, "act": act, "norm_eps": norm_eps}, **tensors)
+
+    def _fused(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
+        tensors = (x, self.w1, self.b1, self.w2, self.b2, residual, self.scale, self.shift)
+        return ops.mlp(*tensors, **self._config, backend=backend)
+
+    def _layers(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
+        inner = {"act": self._config["act_inner"], "norm_eps": self._config["norm_eps"], "backend": backend}
+        hidden = ops.linear(x, self.w1, self.b1, **inner)
+        tail = (self.b2, residual, self.scale, self.shift)
+        return ops.linear(hidden, self.w2, *tail, act=self._config["act"], backend=backend)
+
+
+class FusedAttention(FusedBlock):
+    """The qkv projection, after LayerNorm where `norm_eps` is given, and attention: [B, N, C] -> [B, N, heads * D].
+
+    Two launches at any rate; they stand together because nothing between them is transposed.
+
+    Args:
+        weight: [3 * heads * D, C]; bias: [3 * heads * D] or None. Of one dtype, on one device.
+        heads, scale: see `depthfuse.ops.attention`. norm_eps, backend: see `depthfuse.ops.linear`.
+    """
+
+    def __init__(self, weight, bias=None, *, heads, scale=None, norm_eps=None, backend):
+        config = {"heads": heads, "scale": scale, "norm_eps": norm_eps}
+        super().__init__(backend, config, weight=weight, bias=bias)
+
+    def _triton_candidates(self) -> list[str]:
+        return ["triton"]
+
+    def _fused(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
+        qkv = ops.linear(x, self.weight, self.bias, norm_eps=self._config["norm_eps"], backend=backend)
+        return ops.attention(qkv, self._config["heads"], scale=self._config["scale"], backend=backend)
+
+    _layers = _fused
+
+
+class FusedPoolLinear(FusedBlock):
+    """Global average pool and linear layer: [N, C, H, W] -> [N, K], as `depthfuse.ops.pool_linear`.
+
+    Args:
+        weight: [K, C]; bias: [K] or None. Of one dtype, on one device.
+        norm_eps, backend: see `depthfuse.ops.pool_linear`.
+    """
+
+    def __init__(self, weight, bias=None, *, norm_eps=None, backend):
+        super().__init__(backend, {"norm_eps": norm_eps}, weight=weight, bias=bias)
+
+    def _triton_candidates(self) -> list[str]:
+        return ["triton"]
+
+    def _fused(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
+        return ops.pool_linear(x, self.weight, self.bias, **self._config, backend=backend)
+
+    _layers = _fused

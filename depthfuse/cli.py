@@ -131,42 +131,93 @@ def _env(args: Sequence[str], prog: str) -> None:
 
 
 @dataclass
-class DirectoryArguments:
-    directory: Annotated[Path, tyro.conf.Positional]
-    """The output folder of a run that has been merged."""
-    batch_size: int = 1
+class BenchArguments:
+    model: Annotated[str, tyro.conf.Positional]
+    """A timm model name (random weights), or the output folder of a run that has been merged."""
+    model_kwargs: tuple[str, ...] = ()
+    """Keyword arguments of timm.create_model, as name=value."""
+    batch: tuple[int, ...] = (1, 8, 32, 128)
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    contenders: tuple[str, ...] = ()
+    """Which to compare with; default all that are installed."""
     rounds: int = 15
     """Interleaved rounds."""
+    round_ms: float = 150.0
+    """Time for each contender in each round."""
+    device: str | None = None
+    """Default: the GPU where there is one."""
     backend: Literal["auto", "triton", "reference"] = "auto"
+    out: Path | None = None
+    """Where tables and plot go; default the run's folder, or runs/bench/MODEL."""
 
 
 def _bench(args: Sequence[str], prog: str) -> None:
-    given = tyro.cli(DirectoryArguments, args=args, prog=prog, description=COMMANDS["bench"][1])
+    given = tyro.cli(BenchArguments, args=args, prog=prog, description=COMMANDS["bench"][1])
     import torch
+
+    from depthfuse import bench
+    from depthfuse.contenders import CONTENDERS
+
+    unknown = [name for name in given.contenders if name not in CONTENDERS]
+    if unknown:
+        raise config.ConfigError(f"unknown contender {unknown[0]!r}; known: {', '.join(CONTENDERS)}")
+    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, size, out = _bench_model(given)
+    dtype = bench.DTYPES[given.dtype]
+    model = model.to(device, dtype)
+    facts = bench.machine(device)
+    rows: list[dict[str, Any]] = []
+    for batch in given.batch:
+        x = torch.randn(batch, *size, device=device).to(dtype)
+        if not rows:
+            fast, costs = bench.operations(model, x, given.backend)
+        names = given.contenders or tuple(CONTENDERS)
+        rows += bench.compare(model, given.model, x, names, given.rounds, given.round_ms, given.backend)
+    out = given.out or out
+    bench.write_csv(rows, out / f"bench_{device.type}_{given.dtype}.csv", facts)
+    bench.write_csv(costs, out / f"operations_{device.type}_{given.dtype}.csv", facts)
+    title = f"{facts['device']}, {facts['threads']} threads, {given.dtype}, torch {facts['torch']}"
+    bench.plot(rows, out / f"bench_{device.type}_{given.dtype}.png", title)
+    _print_bench(rows, str(fast.report()), f"{given.model}: {title}", out)
+
+
+def _bench_model(given: BenchArguments) -> tuple[Any, list[int], Path]:
+    """The model in evaluation mode, its input size (C, H, W), and the folder for results."""
+    from depthfuse import bench
+    from depthfuse.checkpoint import load_json
+    from depthfuse.merge import input_size
+    from depthfuse.pipeline import load
+    from depthfuse.spec import ModelSource
+
+    directory = Path(given.model)
+    if directory.is_dir():
+        return load(directory), load_json(directory / "results.json")["conditions"]["input_size"], directory
+    source = ModelSource.make(given.model, **config.parse_model_kwargs(given.model_kwargs))
+    model = bench.randomised(source.build())
+    return model, list(input_size(model)), Path("runs") / "bench" / given.model
+
+
+def _print_bench(rows: list[dict[str, Any]], report: str, title: str, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from depthfuse.accelerate import accelerate
-    from depthfuse.checkpoint import load_json
-    from depthfuse.pipeline import load
-    from depthfuse.timing import time_interleaved
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load(given.directory).to(device)
-    size = load_json(given.directory / "results.json")["conditions"]["input_size"]
-    x = torch.randn(given.batch_size, *size, device=device)
-    fast = accelerate(model, x, backend=given.backend)
-    times = time_interleaved({"merged": lambda: model(x), "accelerated": lambda: fast(x)}, given.rounds)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(report, soft_wrap=True, highlight=False, markup=False)
     table = Table(
-        "net", "median ms", "quartiles ms", "speed-up", title=f"{given.directory}, batch {given.batch_size}"
+        "batch", "contender", "median ms", "quartiles ms", "time / ours", "quartiles", "error", title=title
     )
-    for name, timing in times.items():
-        low, high = timing.quartiles_ms
-        ratio = timing.speedup_over(times["merged"])
-        table.add_row(name, f"{timing.median_ms:.3f}", f"{low:.3f} to {high:.3f}", f"{ratio:.2f}x")
-    console = Console()
+    for row in rows:
+        table.add_row(
+            str(row["batch"]),
+            row["contender"],
+            f"{row['latency_ms']:.3f}",
+            f"{row['latency_q1_ms']:.3f} to {row['latency_q3_ms']:.3f}",
+            f"{row['ratio_to_depthfuse']:.2f}",
+            f"{row['ratio_q1']:.2f} to {row['ratio_q3']:.2f}",
+            row["max_relative_error"],
+        )
     console.print(table)
-    console.print(str(fast.report()))
+    console.print(f"tables and plot: {out}", soft_wrap=True)
 
 
 @dataclass
@@ -197,7 +248,11 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], None], str]] = {
         _prune_command("compare"),
         "The same as prune: acceleration and comparison are its last stage.",
     ),
-    "bench": (_bench, "Latency of the merged model of a run, plain and accelerated, side by side."),
+    "bench": (
+        _bench,
+        "Latency of a timm model, or of the merged model of a run, accelerated, eager, and in whatever compilers are "
+        "installed, side by side; and what each operation costs.",
+    ),
     "inspect": (
         _inspect,
         "Which blocks of a timm model can be pruned, why not the others, and what merging saves.",

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile; a single value is all three."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
 
 
 @dataclass(frozen=True)
@@ -27,14 +35,16 @@ class Timing:
 
     @property
     def quartiles_ms(self) -> tuple[float, float]:
-        if len(self.rounds_ms) < 2:
-            return self.median_ms, self.median_ms
-        low, _, high = statistics.quantiles(self.rounds_ms, n=4)
+        low, _, high = quartiles(self.rounds_ms)
         return low, high
+
+    def ratios_to(self, other: Timing) -> tuple[float, ...]:
+        """self / other, round by round."""
+        return tuple(s / o for s, o in zip(self.rounds_ms, other.rounds_ms, strict=True))
 
     def speedup_over(self, other: Timing) -> float:
         """Median over the rounds of other / self: round by round, because a machine's speed drifts."""
-        return statistics.median(o / s for o, s in zip(other.rounds_ms, self.rounds_ms, strict=True))
+        return statistics.median(other.ratios_to(self))
 
 
 @torch.inference_mode()

@@ -252,8 +252,25 @@ def test_command_line(finished, tmp_path, capsys):
     assert "unknown command 'fly'" in capsys.readouterr().err
     assert main(["--help"]) == 0
     assert "depthfuse COMMAND" in capsys.readouterr().out
-    assert main(["bench", str(finished), "--rounds", "2"]) == 0
-    assert "accelerated" in capsys.readouterr().out
+    assert (
+        main(
+            [
+                "bench",
+                str(finished),
+                "--rounds",
+                "2",
+                "--round-ms",
+                "1",
+                "--batch",
+                "1",
+                "--contenders",
+                "eager",
+            ]
+        )
+        == 0
+    )
+    assert "depthfuse" in capsys.readouterr().out
+    assert {f"bench_cpu_fp32.{kind}" for kind in ("csv", "png")} <= {path.name for path in finished.iterdir()}
     assert main(["env"]) == 0
     assert "torch" in capsys.readouterr().out
 

@@ -39,8 +39,9 @@ format: venv ## apply the formatter and the safe fixes
 test-gpu: ## run the tests that need a GPU, in the environment of $(PYTHON)
 	$(PYTHON) -m pytest tests -m gpu
 
-bench-gpu: ## time whole models on the GPU against eager and torch.compile, in the environment of $(PYTHON)
-	$(PYTHON) -m benchmarks.models --device cuda --dtype fp16 --batch 1 128
+bench-gpu: ## time operators and whole models on the GPU, in the environment of $(PYTHON)
+	$(PYTHON) -m benchmarks.micro --device cuda --dtypes fp16 --batches 1 128; operators=$$?; \
+	$(PYTHON) -m benchmarks.models --device cuda --dtype fp16 --batch 1 128 && exit $$operators
 
 clean: ## remove .venv, builds and caches; runs/ stays
 	rm -rf .venv build dist depthfuse.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -59,8 +59,7 @@ class AcceleratedModel(nn.Module):
 
         Returns:
             A Report whose entries have a `Cost`: latency before and after in ms, multiply-accumulates, bytes moved,
-            and the roofline's time: on a CPU from a product and a copy measured once, on a GPU from
-            `depthfuse.roofline.DEVICES`.
+            and the roofline's time, by `depthfuse.roofline.peaks_of`.
 
         Raises:
             TypeError, ValueError: inputs that do not fit; a model that is not the one this was made from.

@@ -45,7 +45,7 @@ def profile_entries(
     for name in parts.keys() & ours.keys():
         latency_ms = _least_latencies(parts[name], ours[name], passes)
         for node, (macs, bytes_moved, matrix) in _count(parts[name], ours[name]).items():
-            roofline_ms = peaks.least_ms(2 * macs, bytes_moved, matrix) if peaks else None
+            roofline_ms = peaks.least_ms(2 * macs, bytes_moved, matrix)
             costs[name, node] = Cost(latency_ms[node], None, macs, bytes_moved, roofline_ms)
     before = {} if model is None else _latencies_before(model, tuple(parts), inputs, passes)
     profiled = []

@@ -13,19 +13,19 @@ class Cost:
 
     latency_ms: as it runs in the plan, op by op. before_ms: of the layers that it stands for, as the model runs them,
     or None where the model was not given. macs: multiply-accumulates. bytes_moved: each tensor that it reads or writes
-    counted once. roofline_ms: the least time that arithmetic or memory allow, or None for an unknown device.
+    counted once. roofline_ms: the least time that arithmetic or memory allow.
     """
 
     latency_ms: float
     before_ms: float | None
     macs: int
     bytes_moved: int
-    roofline_ms: float | None
+    roofline_ms: float
 
     @property
-    def roofline_percent(self) -> float | None:
+    def roofline_percent(self) -> float:
         """How much of the roofline's speed is reached; above 100 where the data were in a cache."""
-        return None if self.roofline_ms is None else 100 * self.roofline_ms / self.latency_ms
+        return 100 * self.roofline_ms / self.latency_ms
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from depthfuse.roofline import DEVICES, Peaks, peaks_of, roofline_us
 from tests.nets import build
 
 CPU = torch.device("cpu")
-PEAKS = Peaks(matrix_tflops=2e-3, vector_tflops=1e-3, bandwidth_gbps=4.0)
+PEAKS = Peaks(matrix_tflops=2e-3, vector_tflops=1e-3, bandwidth_gbps=4.0, source="a toy")
 
 
 @pytest.fixture
@@ -96,19 +96,33 @@ def test_another_model_is_refused(known_peaks):
         fast.profile(x[:, :2])
 
 
-def test_unknown_devices_have_no_roofline(monkeypatch):
-    monkeypatch.setattr(profile, "peaks_of", lambda device, dtype: None)
-    model, x = nn.Sequential(nn.Linear(3, 4)).eval(), torch.randn(2, 3)
-    report = accelerate(model, x, tune="off").profile(x)
-    assert report.entries[0].cost.roofline_percent is None
-    assert "roofline" not in str(report) and "latency_ms" in str(report)
+def test_roofline_percent():
     assert Cost(2.0, None, 0, 0, 1.0).roofline_percent == 50
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H200", None),
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+        ("NVIDIA A100-SXM4-80GB", None),
+        ("AMD Instinct MI100", "MI100"),
+    ],
+)
+def test_gpus_are_known_by_the_name_that_their_driver_gives(name, known, monkeypatch):
+    monkeypatch.setattr(roofline, "device_name", lambda device: name)
+    monkeypatch.setattr(roofline, "_measure", lambda device, dtype: PEAKS)
+    monkeypatch.setattr(roofline, "MeasuredCache", lambda device: MeasuredCache(CPU))
+    found = peaks_of(torch.device("cuda"), torch.float16)
+    assert found.source == (f"peaks of {known}" if known else PEAKS.source)
 
 
 def test_the_peaks_of_a_cpu_are_measured_once(tmp_path, monkeypatch):
     monkeypatch.setenv("DEPTHFUSE_CACHE_DIR", str(tmp_path))
     calls = []
-    monkeypatch.setattr(roofline, "_measure_cpu", lambda dtype: calls.append(dtype) or PEAKS)
+    monkeypatch.setattr(roofline, "_measure", lambda device, dtype: calls.append(dtype) or PEAKS)
     assert [peaks_of(CPU, torch.float32) for _ in range(3)] == [PEAKS] * 3
     assert peaks_of(CPU, torch.bfloat16) == PEAKS
     assert calls == [torch.float32, torch.bfloat16]
@@ -127,11 +141,11 @@ def test_measured_peaks_are_possible(monkeypatch):
         return {name: roofline.Timing((latencies[name],)) for name in runs}
 
     monkeypatch.setattr(roofline, "time_interleaved", timings)
-    peaks = roofline._measure_cpu(torch.float32)
+    peaks = roofline._measure(CPU, torch.float32)
     assert peaks.matrix_tflops == pytest.approx(2 * 2048**3 / 8e-3 / 1e12)
     assert peaks.bandwidth_gbps == pytest.approx(2 * 2**26 / 32e-3 / 1e9)
     latencies["product"] = 30.0  # slow: no larger one is tried
-    assert roofline._measure_cpu(torch.float32).matrix_tflops == pytest.approx(2 * 512**3 / 30e-3 / 1e12)
+    assert roofline._measure(CPU, torch.float32).matrix_tflops == pytest.approx(2 * 512**3 / 30e-3 / 1e12)
 
 
 def test_the_table_of_gpus():

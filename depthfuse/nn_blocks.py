@@ -2,12 +2,13 @@
 
 Each has three implementations to choose from by measurement: "triton", the one launch; "layers", a launch of ours for
 each product; and "reference", the vendor's library. A fused launch saves the traffic of what lies between its products
-and pays for it (work done twice at borders, weights read again), so none of them is always best.
+and pays for it (work done twice at borders, weights read again), so none of them is always best. Attention is the one
+that has implementations on a CPU, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from depthfuse import ops
 from depthfuse.nn import FusedModule
+from depthfuse.ops import cpu
 from depthfuse.ops.activations import activation
 
 _UNIT = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
@@ -37,6 +39,9 @@ class FusedBlock(FusedModule):
         return ["triton", "layers"]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self._runs_bound(x):
+            with torch.no_grad():  # an input that requires a gradient must not make this record one
+                return self._runner(x)
         if self._bound == "layers":
             return self._layers(x, residual, self.backend)
         if torch.jit.is_tracing():  # what TorchScript knows how to fuse
@@ -167,27 +172,30 @@ class FusedMlp(FusedBlock):
 
 
 class FusedAttention(FusedBlock):
-    """The qkv projection, after LayerNorm where `norm_eps` is given, and attention: [B, N, C] -> [B, N, heads * D].
-
-    Two launches at any rate; they stand together because nothing between them is transposed.
+    """Softmax attention, read from the qkv projection's output: [B, N, 3 * heads * D] -> [B, N, heads * D].
 
     Args:
-        weight: [3 * heads * D, C]; bias: [3 * heads * D] or None. Of one dtype, on one device.
-        heads, scale: see `depthfuse.ops.attention`. norm_eps, backend: see `depthfuse.ops.linear`.
+        like: an empty tensor of the dtype and on the device that it works in; it has no weights that would say so.
+        heads, scale, backend: see `depthfuse.ops.attention`.
     """
 
-    def __init__(self, weight, bias=None, *, heads, scale=None, norm_eps=None, backend):
-        config = {"heads": heads, "scale": scale, "norm_eps": norm_eps}
-        super().__init__(backend, config, weight=weight, bias=bias)
+    def __init__(self, like: Tensor, *, heads: int, scale: float | None = None, backend: str) -> None:
+        super().__init__(backend, {"heads": heads, "scale": scale}, like=like)
 
     def _triton_candidates(self) -> list[str]:
         return ["triton"]
 
-    def _fused(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
-        qkv = ops.linear(x, self.weight, self.bias, norm_eps=self._config["norm_eps"], backend=backend)
-        return ops.attention(qkv, self._config["heads"], scale=self._config["scale"], backend=backend)
+    def _cpu_candidates(self) -> list[str]:
+        return cpu.attention_candidates(self.like.dtype)
 
-    _layers = _fused
+    def _bind_cpu(self, name: str, input_size: Sequence[int]) -> Callable[..., Tensor] | None:
+        return cpu.bind_attention(name, **self._config)
+
+    def _fused(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
+        return ops.attention(x, **self._config, backend=backend)
+
+    def _layers(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
+        return ops.attention_reference(x, **self._config)
 
 
 class FusedPoolLinear(FusedBlock):

@@ -1,7 +1,8 @@
-"""Passes that put several fused modules of a plan together into one launch, where our kernels run.
+"""Passes that put several operations of a plan together into one launch, where our kernels run.
 
 They follow the pass that makes the fused modules, and look for runs of these: expand, depthwise, project; depthwise and
-1x1; linear and linear; qkv and attention; pool and classifier. Not on a CPU, where oneDNN has no such operators.
+1x1; linear and linear; attention between its projections; pool and classifier. On a CPU only for attention, as oneDNN
+has no operators for the others.
 """
 
 from __future__ import annotations
@@ -138,9 +139,7 @@ def fuse_mlps(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
 
 
 def fuse_attention(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
-    """qkv projection, split into heads, scaled_dot_product_attention, heads joined -> FusedAttention."""
-    from depthfuse.kernels.attention import supports
-
+    """qkv split into heads, scaled_dot_product_attention, heads joined -> FusedAttention."""
     for attend in list(plan.graph.nodes):
         if attend.target is not F.scaled_dot_product_attention or len(attend.args) != 3:
             continue
@@ -153,23 +152,19 @@ def fuse_attention(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> No
         after = _joined_heads(attend)
         if unusual or before is None or after is None:
             continue
-        qkv, heads, head_dim = before[0], before[1].args[4], before[1].args[5]
-        projection = _module(qkv, FusedLinear)
-        if projection is None or not _is_bare(qkv, projection) or projection.act != "none":
+        qkv, heads, head_dim = before[0].args[0], *before[0].args[4:]
+        if qkv.meta.get("shape", ())[2:] != (3 * heads * head_dim,):
             continue
-        tokens = qkv.meta["shape"][1]
-        if not supports(tokens, head_dim) or projection.weight.shape[0] != 3 * heads * head_dim:
-            continue
-        config = {"heads": heads, "scale": scale, "norm_eps": projection.norm_eps, "backend": backend}
-        module = FusedAttention(projection.weight, projection.bias, **config)
-        _replace(plan, (*before, attend, *after), module, (qkv.args[0],))
+        like = next(iter([*plan.parameters(), *plan.buffers()])).new_empty(0, dtype=dtype)
+        module = FusedAttention(like, heads=heads, scale=scale, backend=backend)
+        _replace(plan, (*before, attend, *after), module, (qkv,))
 
 
 _PLAIN_ATTENTION = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "enable_gqa": False}
 
 
 def _split_heads(attend: fx.Node) -> list[fx.Node] | None:
-    """qkv, reshape(B, N, 3, H, D), permute(2, 0, 3, 1, 4), unbind(0), and its three parts, which `attend` reads."""
+    """reshape(B, N, 3, H, D) of qkv, permute(2, 0, 3, 1, 4), unbind(0), and its three parts, which `attend` reads."""
     parts = list(attend.args)
     for index, part in enumerate(parts):
         is_item = isinstance(part, fx.Node) and getattr(part.target, "__name__", "") == "getitem"
@@ -188,8 +183,7 @@ def _split_heads(attend: fx.Node) -> list[fx.Node] | None:
         return None
     if not all(isinstance(n, int) for n in reshape.args[4:]) or len(reshape.users) != 1:
         return None
-    qkv = reshape.args[0]
-    return [qkv, reshape, permute, unbind, *parts] if len(qkv.users) == 1 else None
+    return [reshape, permute, unbind, *parts]
 
 
 def _reader_of_part(part: fx.Node) -> fx.Node | None:
@@ -254,10 +248,4 @@ def _flattens(node: fx.Node) -> bool:
 
 
 # In this order: a depthwise convolution belongs to an inverted residual before it does to a pair.
-BLOCK_PASSES = (
-    fuse_inverted_residuals,
-    fuse_depthwise_pointwise,
-    fuse_mlps,
-    fuse_attention,
-    fuse_classifiers,
-)
+KERNEL_PASSES = (fuse_inverted_residuals, fuse_depthwise_pointwise, fuse_mlps, fuse_classifiers)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from depthfuse.accelerate.blocks import BLOCK_PASSES
+from depthfuse.accelerate.blocks import KERNEL_PASSES, fuse_attention
 from depthfuse.accelerate.elements import Act, Add, Affine, Norm, layer_norm, read
 from depthfuse.accelerate.graph import has_hooks, insert_fused, mark_value, module_of
 from depthfuse.nn import FusedConv2d, FusedLinear, FusedModule
@@ -239,7 +239,11 @@ def runs_triton_kernels(plan: fx.GraphModule, backend: str) -> bool:
 
 def fuse(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
     """Run all passes over `plan`, in place."""
-    passes: tuple[Pass, ...] = (fuse_chains, *(BLOCK_PASSES if runs_triton_kernels(plan, backend) else ()))
+    passes: tuple[Pass, ...] = (
+        fuse_chains,
+        fuse_attention,
+        *(KERNEL_PASSES if runs_triton_kernels(plan, backend) else ()),
+    )
     for run in passes:
         run(plan, dtype, backend)
         plan.graph.eliminate_dead_code()

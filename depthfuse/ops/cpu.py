@@ -3,6 +3,7 @@
     plain    PyTorch's own ops one after another: what `depthfuse::conv2d` and `depthfuse::linear` run
     onednn   oneDNN with pre-packed weights and fused post-ops (60 us of overhead a call, measured on Zen 3)
     gemm     the BLAS that PyTorch was built with, then residual, activation and affine in place (10 us)
+    bmm      attention as two batched products and a softmax, with the scores of all heads written down between them
 
 Which is fastest depends on the shape, the processor and its BLAS, so `depthfuse.accelerate` measures. They differ in
 one more thing: oneDNN's ReLU and ReLU6 turn NaN into a number (`SWALLOWS_NAN`).
@@ -131,5 +132,31 @@ def bind_linear(name: str, weight: Tensor, epilogue: Epilogue, input_size: Seque
     def run(x: Tensor, residual: Tensor | None) -> Tensor:
         y = onednn.linear(x, packed, bias, residual, act)
         return y if affine_ is None else affine_(y)
+
+    return run
+
+
+def attention_candidates(dtype: torch.dtype) -> list[str]:
+    """The names of the implementations that can run attention here, the usual best first.
+
+    PyTorch's flash attention makes many small products; in reduced precision few large ones are faster.
+    """
+    return ["bmm", "plain"] if dtype in (torch.bfloat16, torch.float16) else ["plain", "bmm"]
+
+
+def bind_attention(name: str, heads: int, scale: float | None) -> Callable[[Tensor], Tensor] | None:
+    """The implementation `name` as a function of qkv [B, N, 3 * heads * D]; None for "plain"."""
+    if name != "bmm":
+        return None
+
+    def run(qkv: Tensor) -> Tensor:
+        batch, tokens, width = qkv.shape
+        dim = width // (3 * heads)
+        parts = qkv.reshape(batch, tokens, 3, heads, dim).permute(2, 0, 3, 1, 4).reshape(3, -1, tokens, dim)
+        q, k, v = parts.unbind(0)
+        alpha = dim**-0.5 if scale is None else scale
+        scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=alpha)
+        y = torch.bmm(torch.softmax(scores, -1), v)
+        return y.view(batch, heads, tokens, dim).transpose(1, 2).reshape(batch, tokens, heads * dim)
 
     return run

@@ -125,11 +125,30 @@ def test_nets_with_other_blocks(family, device):
     assert count(fast, (FusedAttention, FusedInvertedResidual, FusedDepthwisePointwise)) == 0
 
 
-def test_on_the_reference_backend_nothing_is_put_together():
-    for model, size in (vit(), convnext()):
+def test_on_the_reference_backend_only_attention_is_put_together():
+    for (model, size), attentions in ((vit(), 2), (convnext(), 0)):
         fast = accelerate(model, torch.randn(1, *size), backend="reference", tune="heuristic")
-        assert count(fast, FusedBlock) == 0
+        assert count(fast, FusedBlock) == count(fast, FusedAttention) == attentions
         assert count(fast, nn.LayerNorm) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_on_a_cpu(scale, dtype):
+    """As far from float64 as the rounding of scores and weights, both of which "bmm" writes down, lets it be."""
+    block = FusedAttention(torch.empty(0, dtype=dtype), heads=3, scale=scale, backend="auto")
+    qkv = torch.randn(2, 11, 3 * 3 * 8).to(dtype)
+    q, k, v = qkv.double().view(2, 11, 3, 3, 8).permute(2, 0, 3, 1, 4)
+    weights = torch.softmax(q @ k.transpose(-1, -2) * (8**-0.5 if scale is None else scale), -1)
+    exact = (weights @ v).transpose(1, 2).flatten(2)
+    for name in block.candidates():
+        block.use(name, qkv.shape)
+        assert block.implementation() == name
+        y = block(qkv)
+        assert (y.dtype, y.shape) == (dtype, (2, 11, 24))
+        assert (y.double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps * qkv.double().abs().max()
+        assert block(qkv[:0]).shape == (0, 11, 24)
+    assert {"bmm", "plain"} == set(block.candidates())
 
 
 class TwoReaders(nn.Module):
@@ -196,6 +215,7 @@ BLOCKS = {
         ),
         (3, 5, 6), (3, 5, 8),
     ),
+    "attention": (lambda: FusedAttention(torch.empty(0), heads=2, scale=0.0, backend="auto"), (2, 4, 192), None),
     "pool_linear": (lambda: FusedPoolLinear(sparse(5, 6), sparse(5), backend="auto"), (2, 6, 4, 2), None),
 }  # fmt: skip
 

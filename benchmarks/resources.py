@@ -134,15 +134,41 @@ _AMD_OPCODE = re.compile(r"\s+([a-z]\w+)")
 
 
 def _lines_in_loops(lines: list[str]) -> list[bool]:
-    """For each line, whether a later branch jumps back to a label at or before it."""
-    labels, inside = {}, [False] * len(lines)
+    """For each line, whether control can come back to it: to lie between a label and a jump to it is not enough,
+    because compilers put code that leaves a loop between the loop's blocks.
+    """
+    blocks: list[list[int]] = [[]]  # line numbers
+    block_of: dict[str, int] = {}
     for number, line in enumerate(lines):
-        if label := re.match(r"(\.LBB\w+):", line):
-            labels[label.group(1)] = number
-        elif (branch := re.match(r"\s+s_c?branch\w*\s+(\.LBB\w+)", line)) and branch.group(1) in labels:
-            start = labels[branch.group(1)]
-            inside[start : number + 1] = [True] * (number + 1 - start)
+        if label := _LABEL.match(line):
+            blocks.append([])
+            block_of[label.group(1)] = len(blocks) - 1
+        blocks[-1].append(number)
+        if _BRANCH.match(line) or _AMD_END.match(line):
+            blocks.append([])
+    successors: list[list[int]] = []
+    for index, block in enumerate(blocks):
+        last = lines[block[-1]] if block else ""
+        branch = _BRANCH.match(last)
+        falls_through = not _AMD_END.match(last) and not (branch and branch.group(1) == "s_branch")
+        after = [index + 1] if falls_through and index + 1 < len(blocks) else []
+        successors.append(after + ([block_of[branch.group(2)]] if branch else []))
+    inside = [False] * len(lines)
+    for index, block in enumerate(blocks):
+        seen, waiting = set(), list(successors[index])
+        while waiting:
+            reached = waiting.pop()
+            if reached not in seen:
+                seen.add(reached)
+                waiting += successors[reached]
+        for number in block:
+            inside[number] = index in seen
     return inside
+
+
+_LABEL = re.compile(r"(\.LBB\w+):")
+_BRANCH = re.compile(r"\s+(s_c?branch\w*)\s+(\.LBB\w+)")
+_AMD_END = re.compile(r"\s+s_endpgm\b")
 
 
 def _nvidia_resources(kernel: CompiledKernel, target: Target) -> Resources:

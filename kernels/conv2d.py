@@ -116,6 +116,11 @@ def conv2d_kernel(
                     iw = left[:, None] + column[None, :]
                     x_mask = x_mask & (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width)
                 x_offset = x_row[:, None] + ((row * width + column) * (GROUPS * CHANNELS) + c)[None, :]
+                if (
+                    CHANNELS % 8 == 0
+                ):  # eight neighbours of the flat axis are one pixel's; older compilers miss it
+                    x_offset = tl.max_contiguous(tl.multiple_of(x_offset, [1, 8]), [1, 8])
+                    x_mask = tl.max_constancy(x_mask, [1, 8])
                 parts = parts + (tl.load(x + x_offset, mask=x_mask, other=0.0),)  # noqa: RUF005  no starred expressions
             a = parts[0]
             if INTERLEAVE > 1:

@@ -62,19 +62,35 @@ def test_each_fault_is_found(change, fault):
     assert faults(changed, "conv2d_kernel", "fp16", TARGETS["gfx908"]) == [fault]
 
 
-def test_loops_are_the_lines_under_a_backward_branch():
+def test_loops_are_the_lines_that_control_comes_back_to():
     assembly = """
         s_cbranch_scc0 .LBB0_3
     .LBB0_1:
         ds_read_u16 v1
     .LBB0_2:
-        s_branch .LBB0_2
+        s_cbranch_vccz .LBB0_2
         s_cbranch_scc1 .LBB0_1
     .LBB0_3:
         ds_read_u16 v2
     """
     lines = [line[4:] for line in assembly.strip("\n").splitlines()]
     assert _lines_in_loops(lines) == [False, True, True, True, True, True, False, False, False]
+
+
+def test_an_exit_that_stands_inside_a_loop_is_not_part_of_it():
+    assembly = """
+    .LBB0_1:
+        ds_read_b128 v1
+        s_cbranch_scc1 .LBB0_3
+    .LBB0_2:
+        ds_read_u16 v2
+        s_endpgm
+    .LBB0_3:
+        ds_read_b64 v3
+        s_branch .LBB0_1
+    """
+    lines = [line[4:] for line in assembly.strip("\n").splitlines()]
+    assert _lines_in_loops(lines) == [True, True, True, False, False, False, True, True, True, False]
 
 
 def test_the_interpreter_cannot_be_proven(tmp_path):

@@ -124,10 +124,32 @@ def _plan_inside_leaves(
         leaf = plan.module.get_submodule(entry.module) if entry.module else None
         if leaf is None or entry.fused or isinstance(leaf, BatchNormAct2d):
             continue
-        for name, child in model.get_submodule(entry.path).named_children():
+        original = model.get_submodule(entry.path)
+        untouched, inside = copy.deepcopy(leaf), []
+        for name, child in original.named_children():
             calls = calls or record_calls(model, inputs)
-            entries += _replace(leaf, name, f"{entry.path}.{name}", child, calls, dtype, backend)
+            inside += _replace(leaf, name, f"{entry.path}.{name}", child, calls, dtype, backend)
+        if inside and not _runs(leaf, calls[original], dtype):
+            plan.module.set_submodule(entry.module, untouched)
+            inside = []
+        entries += inside
     plan.entries = entries
+
+
+def _runs(module: nn.Module, calls: list[tuple[tuple, dict]], dtype: torch.dtype) -> bool:
+    """Whether a module whose children were replaced still runs: its code may ask them for their weights."""
+
+    def cast(value: object) -> object:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    try:
+        with torch.no_grad():
+            for args, keywords in calls[:1]:
+                module(*map(cast, args), **{name: cast(value) for name, value in keywords.items()})
+    except TRACE_ERRORS as error:
+        logger.debug("%s does not run with planned children (%s)", type(module).__name__, error)
+        return False
+    return True
 
 
 def record_calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module, list[tuple[tuple, dict]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -38,7 +39,8 @@ def verify(accelerated: AcceleratedModel, model: nn.Module, inputs: tuple[Tensor
     """The largest relative error over the outputs.
 
     Raises:
-        AccelerationError: it is beyond TOLERANCE; the error names the first operation of which that is true.
+        AccelerationError: it is beyond TOLERANCE, and of what the model's own rounding explains; the error names the
+            first operation of which that is true.
     """
     dtype = accelerated.dtype
     with torch.no_grad():
@@ -54,7 +56,7 @@ def verify(accelerated: AcceleratedModel, model: nn.Module, inputs: tuple[Tensor
         # A head whose weights start at zero hides everything before it: look behind it.
         entries = compare_operations(accelerated, model, inputs)
         error = max([error, *(e.error for e in entries if e.error is not None)])
-    if error <= tolerance:
+    if error <= tolerance or (not entries and _is_rounding_of_the_model(model, inputs, expected, given)):
         return error
     entries = entries or compare_operations(accelerated, model, inputs)
     wrong = next((e for e in entries if (e.error or 0.0) > tolerance), None)
@@ -65,6 +67,25 @@ def verify(accelerated: AcceleratedModel, model: nn.Module, inputs: tuple[Tensor
         f"the accelerated model differs from the model by {error:.1e} (relative to the largest output; "
         f"allowed {tolerance:.0e} in {dtype}); {where}"
     )
+
+
+def _is_rounding_of_the_model(
+    model: nn.Module, inputs: tuple[Tensor, ...], expected: list[Tensor], given: list[Tensor]
+) -> bool:
+    """Whether the outputs given are about as close to those of the model in float64 as the model's own are.
+
+    Some nets amplify rounding: two correct ways to compute them in float32 then differ by more than TOLERANCE.
+    """
+    try:
+        exact_model = copy.deepcopy(model).double()
+        with torch.no_grad():
+            exact = tensors_in(
+                exact_model(*(x.double() if x.is_floating_point() else x.clone() for x in inputs))
+            )
+    except RuntimeError:  # a model that computes in one dtype only
+        return False
+    pairs = zip(given, expected, exact, strict=True)
+    return all(relative_error(g, e64) <= 4 * relative_error(e, e64) for g, e, e64 in pairs)
 
 
 def compare_operations(

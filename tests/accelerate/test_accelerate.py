@@ -11,6 +11,7 @@ from torch import nn
 
 from depthfuse import Supernet, merge
 from depthfuse.accelerate import AccelerationError, accelerate, elements
+from depthfuse.accelerate import verify as verify_module
 from depthfuse.accelerate.verify import relative_error
 from depthfuse.nn import FusedModule
 from depthfuse.ops import BackendError
@@ -332,3 +333,55 @@ def test_reduced_precision(dtype):
     assert {p.dtype for p in fast.state_dict().values()} == {dtype}
     assert fast(x).dtype == dtype
     assert fast.report().dtype == str(dtype).removeprefix("torch.")
+
+
+class AsksItsChild(nn.Module):
+    """Reads the weight of a child that it also calls, and cannot be traced, as its branch depends on a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Conv2d(3, 3, 1)
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        x = self.scale(x) if x.sum() > -1e9 else x
+        return self.conv(x.to(self.scale.weight.dtype) * self.scale.weight.mean())
+
+
+def test_modules_that_read_their_childrens_weights_are_left_alone():
+    model = nn.Sequential(AsksItsChild(), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU()).eval()
+    model[0].register_forward_hook(
+        lambda *_: None
+    )  # so that it is called as a whole, and its children planned
+    x = torch.randn(2, 3, 8, 8)
+    fast = accelerate(model, x, tune="heuristic")
+    with torch.no_grad():
+        assert relative_error(fast(x), model(x)) < 1e-6
+    assert fast.report().fused_count == 1
+
+
+class Amplifier(nn.Module):
+    """A small difference of two large numbers: float32 keeps few digits of it, in whatever order it is computed."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(256, 256), nn.Linear(256, 16)
+        nn.init.constant_(self.first.bias, 1e4)
+        with torch.no_grad():
+            self.second.weight -= self.second.weight.mean(1, keepdim=True)
+            self.second.bias.zero_()
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_rounding_that_the_model_amplifies_itself_is_no_mistake(monkeypatch):
+    model, x = Amplifier().eval(), torch.randn(4, 256)
+    monkeypatch.setitem(verify_module.TOLERANCE, torch.float32, 1e-9)  # whatever is left is beyond it
+    fast = accelerate(model, x, tune="heuristic")
+    assert fast.report().max_relative_error >= 0
+    with torch.no_grad():
+        fast.plan.get_submodule("fused_second").weight[0] *= 1.5
+    with pytest.raises(AccelerationError, match="differs from the model"):
+        verify_module.verify(fast, model, (x,))

@@ -31,6 +31,7 @@ from depthfuse.kernels.launch import (
     target_of,
 )
 from depthfuse.kernels.patches import join_positions
+from depthfuse.kernels.tuning import tuned
 
 MAX_TOKENS = 1024
 HEAD_DIMS = (32, 128)  # least and most
@@ -155,6 +156,8 @@ def plan(
     """The launch that computes `y`."""
     batch, tokens, width = y.shape
     head_dim = width // heads
+    shape = {"sequences": batch * heads, "tokens": tokens, "head_dim": head_dim}
+    config = config or tuned("attention", AttentionConfig, qkv, target, **shape)
     config = config or config_for(head_dim, qkv.dtype, target)
     arguments = {
         "qkv": qkv,

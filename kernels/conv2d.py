@@ -38,6 +38,7 @@ from depthfuse.kernels.launch import (
 from depthfuse.kernels.patches import join_positions
 from depthfuse.kernels.splitk import part_of
 from depthfuse.kernels.tile import GemmConfig, gemm_config, tile_of, within_reduction
+from depthfuse.kernels.tuning import tuned
 
 
 # Image sizes and batch change nothing in the code: one compilation serves them all.
@@ -173,6 +174,10 @@ def config_for(
     if channels >= FLAT_BELOW:
         return gemm_config(pixels, out_channels, channels, groups, dtype, target, taps)
     config = gemm_config(pixels, out_channels, taps * channels, groups, dtype, target)
+    if target.backend == "hip":
+        # As below, with 64 a step they leave room for one wave only; and fewer rows come out of LDS 16 bits at a time.
+        rows = {} if config.block_m >= 64 else {"block_m": 64, "num_warps": 4}
+        return replace(config, block_k=32, **rows)
     if target.backend == "cuda" and config.block_m * config.block_n >= 128 * 64:
         # Every element of a flat step has an address of its own: on 4 warps they do not fit the registers.
         return replace(config, num_warps=8)
@@ -260,6 +265,8 @@ def plan(
         )
     pixels = batch * out_height * out_width
     group_outputs = out_channels // groups
+    shape = {"pixels": pixels, "channels": group_channels, "out_channels": group_outputs, "taps": r * s}
+    config = config or tuned("conv2d", GemmConfig, x, target, **shape, groups=groups)
     if config is None:
         config = config_for(pixels, group_channels, group_outputs, r * s, groups, x.dtype, target)
     wide = needs_wide_offsets(x, weight, y)

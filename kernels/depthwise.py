@@ -39,6 +39,7 @@ from depthfuse.kernels.launch import (
     require_tail,
     target_of,
 )
+from depthfuse.kernels.tuning import tuned
 
 
 @dataclass(frozen=True)
@@ -306,6 +307,17 @@ def plan(
     _, _, height, width = x.shape
     batch, channels, out_height, out_width = y.shape
     r, s = weight.shape[2:]
+    shape = {
+        "pixels": batch * out_height * out_width,
+        "channels": channels,
+        "out_width": out_width,
+        "kernel_h": r,
+        "kernel_w": s,
+        "stride_h": stride[0],
+        "stride_w": stride[1],
+        "norm": int(norm_eps is not None),
+    }
+    config = config or tuned("depthwise_conv2d", DepthwiseConfig, x, target, **shape)
     if config is None:
         config = config_for(channels, out_width, (r, s), stride, norm_eps is not None, x.dtype, target)
     arguments = {

@@ -37,6 +37,7 @@ from depthfuse.kernels.launch import (
     target_of,
 )
 from depthfuse.kernels.patches import join_positions
+from depthfuse.kernels.tuning import tuned
 
 MAX_OUT_CHANNELS = 256
 
@@ -188,6 +189,15 @@ def plan(
     """The launch that computes `y`."""
     _, channels, height, width = x.shape
     batch, out_channels, out_height, out_width = y.shape
+    shape = {
+        "pixels": batch * out_height * out_width,
+        "channels": channels,
+        "out_channels": out_channels,
+        "kernel_h": w1.shape[2],
+        "kernel_w": w1.shape[3],
+        "stride_w": stride[1],
+    }
+    config = config or tuned("depthwise_pointwise", DepthwisePointwiseConfig, x, target, **shape)
     config = config or config_for(out_channels, target)
     arguments = {
         "x": x,

@@ -39,6 +39,7 @@ from depthfuse.kernels.launch import (
 )
 from depthfuse.kernels.patches import join_positions, split_positions
 from depthfuse.kernels.tile import within_reduction
+from depthfuse.kernels.tuning import tuned
 
 MAX_CHANNELS = 64
 
@@ -217,6 +218,14 @@ def plan(
     _, channels, height, width = x.shape
     batch, out_channels, out_height, out_width = y.shape
     kernel = w2.shape[2]
+    shape = {
+        "pixels": batch * out_height * out_width,
+        "channels": channels,
+        "hidden": w1.shape[0],
+        "out_channels": out_channels,
+        "stride": stride,
+    }
+    config = config or tuned("inverted_residual", InvertedResidualConfig, x, target, **shape)
     config = config or config_for(stride, target)
     out_h = (config.in_h - kernel) // stride + 1
     out_w = (config.in_w - kernel) // stride + 1

@@ -30,6 +30,7 @@ from depthfuse.kernels.launch import (
 )
 from depthfuse.kernels.splitk import part_of
 from depthfuse.kernels.tile import GemmConfig, gemm_config, tile_of, within_reduction
+from depthfuse.kernels.tuning import tuned
 
 
 @triton.jit
@@ -157,6 +158,13 @@ def plan(
     """The launches that compute `y`: one, or two where the reduction is split."""
     rows, channels = x.shape
     out_channels = weight.shape[0]
+    shape = {
+        "rows": rows,
+        "channels": channels,
+        "out_channels": out_channels,
+        "norm": int(norm_eps is not None),
+    }
+    config = config or tuned("linear", GemmConfig, x, target, **shape)
     config = config or config_for(rows, channels, out_channels, x.dtype, target)
     wide = needs_wide_offsets(x, weight, y)
     tail = {"bias": bias, "residual": residual, "scale": scale, "shift": shift}

@@ -33,6 +33,7 @@ from depthfuse.kernels.launch import (
     target_of,
 )
 from depthfuse.kernels.tile import within_reduction
+from depthfuse.kernels.tuning import tuned
 
 MAX_CHANNELS = 256
 
@@ -154,6 +155,14 @@ def plan(
     """The launch that computes `y`."""
     rows, channels = x.shape
     out_channels = w2.shape[0]
+    shape = {
+        "rows": rows,
+        "channels": channels,
+        "hidden": w1.shape[0],
+        "out_channels": out_channels,
+        "norm": int(norm_eps is not None),
+    }
+    config = config or tuned("mlp", MlpConfig, x, target, **shape)
     config = config or config_for(max(channels, out_channels), target)
     arguments = {
         "x": x,

@@ -40,6 +40,7 @@ from depthfuse.kernels.launch import (
     target_of,
 )
 from depthfuse.kernels.tile import tile_of
+from depthfuse.kernels.tuning import tuned
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,8 @@ def plan(
     """The launch that computes `y`."""
     _, channels, height, width = x.shape
     batch, out_channels, out_height, out_width = y.shape
+    shape = {"pixels": batch * out_height * out_width, "channels": channels, "out_channels": out_channels}
+    config = config or tuned("winograd_conv2d", WinogradConfig, x, target, **shape)
     config = config or config_for(target)
     arguments = {
         "x": x,

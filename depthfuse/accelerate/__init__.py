@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from depthfuse.accelerate.build import build_plan
-from depthfuse.accelerate.cache import MeasuredCache, cache_folder
+from depthfuse.accelerate.cache import MeasuredCache, cache_folder, environment
 from depthfuse.accelerate.errors import AccelerationError
-from depthfuse.accelerate.executor import Execution, choose_execution, worth_measuring
+from depthfuse.accelerate.executor import Execution, choose_execution, use_graphs, worth_measuring
 from depthfuse.accelerate.model import AcceleratedModel
 from depthfuse.accelerate.report import Cost, Entry, Report
 from depthfuse.accelerate.tune import TUNE, choose_implementations
 from depthfuse.accelerate.verify import compare_operations
 from depthfuse.accelerate.verify import verify as verify_plan
-from depthfuse.ops import resolve_backend
+from depthfuse.ops import onednn, resolve_backend
 
 __all__ = ["AcceleratedModel", "AccelerationError", "Cost", "Entry", "Report", "accelerate", "cache_folder"]
 
@@ -25,7 +25,7 @@ __all__ = ["AcceleratedModel", "AccelerationError", "Cost", "Entry", "Report", "
 def accelerate(
     model: nn.Module,
     example_inputs: Tensor | tuple[Tensor, ...] | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     backend: str = "auto",
     verify: bool | str = True,
     tune: str = "measure",
@@ -37,7 +37,8 @@ def accelerate(
         example_inputs: one tensor or a tuple of them, as the model takes them. Default: noise of the input
             size that the model's `pretrained_cfg` gives, batch 1. Packed weights suit its size best and are
             right for any.
-        dtype: float32, float16, bfloat16 or float64 for the result; default the model's own.
+        dtype: float32, float16, bfloat16 or float64 for the result; default the model's own. "auto": what is fast where
+            the model is, see `fast_dtype`.
         backend: "auto", "triton" or "reference", see `depthfuse.ops.resolve_backend`.
         verify: True compares outputs with the model's on the example input; "blocks" also gives the error of every
             operation against a float64 copy of the model, in the report; False does neither.
@@ -61,9 +62,9 @@ def accelerate(
     tensor = next((p for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()), None)
     if tensor is None:
         raise AccelerationError(f"{type(model).__name__} has no weights: there is nothing to accelerate")
-    dtype = dtype or tensor.dtype
+    dtype = fast_dtype(tensor.dtype, tensor.device) if dtype == "auto" else dtype or tensor.dtype
     if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise AccelerationError(f"dtype is {dtype}, expected float32, float16, bfloat16 or float64")
+        raise AccelerationError(f"dtype is {dtype}, expected float32, float16, bfloat16, float64 or 'auto'")
     if tune not in TUNE:
         raise ValueError(f"tune is {tune!r}, expected one of {', '.join(map(repr, TUNE))}")
     if verify not in (True, False, "blocks"):
@@ -93,6 +94,21 @@ def accelerate(
     return accelerated
 
 
+def fast_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that `dtype="auto"` stands for.
+
+    On a GPU float16, unless the model is in bfloat16 already and the card multiplies that as fast (gfx908, the MI100,
+    does so at half the rate). On a CPU bfloat16 where it has instructions for it (AMX, AVX512-BF16), else the model's
+    own.
+    """
+    if device.type == "cuda":
+        slow_bfloat16 = str(environment(device)["capability"]).startswith("gfx908")
+        return torch.bfloat16 if own == torch.bfloat16 and not slow_bfloat16 else torch.float16
+    cpu = torch.cpu
+    has = [getattr(cpu, f"_is_{name}_supported", lambda: False)() for name in ("amx_tile", "avx512_bf16")]
+    return torch.bfloat16 if any(has) and onednn.available(torch.bfloat16) else own
+
+
 def tune_plan(
     accelerated: AcceleratedModel,
     model: nn.Module | None,
@@ -112,6 +128,8 @@ def tune_plan(
     choose_implementations(plan, given, "heuristic" if tune == "measure" else tune)
     if measure:
         execution = choose_execution(accelerated, model, given, MeasuredCache(accelerated.device))
+    elif tune != "off":
+        execution = Execution(graphs=use_graphs(accelerated, given))
     entries = tuple(
         replace(entry, implementation=plan.get_submodule(entry.module).implementation())
         if entry.fused

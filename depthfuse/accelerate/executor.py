@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,13 @@ from torch import Tensor, fx, nn
 from depthfuse.accelerate.cache import MeasuredCache
 from depthfuse.accelerate.model import AcceleratedModel
 from depthfuse.accelerate.onednn_graph import compile_plan
-from depthfuse.accelerate.tune import choose_chunk, choose_implementations, clearly_faster, least_ms
+from depthfuse.accelerate.tune import (
+    choose_chunk,
+    choose_implementations,
+    clearly_faster,
+    images_are_independent,
+    least_ms,
+)
 from depthfuse.nn import FusedModule
 from depthfuse.ops import resolve_backend
 from depthfuse.timing import Timing, time_interleaved
@@ -39,7 +45,8 @@ class Execution:
     """The choice and what it rests on.
 
     chunk: how many images run at a time, None for all. compiled: whether oneDNN Graph runs the plan for the example's
-    shapes. eager: "eager" or "eager channels_last" where the model itself runs. latency_ms: of the plan and of the
+    shapes. graphs: whether the launches are replayed as graphs (GPU). eager: "eager" or "eager channels_last" where the
+    model itself runs. latency_ms: of the plan and of the
     model in each layout, on the example input; empty where nothing was compared. ratio: the fastest layout's time over
     the plan's, median of interleaved rounds.
     """
@@ -47,6 +54,7 @@ class Execution:
     chunk: int | None = None
     compiled: bool = False
     eager: str | None = None
+    graphs: bool = False
     latency_ms: dict[str, float] = field(default_factory=dict)
     ratio: float | None = None
 
@@ -70,7 +78,7 @@ class Execution:
         """What runs, for the report."""
         if self.eager is not None:
             return f"{self.eager}: the model itself, whose time was {self.ratio:.2f} of the plan's"
-        text = "op by op"
+        text = "one graph for each input shape" if self.graphs else "op by op"
         if self.compiled:
             part = inputs if self.chunk is None else tuple(x[: self.chunk] for x in inputs)
             shapes = " and ".join(str(list(x.shape)) for x in part)
@@ -108,13 +116,14 @@ def choose_execution(
     part = inputs if chunk is None else tuple(x[:chunk] for x in inputs)
     choose_implementations(plan, part, "measure", cache)
     accelerated.chunk = chunk
+    graphs = use_graphs(accelerated, inputs)
     compiled = False
     if on_cpu and (known is None or known.compiled):
         compiled = _compile(accelerated, part, measure=known is None)
     if known is not None:
         execution = known
     else:
-        execution = Execution(chunk, compiled)
+        execution = Execution(chunk, compiled, graphs=graphs)
         if model is not None:
             execution = _compare(execution, accelerated, model, inputs)
         if cache:
@@ -122,6 +131,16 @@ def choose_execution(
     if execution.eager is not None and model is not None:
         accelerated.set_eager(_own(model, execution.eager, accelerated.dtype))
     return execution
+
+
+def use_graphs(accelerated: AcceleratedModel, inputs: tuple[Tensor, ...]) -> bool:
+    """On a GPU, and only there: replay the plan as graphs. Says whether it does."""
+    if accelerated.device.type != "cuda":
+        return False
+    pairs = tuple(torch.cat([x[:1], x[:1].flip(-1)]) for x in inputs if x.dim() and x.shape[0])
+    batchwise = len(pairs) == len(inputs) and images_are_independent(accelerated.plan, pairs, 1)
+    accelerated.use_graphs(batchwise)
+    return True
 
 
 def _compile(accelerated: AcceleratedModel, part: tuple[Tensor, ...], measure: bool) -> bool:
@@ -166,13 +185,8 @@ def judge(execution: Execution, timings: dict[str, Timing]) -> Execution:
     if not ratios:
         return execution
     best = min(ratios, key=ratios.__getitem__)
-    return Execution(
-        execution.chunk,
-        execution.compiled,
-        best if ratios[best] < 1.0 else None,
-        latency_ms,
-        ratios[best],
-    )
+    eager = best if ratios[best] < 1.0 else None
+    return replace(execution, eager=eager, latency_ms=latency_ms, ratio=ratios[best])
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype | None:

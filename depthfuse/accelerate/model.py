@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from depthfuse.accelerate.cuda_graphs import GraphCache
 from depthfuse.accelerate.report import Report
 from depthfuse.accelerate.tune import run_in_chunks
 from depthfuse.nn import FusedModule, plain_ops
@@ -22,13 +23,15 @@ class AcceleratedModel(nn.Module):
 
     Inputs of another floating-point dtype are cast to the plan's; other memory formats, batch sizes and image sizes
     that the model takes are fine. Where a compiled copy for one input shape was faster, inputs of that shape run it;
-    where the model itself was faster than its plan, a copy of it runs (`eager`). Both copies hold weights of their own,
-    and are dropped, so that the plan runs, whenever the plan's weights are moved, cast or loaded, and in copies.
+    where the model itself was faster than its plan, a copy of it runs (`eager`). On a GPU the plan's launches are
+    captured for each input shape, and replayed. All of these hold weights of their own, and are dropped, so that the
+    plan runs, whenever the plan's weights are moved, cast or loaded, and in copies.
     """
 
     _compiled: Callable[..., Any] | None
     _compiled_for: tuple[tuple[int, ...], ...]
     _eager: Callable[..., Any] | None
+    _graphs: GraphCache | None
 
     def __init__(self, plan: nn.Module, dtype: torch.dtype, in_channels: int | None, report: Report) -> None:
         super().__init__()
@@ -87,9 +90,13 @@ class AcceleratedModel(nn.Module):
         self._drop_copies()
         self._eager = model.__call__  # bound, for the same reason
 
+    def use_graphs(self, batchwise: bool) -> None:
+        """On a GPU: replay the plan's launches as one graph for each input shape; see `GraphCache` for `batchwise`."""
+        self._graphs = GraphCache(self.plan, batchwise)
+
     def _drop_copies(self) -> None:
         # They hold weights of their own, which no longer are the plan's.
-        self._compiled, self._compiled_for, self._eager = None, (), None
+        self._compiled, self._compiled_for, self._eager, self._graphs = None, (), None, None
 
     def _apply(self, fn, recurse: bool = True):
         self._drop_copies()
@@ -99,7 +106,13 @@ class AcceleratedModel(nn.Module):
         return self
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_compiled": None, "_compiled_for": (), "_eager": None}
+        return {
+            **super().__getstate__(),
+            "_compiled": None,
+            "_compiled_for": (),
+            "_eager": None,
+            "_graphs": None,
+        }
 
     def forward(self, *inputs: Tensor) -> Any:
         """Run the plan. Raises TypeError or ValueError for inputs that the model could not take either."""
@@ -122,7 +135,7 @@ class AcceleratedModel(nn.Module):
     def _run(self, *inputs: Tensor) -> Any:
         if self._compiled is not None and tuple(tuple(x.shape) for x in inputs) == self._compiled_for:
             return self._compiled(*inputs)
-        return self.plan(*inputs)
+        return self.plan(*inputs) if self._graphs is None else self._graphs(*inputs)
 
     def _swallows_nan(self) -> bool:
         fused = (m for m in self.plan.modules() if isinstance(m, FusedModule))

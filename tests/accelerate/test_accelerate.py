@@ -1,6 +1,7 @@
 """accelerate() against the model it was given: exact algebra in float64, rounding in float32, and every refusal."""
 
 import copy
+import importlib
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +17,10 @@ from depthfuse.accelerate.verify import relative_error
 from depthfuse.nn import FusedModule
 from depthfuse.ops import BackendError
 from tests.nets import SMALL, build, randomise_norms
+
+accelerate_package = importlib.import_module(
+    "depthfuse.accelerate"
+)  # depthfuse.accelerate is also its function
 
 # Model and side of the image: one of each kind of block, and of each thing that is left as it was.
 ZOO = [
@@ -333,6 +338,31 @@ def test_reduced_precision(dtype):
     assert {p.dtype for p in fast.state_dict().values()} == {dtype}
     assert fast(x).dtype == dtype
     assert fast.report().dtype == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize(
+    ("capability", "own", "chosen"),
+    [
+        ("gfx908", torch.bfloat16, torch.float16),
+        ("gfx908:sramecc+:xnack-", torch.float32, torch.float16),
+        ("gfx942", torch.bfloat16, torch.bfloat16),
+        ("sm_90", torch.bfloat16, torch.bfloat16),
+        ("sm_90", torch.float32, torch.float16),
+    ],
+)
+def test_automatic_dtype_on_gpus(capability, own, chosen, monkeypatch):
+    monkeypatch.setattr(accelerate_package, "environment", lambda device: {"capability": capability})
+    assert accelerate_package.fast_dtype(own, torch.device("cuda")) == chosen
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_automatic_dtype_on_a_cpu(present, monkeypatch):
+    for name in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: present, raising=False)
+    monkeypatch.setattr(accelerate_package.onednn, "available", lambda dtype: True)
+    model, size = build("resnet")
+    fast = accelerate(model, torch.randn(1, *size), dtype="auto", tune="off")
+    assert fast.dtype == (torch.bfloat16 if present else torch.float32)
 
 
 class AsksItsChild(nn.Module):

@@ -1,0 +1,136 @@
+"""A plan's launches, captured once for each input shape and replayed (CUDA and HIP graphs).
+
+At batch 1 a network of fifty kernels is bound by launching them: 5 to 10 us each from Python, 1 to 2 us in a replayed
+graph. A capture belongs to one input shape and holds memory of its own, so a bounded number of them is kept, the least
+recently used making room. What cannot be captured runs launch by launch, and is not tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+logger = logging.getLogger(__name__)
+
+Run = Callable[..., Any]
+
+LIMIT = 8  # shapes
+LEAST_FILL = (
+    0.75  # a batch is padded to a captured one if it fills this much of it: a replay costs less than launches
+)
+_WARM_UP_RUNS = 3
+
+
+def capture(run: Run, inputs: tuple[Tensor, ...]) -> Run:
+    """`run` for inputs of exactly these shapes and strides, as one replay on the caller's stream.
+
+    The outputs are copies, so that callers may keep them. One call at a time: the buffers are shared.
+    """
+    static = tuple(
+        torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x) for x in inputs
+    )
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(
+            _WARM_UP_RUNS
+        ):  # compiles kernels and lets libraries allocate, which a capture must not see
+            run(*static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run(*static)
+    done = torch.cuda.Event()
+
+    def replay(*given: Tensor) -> Any:
+        stream = torch.cuda.current_stream()
+        stream.wait_event(done)  # of the call before, which may have been on another stream
+        for buffer, x in zip(static, given, strict=True):
+            buffer.copy_(x, non_blocking=True)
+        graph.replay()
+        copies = tree_map(lambda y: y.clone() if isinstance(y, Tensor) else y, outputs)
+        done.record(stream)
+        return copies
+
+    return replay
+
+
+class GraphCache:
+    """Calls `run` by replays of captures, at most `limit` of them.
+
+    Args:
+        run: inputs -> outputs, without autograd.
+        batchwise: whether each image's output depends on that image alone and comes out as one tensor with the images
+            first. Then a batch a little smaller than a captured one is padded up to it, instead of captured itself.
+        limit: captures that are kept.
+        capture: (run, inputs) -> a callable for inputs of the same shapes and strides.
+    """
+
+    def __init__(
+        self, run: Run, batchwise: bool = False, limit: int = LIMIT, capture: Callable = capture
+    ) -> None:
+        self._run, self._batchwise, self._limit, self._capture = run, batchwise, limit, capture
+        self._replays: OrderedDict[tuple, Run | None] = OrderedDict()  # None: cannot be captured
+        self._lock = threading.Lock()
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Raises whatever `run` raises."""
+        if any(x.numel() == 0 for x in inputs):
+            return self._run(*inputs)
+        with self._lock:
+            key = _key(inputs)
+            larger = None if key in self._replays else self._larger(inputs)
+            if larger is not None:
+                batch, size = inputs[0].shape[0], larger[0][0][0]
+                padded = tuple(torch.cat([x, x[-1:].expand(size - batch, *x.shape[1:])]) for x in inputs)
+                if _key(padded) == larger:
+                    self._replays.move_to_end(larger)
+                    return self._replays[larger](*padded)[:batch]
+            if key not in self._replays:
+                self._add(key, inputs)
+            self._replays.move_to_end(key)
+            replay = self._replays[key]
+            if replay is not None:
+                return replay(*inputs)
+        return self._run(*inputs)
+
+    def __len__(self) -> int:
+        return sum(replay is not None for replay in self._replays.values())
+
+    def _add(self, key: tuple, inputs: tuple[Tensor, ...]) -> None:
+        try:
+            self._replays[key] = self._capture(self._run, inputs)
+        except RuntimeError as error:
+            shapes = " and ".join(str(list(x.shape)) for x in inputs)
+            reason = (str(error) or repr(error)).splitlines()[0]
+            logger.warning("inputs of %s run launch by launch: they cannot be captured (%s)", shapes, reason)
+            self._replays[key] = None
+        if len(self._replays) > self._limit:
+            self._replays.popitem(last=False)
+
+    def _larger(self, inputs: tuple[Tensor, ...]) -> tuple | None:
+        """The key of the smallest capture of a larger batch that these inputs fill well enough, or None."""
+        if not self._batchwise:
+            return None
+        batch = inputs[0].shape[0]
+        fitting = [
+            key
+            for key, replay in self._replays.items()
+            if replay is not None
+            and batch < key[0][0][0] <= batch / LEAST_FILL
+            and all(
+                k[0][1:] == tuple(x.shape[1:]) and k[2] == x.dtype for k, x in zip(key, inputs, strict=True)
+            )
+        ]
+        return min(fitting, key=lambda key: key[0][0][0], default=None)
+
+
+def _key(inputs: tuple[Tensor, ...]) -> tuple:
+    return tuple((tuple(x.shape), x.stride(), x.dtype) for x in inputs)

@@ -202,7 +202,7 @@ def test_a_gpu_chooses_between_triton_and_the_vendor(monkeypatch):
     monkeypatch.setattr(FusedModule, "_resolved", lambda self: ("triton", False))
     assert module.candidates() == ["triton", "reference"]
     given = []
-    monkeypatch.setattr(torch.ops.depthfuse, "linear", lambda *args: given.append(args[-1]) or args[0])
+    monkeypatch.setattr(torch.ops.depthfuse, "linear", lambda *args: given.append(args[-2]) or args[0])
     x = torch.randn(2, 6)
     assert module.implementation() == "triton"
     for name in ("plain", *module.candidates()):

@@ -208,12 +208,15 @@ def fuse_classifiers(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> 
             continue
         if len(pool.args[0].meta.get("shape", ())) != 4:
             continue
-        nodes, norm, node = [pool], None, _reader(pool)
+        nodes, norm, node, axis = [pool], None, _reader(pool), -3  # axis: of the channels
         while node is not None and _module(node, FusedLinear) is None:
             found = layer_norm(module_of(node)) if node.op == "call_module" else None
-            if found is not None and norm is None and found.axis == -3:
+            order = tuple(node.args[1:]) if node.target == "permute" else None
+            if (order, axis) in (((0, 2, 3, 1), -3), ((0, 3, 1, 2), -1)):
+                axis = -1 if axis == -3 else -3
+            elif found is not None and norm is None and axis == -1:
                 norm = found
-            elif not _flattens(node):
+            elif not (_flattens(node) and axis == -3):
                 break
             nodes.append(node)
             node = _reader(node)

@@ -7,12 +7,14 @@ import logging
 from dataclasses import dataclass, field, replace
 
 import torch
-from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
+from depthfuse.accelerate.canonical import canonicalise
 from depthfuse.accelerate.elements import is_no_op
 from depthfuse.accelerate.fuse import fuse
 from depthfuse.accelerate.graph import fold_constants, has_hooks, origin_of, own_layers, redirect_in_place
+from depthfuse.accelerate.parts import cast
 from depthfuse.accelerate.report import Entry
 from depthfuse.accelerate.trace import TRACE_ERRORS, record_shapes, trace
 from depthfuse.nn import FusedModule
@@ -61,11 +63,12 @@ def build_plan(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype,
 
 
 def trace_simplified(model: nn.Module) -> fx.GraphModule:
-    """The graph of `model` without what computes nothing; the same names each time. Raises one of TRACE_ERRORS.
+    """The graph of `model` in PyTorch's own layers and without what computes nothing; the same names each time.
 
-    A layer without children is traced as one node.
+    Raises one of TRACE_ERRORS. A layer without children is traced as one node.
     """
     graph = trace(model if list(model.children()) else nn.Sequential(model))
+    canonicalise(graph)
     redirect_in_place(graph)
     for node in list(graph.graph.nodes):
         if is_no_op(node):
@@ -105,12 +108,8 @@ def _entries(graph: fx.GraphModule) -> list[Entry]:
 
 def _plan_children(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str) -> Plan:
     calls = record_calls(model, inputs)
-    root = copy.deepcopy(model)
-    plan = Plan(root)
-    for name, child in model.named_children():
-        plan.entries += _replace(root, name, name, child, calls, dtype, backend)
-    root.requires_grad_(False).to(dtype)
-    return plan
+    root, entries = _plan_inside(model, "", calls, dtype, backend)
+    return Plan(root, entries)
 
 
 def _plan_inside_leaves(
@@ -121,35 +120,34 @@ def _plan_inside_leaves(
     calls = None
     for entry in plan.entries:
         entries.append(entry)
-        leaf = plan.module.get_submodule(entry.module) if entry.module else None
-        if leaf is None or entry.fused or isinstance(leaf, BatchNormAct2d):
+        if entry.fused or not entry.module or not list(plan.module.get_submodule(entry.module).children()):
             continue
-        original = model.get_submodule(entry.path)
-        untouched, inside = copy.deepcopy(leaf), []
-        for name, child in original.named_children():
-            calls = calls or record_calls(model, inputs)
-            inside += _replace(leaf, name, f"{entry.path}.{name}", child, calls, dtype, backend)
-        if inside and not _runs(leaf, calls[original], dtype):
-            plan.module.set_submodule(entry.module, untouched)
-            inside = []
-        entries += inside
+        calls = calls or record_calls(model, inputs)
+        leaf, inner = _plan_inside(model.get_submodule(entry.path), entry.path, calls, dtype, backend)
+        if any(e.fused for e in inner):
+            plan.module.set_submodule(entry.module, leaf)
+            entries += inner
     plan.entries = entries
 
 
-def _runs(module: nn.Module, calls: list[tuple[tuple, dict]], dtype: torch.dtype) -> bool:
-    """Whether a module whose children were replaced still runs: its code may ask them for their weights."""
-
-    def cast(value: object) -> object:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
+def _plan_inside(module: nn.Module, path: str, calls, dtype, backend) -> tuple[nn.Module, list[Entry]]:
+    """A copy of `module` with its children planned, as far as it still runs then, and the entries of these."""
+    planned = copy.deepcopy(module)
+    entries = []
+    for name, child in module.named_children():
+        inner = f"{path}.{name}" if path else name
+        entries += _replace(planned, name, inner, child, calls, dtype, backend)
+    planned.requires_grad_(False).to(dtype)
+    args, kwargs = tree_map_only(Tensor, lambda x: cast((x,), planned)[0], calls[module][0])
     try:
         with torch.no_grad():
-            for args, keywords in calls[:1]:
-                module(*map(cast, args), **{name: cast(value) for name, value in keywords.items()})
-    except TRACE_ERRORS as error:
-        logger.debug("%s does not run with planned children (%s)", type(module).__name__, error)
-        return False
-    return True
+            planned(*args, **kwargs)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        # It reads more of a child than its output.
+        logger.info("%s does not run with planned children (%s): it stays", type(module).__name__, error)
+        unplanned = copy.deepcopy(module).requires_grad_(False).to(dtype)
+        return unplanned, [Entry(path, type(module).__name__, "eager", "", (), False)]
+    return planned, entries
 
 
 def record_calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module, list[tuple[tuple, dict]]]:

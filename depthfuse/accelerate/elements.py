@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm, LayerNorm2d, norm_act
+from timm.layers import DropPath
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -112,12 +112,11 @@ def batch_norm_affine(norm: nn.Module, axis: int) -> Affine | None:
 
 
 def layer_norm(module: nn.Module) -> Norm | None:
-    """What a LayerNorm over the channels does, or None for any other module."""
-    axes = {nn.LayerNorm: -1, LayerNorm: -1, LayerNorm2d: -3}
-    if type(module) not in axes or len(module.normalized_shape) != 1:
+    """What a LayerNorm over the last axis does, or None for any other module."""
+    if type(module) is not nn.LayerNorm or len(module.normalized_shape) != 1:
         return None
     weight, bias = (None if t is None else t.detach().double() for t in (module.weight, module.bias))
-    return Norm(weight, bias, module.eps, axes[type(module)])
+    return Norm(weight, bias, module.eps, -1)
 
 
 def _module_elements(module: nn.Module, ndim: int) -> list[Element] | None:
@@ -125,14 +124,6 @@ def _module_elements(module: nn.Module, ndim: int) -> list[Element] | None:
     if name:
         return [Act(name)]
     channel_axis = 1 - ndim
-    if isinstance(module, norm_act.BatchNormAct2d):
-        affine = batch_norm_affine(module, channel_axis)
-        inner = None if isinstance(module.act, nn.Identity) else act_of_module(module.act)
-        if affine is None or not isinstance(module.drop, _NO_OPS):
-            return None
-        if isinstance(module.act, nn.Identity):
-            return [affine]
-        return [affine, Act(inner)] if inner else None
     if isinstance(module, TokenBatchNorm):
         affine = batch_norm_affine(module, -1)
         return [affine] if affine else None

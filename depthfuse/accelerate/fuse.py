@@ -20,13 +20,15 @@ import copy
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from depthfuse.accelerate.blocks import KERNEL_PASSES, fuse_attention
 from depthfuse.accelerate.elements import Act, Add, Affine, Norm, layer_norm, read
-from depthfuse.accelerate.graph import has_hooks, insert_fused, mark_value, module_of
+from depthfuse.accelerate.graph import constant_of, has_hooks, insert_fused, mark_value, module_of
 from depthfuse.nn import FusedConv2d, FusedLinear, FusedModule
 from depthfuse.ops import resolve_backend
 
@@ -39,7 +41,10 @@ class Chain:
     """A product layer and all that was found to follow it, as the arguments of a fused module (float64)."""
 
     start: fx.Node
-    layer: nn.Conv2d | nn.Linear
+    source: fx.Node
+    geometry: (
+        dict[str, Any] | None
+    )  # stride, padding, dilation and groups of a convolution; None for a linear layer
     weight: Tensor
     bias: Tensor | None
     channel_axis: int
@@ -105,8 +110,8 @@ class Chain:
 
     def _take_norm(self, norm: Norm) -> bool:
         """LayerNorm behind a depthwise convolution, whose kernel holds all channels of its pixels."""
-        layer = self.layer
-        fits = isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels > 1
+        groups = 1 if self.geometry is None else self.geometry["groups"]
+        fits = groups > 1 and self.weight.shape[:2] == (groups, 1)
         taken = (self.norm_eps, self.act, self.residual, self.scale, self.shift)
         if not fits or any(value is not None for value in taken) or norm.axis != self.channel_axis:
             return False
@@ -133,30 +138,63 @@ class Chain:
             self.bias = shift if self.bias is None else self.bias + shift
 
 
+_LINEAR_FUNCTIONS = (F.linear,)
+_CONV_FUNCTIONS = (F.conv2d, torch.conv2d)
+
+
 def start_chain(node: fx.Node) -> Chain | None:
-    """A chain that holds only the layer of `node`, or None if that is no convolution or linear that we can
-    run.
-    """
-    if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
-        return None
-    layer = module_of(node)
-    if type(layer) is nn.Conv2d:
-        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            return None
-        axis = CONV_CHANNEL_AXIS
-    elif type(layer) is nn.Linear:
-        axis = LINEAR_CHANNEL_AXIS
-    else:
-        return None
+    """A chain that holds only the layer of `node`, or None if that is no convolution or linear that we can run."""
+    if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+        return _start_at_layer(node, module_of(node))
+    if node.op == "call_function" and node.target in _LINEAR_FUNCTIONS + _CONV_FUNCTIONS:
+        return _start_at_function(node)
+    return None
+
+
+def _start_at_layer(node: fx.Node, layer: nn.Module) -> Chain | None:
     if has_hooks(layer):
         return None
-    bias = None if layer.bias is None else layer.bias.detach().double()
-    return Chain(node, layer, layer.weight.detach().double(), bias, axis, node.args[0], node, [node])
+    if type(layer) is nn.Linear:
+        return _chain(node, None, layer.weight, layer.bias)
+    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+        return _chain(node, geometry, layer.weight, layer.bias)
+    return None
+
+
+def _start_at_function(node: fx.Node) -> Chain | None:
+    """Where weight and bias are constants, as in layers that compute their weight from others."""
+    names: tuple[str, ...] = ("input", "weight", "bias")
+    defaults: dict[str, Any] = {"bias": None}
+    if node.target in _CONV_FUNCTIONS:
+        names += ("stride", "padding", "dilation", "groups")
+        defaults |= {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    given = defaults | dict(zip(names, node.args, strict=False)) | node.kwargs
+    weight, bias = constant_of(given["weight"]), constant_of(given["bias"])
+    known = weight is not None and (bias is not None or given["bias"] is None)
+    if not known or given.keys() != set(names) or not isinstance(given["input"], fx.Node):
+        return None
+    if node.target in _LINEAR_FUNCTIONS:
+        return _chain(node, None, weight, bias, given["input"])
+    geometry = {name: given[name] for name in names[3:]}
+    pairs = {name: (n, n) if isinstance(n, int) else n for name, n in geometry.items() if name != "groups"}
+    if weight.dim() != 4 or not all(isinstance(n, tuple | list) for n in pairs.values()):
+        return None
+    return _chain(node, geometry | pairs, weight, bias, given["input"])
+
+
+def _chain(
+    node: fx.Node, geometry, weight: Tensor, bias: Tensor | None, source: fx.Node | None = None
+) -> Chain:
+    axis = LINEAR_CHANNEL_AXIS if geometry is None else CONV_CHANNEL_AXIS
+    bias = None if bias is None else bias.detach().double()
+    source = source or node.args[0]
+    return Chain(node, source, geometry, weight.detach().double(), bias, axis, node, [node])
 
 
 def look_back(chain: Chain) -> None:
     """Absorb the LayerNorm before a linear layer, where nothing else reads its values."""
-    if not isinstance(chain.layer, nn.Linear):
+    if chain.geometry is not None:
         return
     _choose_token_first(chain)
     before = chain.source
@@ -257,19 +295,9 @@ def build(chain: Chain, dtype: torch.dtype, backend: str) -> FusedModule:
 
     tensors = (cast(chain.weight), cast(chain.bias), cast(chain.scale), cast(chain.shift))
     act = chain.act or "none"
-    if isinstance(chain.layer, nn.Linear):
+    if chain.geometry is None:
         return FusedLinear(*tensors, act=act, norm_eps=chain.norm_eps, backend=backend)
-    layer = chain.layer
-    return FusedConv2d(
-        *tensors,
-        stride=layer.stride,
-        padding=layer.padding,
-        dilation=layer.dilation,
-        groups=layer.groups,
-        act=act,
-        norm_eps=chain.norm_eps,
-        backend=backend,
-    )
+    return FusedConv2d(*tensors, **chain.geometry, act=act, norm_eps=chain.norm_eps, backend=backend)
 
 
 def emit(plan: fx.GraphModule, chain: Chain, module: FusedModule) -> None:

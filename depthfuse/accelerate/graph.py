@@ -36,6 +36,8 @@ def constant_of(node: object) -> Tensor | None:
 
 def path_of(node: fx.Node) -> str:
     """The original module path that the node's work came from, for the report."""
+    if "path" in node.meta:
+        return node.meta["path"]
     if node.op == "call_module":
         return str(node.target)
     stack = node.meta.get("nn_module_stack")
@@ -53,9 +55,9 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def free_name(plan: fx.GraphModule, wanted: str) -> str:
-    """A top-level attribute name, made from `wanted`, that the plan does not use yet."""
-    base = "fused_" + wanted.replace(".", "_")
+def free_name(plan: fx.GraphModule, wanted: str, prefix: str) -> str:
+    """A top-level attribute name, made from `prefix` and `wanted`, that the plan does not use yet."""
+    base = prefix + wanted.replace(".", "_").replace(":", "_")
     name, count = base, 1
     while hasattr(plan, name):
         count += 1
@@ -91,8 +93,7 @@ def insert_fused(
     plan: fx.GraphModule, module: FusedModule, args: tuple[fx.Node, ...], nodes: Sequence[fx.Node]
 ) -> fx.Node:
     """A call of `module`, at the graph's insertion point, that stands for `nodes`, in the order that they ran."""
-    first, *_ = nodes
-    name = free_name(plan, first.target if isinstance(first.target, str) else first.name)
+    name = free_name(plan, path_of(nodes[0]), prefix="fused_")
     plan.add_submodule(name, module)
     call = plan.graph.call_module(name, args)
     origins = [origin_of(node) for node in nodes]
@@ -154,7 +155,7 @@ def fold_constants(plan: fx.GraphModule) -> None:
                 result = node.target(*arguments, **keywords)
         if not isinstance(result, Tensor):
             continue
-        name = free_name(plan, "constant")
+        name = free_name(plan, "constant", prefix="")
         plan.register_buffer(name, result.detach().clone())
         with plan.graph.inserting_before(node):
             constant = plan.graph.get_attr(name)

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import BatchNormAct2d, LayerNorm, LayerNorm2d
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 
 from depthfuse.accelerate import AccelerationError, accelerate
@@ -18,6 +21,7 @@ from depthfuse.accelerate.tune import choose_chunk, clearly_faster, least_ms
 from depthfuse.accelerate.verify import relative_error
 from depthfuse.blocks import TokenBatchNorm
 from depthfuse.nn import FusedConv2d, FusedLinear
+from tests.nets import randomise_norms
 
 WIDTH = 6
 ACTS = [nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, lambda: nn.GELU(approximate="tanh")]
@@ -256,10 +260,27 @@ def test_children_of_an_untraceable_model_are_fused():
     }
 
 
-def test_a_model_of_several_inputs_and_outputs():
-    model = Wrapped(None, a=conv(), b=conv(1)).eval()
-    model.forward = None
+class Peeking(Branching):
+    """Reads a child's weight itself, which a planned child does not have."""
 
+    def forward(self, x):
+        return super().forward(x.to(self.stem[0].weight.dtype))
+
+
+def test_a_module_that_reads_its_childrens_weights_stays():
+    fast = check(Peeking())
+    assert [(entry.path, entry.kind) for entry in fast.report().entries] == [("", "Peeking")]
+    watched = nn.Sequential(conv(), Peeking(), nn.Linear(3, 3))
+    watched[1].register_forward_hook(lambda *args: None)
+    fast = check(watched)
+    assert [(entry.path, entry.fused) for entry in fast.report().entries] == [
+        ("0", True),
+        ("1", False),
+        ("2", True),
+    ]
+
+
+def test_a_model_of_several_inputs_and_outputs():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -359,3 +380,60 @@ def test_measuring_prefers_the_usual_unless_another_is_clearly_faster():
     times = least_ms({name: lambda name=name: count(name) for name in calls}, rounds=2)
     assert set(times) == set(calls) and all(0 < value < 1e3 for value in times.values())
     assert all(value >= 2 for value in calls.values())
+
+
+def test_timm_layers_become_pytorchs():
+    model = nn.Sequential(
+        Conv2dSame(WIDTH, WIDTH, 3, stride=2),
+        BatchNormAct2d(WIDTH, act_layer=nn.LeakyReLU),
+        BatchNormAct2d(WIDTH, act_layer=nn.SiLU),
+        MaxPool2dSame(3, 2),
+        AvgPool2dSame(2, 2),
+        LayerNorm2d(WIDTH),
+        Conv2dSame(WIDTH, WIDTH, 2, bias=False, dilation=2),
+        BatchNormAct2d(WIDTH, apply_act=False),
+        nn.Flatten(2),
+        LayerNorm(6),
+    )
+    randomise_norms(model)
+    for size in ((21, 16), (24, 14)):  # padded differently
+        fast = check(model, torch.randn(2, WIDTH, *size))
+    kinds = [(entry.path, entry.kind) for entry in fast.report().entries]
+    assert kinds == [
+        ("0:pad_same", "pad_same"),
+        ("0", "FusedConv2d"),
+        ("1.act", "LeakyReLU"),
+        ("2", "BatchNorm2d"),
+        ("2.act", "SiLU"),
+        ("3:pad_same", "pad_same"),
+        ("3", "MaxPool2d"),
+        ("4:pad_same", "pad_same"),
+        ("4", "AvgPool2d"),
+        ("5", "LayerNorm"),
+        ("6:pad_same", "pad_same"),
+        ("6", "FusedConv2d"),
+        ("8", "Flatten"),
+        ("9", "LayerNorm"),
+    ]
+    assert type(model[9]) is LayerNorm and model[1].weight.requires_grad
+
+
+def test_functions_with_constant_weights_are_fused():
+    def function(m, x):
+        weight = m.standard.weight - m.standard.weight.mean((1, 2, 3), keepdim=True)
+        y = F.relu(F.conv2d(x, weight, m.standard.bias, padding=1))
+        y = F.conv2d(y, m.plain.weight, None, (2, 1), (1, 0), 1, 2)
+        y = F.linear(y.mean((2, 3)), m.head.weight, bias=m.head.bias)
+        return F.conv2d(y[:, :, None, None], torch.ones(3, WIDTH, 1, 1, dtype=y.dtype) * y.mean())
+
+    layers = {
+        "standard": conv(),
+        "plain": nn.Conv2d(WIDTH, WIDTH, 3, groups=2),
+        "head": nn.Linear(WIDTH, WIDTH),
+    }
+    model = Wrapped(function, **layers)
+    model.plain.weight = nn.Parameter(torch.randn(WIDTH, WIDTH // 2, 3, 3))
+    fast = check(model, torch.randn(2, WIDTH, 9, 7))
+    fused = [(entry.kind, entry.epilogue) for entry in fast.report().entries if entry.fused]
+    assert fused == [("FusedConv2d", "bias + relu"), ("FusedConv2d", "none"), ("FusedLinear", "bias")]
+    assert "conv2d" in [entry.kind for entry in fast.report().entries]  # whose weight depends on the input

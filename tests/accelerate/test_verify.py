@@ -73,7 +73,11 @@ def test_the_first_wrong_one_is_named_where_verification_fails(monkeypatch):
 
     def wrong(norm, axis):
         affine = right(norm, axis)
-        return elements.Affine(affine.scale * 3, affine.shift, axis) if norm is wrong_norm else affine
+        return (
+            elements.Affine(affine.scale * 3, affine.shift, axis)
+            if norm.running_mean is wrong_norm.running_mean
+            else affine
+        )
 
     monkeypatch.setattr(elements, "batch_norm_affine", wrong)
     with pytest.raises(

@@ -246,7 +246,7 @@ def _fused_separable(entry: Seen, batch: int) -> Case | None:
 
 def _fused_convnext_mlp(entry: Seen, batch: int) -> Case | None:
     _, channels, height, width = entry.shape
-    if not mlp.supports(channels, channels):
+    if not mlp.supports(channels, channels, torch.float16):
         return None
     return MlpCase(batch * height * width, channels, entry.module.mlp.fc1.out_features, norm=False)
 
@@ -260,7 +260,7 @@ def _merged_convnext(entry: Seen, batch: int) -> Case | None:
 
 def _fused_vit_mlp(entry: Seen, batch: int) -> Case | None:
     _, tokens, channels = entry.shape
-    if not mlp.supports(channels, channels):
+    if not mlp.supports(channels, channels, torch.float16):
         return None
     return MlpCase(batch * tokens, channels, entry.module.mlp.fc1.out_features, norm=True)
 

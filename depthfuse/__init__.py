@@ -5,7 +5,7 @@ from depthfuse import _torchvision
 _torchvision.ensure()
 
 # timm must not be imported before the line above
-from depthfuse.accelerate import accelerate  # noqa: E402
+from depthfuse.accelerate import accelerate, load_accelerated  # noqa: E402
 from depthfuse.config import PruneConfig  # noqa: E402
 from depthfuse.data import DataConfig, open_data  # noqa: E402
 from depthfuse.merge import merge  # noqa: E402
@@ -23,6 +23,7 @@ __all__ = [
     "Supernet",
     "accelerate",
     "load",
+    "load_accelerated",
     "merge",
     "open_data",
     "prune",

@@ -380,7 +380,3 @@ class FusedLinear(_FusedProduct):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, {super().extra_repr()}"
-
-
-# By name, for those who rebuild a plan from a file.
-FUSED_MODULES: dict[str, type[FusedModule]] = {cls.__name__: cls for cls in (FusedConv2d, FusedLinear)}

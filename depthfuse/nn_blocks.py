@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from depthfuse import ops
-from depthfuse.nn import FusedModule
+from depthfuse.nn import FusedConv2d, FusedLinear, FusedModule
 from depthfuse.ops import cpu
 from depthfuse.ops.activations import activation
 
@@ -216,3 +216,18 @@ class FusedPoolLinear(FusedBlock):
         return ops.pool_linear(x, self.weight, self.bias, **self._config, backend=backend)
 
     _layers = _fused
+
+
+# All fused modules by name, for those who rebuild a plan from a file.
+FUSED_MODULES: dict[str, type[FusedModule]] = {
+    cls.__name__: cls
+    for cls in (
+        FusedConv2d,
+        FusedLinear,
+        FusedInvertedResidual,
+        FusedDepthwisePointwise,
+        FusedMlp,
+        FusedAttention,
+        FusedPoolLinear,
+    )
+}

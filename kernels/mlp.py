@@ -130,9 +130,9 @@ def config_for(channels: int, target: Target) -> MlpConfig:
     return MlpConfig(64, 32, 8, 1)  # 128 rows spill: half of the registers are accumulator
 
 
-def supports(channels: int, out_channels: int) -> bool:
-    """Whether rows of this width fit one program."""
-    return max(channels, out_channels) <= MAX_CHANNELS
+def supports(channels: int, out_channels: int, dtype: torch.dtype) -> bool:
+    """Whether rows of this width fit one program: of float32, half as many channels fill the same LDS."""
+    return max(channels, out_channels) <= (MAX_CHANNELS if dtype.itemsize == 2 else MAX_CHANNELS // 2)
 
 
 def plan(
@@ -210,7 +210,7 @@ def mlp(
     float16, bfloat16 or float32 in and out, float32 accumulation; the hidden step is rounded to the dtype of `x`.
 
     Raises:
-        ValueError: more than MAX_CHANNELS channels, shapes that do not fit each other, or a tensor not contiguous.
+        ValueError: more channels than `supports` takes, shapes that do not fit each other, or a tensor not contiguous.
         TypeError: dtypes that differ or are not supported.
     """
     target = target_of(x)
@@ -222,9 +222,10 @@ def mlp(
             f"x {list(x.shape)}, w1 {list(w1.shape)} and w2 {list(w2.shape)} do not fit: "
             "expected [..., C], [hidden, C] and [K, hidden]"
         )
-    if not supports(x.shape[-1], w2.shape[0]):
+    if not supports(x.shape[-1], w2.shape[0], x.dtype):
         raise ValueError(
-            f"{x.shape[-1]} -> {w2.shape[0]} channels: expected at most {MAX_CHANNELS}; use linear twice instead"
+            f"{x.shape[-1]} -> {w2.shape[0]} channels: expected at most {MAX_CHANNELS}, of float32 half of that; "
+            "use linear twice instead"
         )
     if b1 is not None and b1.shape != w1.shape[:1]:
         raise ValueError(f"b1 has shape {list(b1.shape)}, expected [{w1.shape[0]}]")

@@ -9,17 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from depthfuse.accelerate.build import build_plan
-from depthfuse.accelerate.cache import MeasuredCache, cache_folder, environment
+from depthfuse.accelerate.cache import cache_folder, environment
 from depthfuse.accelerate.errors import AccelerationError
-from depthfuse.accelerate.executor import Execution, choose_execution, use_graphs, worth_measuring
+from depthfuse.accelerate.executor import tune_plan
 from depthfuse.accelerate.model import AcceleratedModel
 from depthfuse.accelerate.report import Cost, Entry, Report
-from depthfuse.accelerate.tune import TUNE, choose_implementations
+from depthfuse.accelerate.saved import load_accelerated
+from depthfuse.accelerate.tune import TUNE
 from depthfuse.accelerate.verify import compare_operations
 from depthfuse.accelerate.verify import verify as verify_plan
 from depthfuse.ops import onednn, resolve_backend
+from depthfuse.spec import ModelSource
 
-__all__ = ["AcceleratedModel", "AccelerationError", "Cost", "Entry", "Report", "accelerate", "cache_folder"]
+__all__ = [
+    "AcceleratedModel",
+    "AccelerationError",
+    "Cost",
+    "Entry",
+    "Report",
+    "accelerate",
+    "cache_folder",
+    "load_accelerated",
+]
 
 
 def accelerate(
@@ -83,8 +94,10 @@ def accelerate(
         "op by op",
         None,
     )
-    accelerated = AcceleratedModel(plan.module, dtype, _in_channels(inputs), report)
-    tune_plan(accelerated, model, inputs, backend, tune)
+    example = tuple((tuple(x.shape), x.dtype) for x in inputs)
+    source = ModelSource.of(model)
+    accelerated = AcceleratedModel(plan.module, dtype, _in_channels(inputs), report, example, source)
+    tune_plan(accelerated, model, inputs, tune)
     if verify:
         error = verify_plan(accelerated, model, inputs)
         accelerated.set_report(replace(accelerated.report(), max_relative_error=error))
@@ -107,43 +120,6 @@ def fast_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
     cpu = torch.cpu
     has = [getattr(cpu, f"_is_{name}_supported", lambda: False)() for name in ("amx_tile", "avx512_bf16")]
     return torch.bfloat16 if any(has) and onednn.available(torch.bfloat16) else own
-
-
-def tune_plan(
-    accelerated: AcceleratedModel,
-    model: nn.Module | None,
-    inputs: tuple[Tensor, ...],
-    backend: str,
-    tune: str,
-) -> None:
-    """Choose what runs each operation and the whole, for inputs like `inputs`, and write it into the report.
-
-    Args:
-        model: what the plan was made from, to be compared with; None where it is not at hand.
-    """
-    plan = accelerated.plan
-    given = tuple(x.to(accelerated.dtype) if x.is_floating_point() else x for x in inputs)
-    execution = Execution()
-    measure = tune == "measure" and worth_measuring(given, backend, accelerated.device)
-    choose_implementations(plan, given, "heuristic" if tune == "measure" else tune)
-    if measure:
-        execution = choose_execution(accelerated, model, given, MeasuredCache(accelerated.device))
-    elif tune != "off":
-        execution = Execution(graphs=use_graphs(accelerated, given))
-    entries = tuple(
-        replace(entry, implementation=plan.get_submodule(entry.module).implementation())
-        if entry.fused
-        else entry
-        for entry in accelerated.report().entries
-    )
-    accelerated.set_report(
-        replace(
-            accelerated.report(),
-            entries=entries,
-            executor=execution.in_words(given),
-            latency_ms=execution.latency_ms,
-        )
-    )
 
 
 def _in_channels(inputs: tuple[Tensor, ...]) -> int | None:

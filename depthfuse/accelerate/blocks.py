@@ -131,7 +131,7 @@ def fuse_mlps(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
         second = _module(project, FusedLinear)
         if second is None or second.norm_eps is not None:
             continue
-        if not supports(first.weight.shape[1], second.weight.shape[0]):
+        if not supports(first.weight.shape[1], second.weight.shape[0], dtype):
             continue
         tensors = (first.weight, first.bias, second.weight, second.bias, second.scale, second.shift)
         config = {"act_inner": first.act, "act": second.act, "norm_eps": first.norm_eps, "backend": backend}

@@ -68,6 +68,8 @@ def trace_simplified(model: nn.Module) -> fx.GraphModule:
     Raises one of TRACE_ERRORS. A layer without children is traced as one node.
     """
     graph = trace(model if list(model.children()) else nn.Sequential(model))
+    for node in graph.graph.nodes:
+        node.type = None  # an annotation, which says nothing here
     canonicalise(graph)
     redirect_in_place(graph)
     for node in list(graph.graph.nodes):

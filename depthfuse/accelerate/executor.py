@@ -12,16 +12,19 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from depthfuse.accelerate.cache import MeasuredCache
+from depthfuse.accelerate.execution import EAGER, Execution
 from depthfuse.accelerate.model import AcceleratedModel
 from depthfuse.accelerate.onednn_graph import compile_plan
+from depthfuse.accelerate.parts import cast
 from depthfuse.accelerate.tune import (
+    bind_implementations,
     choose_chunk,
     choose_implementations,
     clearly_faster,
@@ -29,7 +32,6 @@ from depthfuse.accelerate.tune import (
     least_ms,
 )
 from depthfuse.nn import FusedModule
-from depthfuse.ops import resolve_backend
 from depthfuse.timing import Timing, time_interleaved
 
 logger = logging.getLogger(__name__)
@@ -40,53 +42,57 @@ _CLOSE = 1.1  # within this ratio a few rounds decide by chance
 _ROUND_MS = 20.0
 
 
-@dataclass(frozen=True)
-class Execution:
-    """The choice and what it rests on.
+def tune_plan(
+    accelerated: AcceleratedModel, model: nn.Module | None, inputs: tuple[Tensor, ...], tune: str
+) -> None:
+    """Choose what runs each operation and the whole, for inputs like `inputs`, and write it into the report.
 
-    chunk: how many images run at a time, None for all. compiled: whether oneDNN Graph runs the plan for the example's
-    shapes. graphs: whether the launches are replayed as graphs (GPU). eager: "eager" or "eager channels_last" where the
-    model itself runs. latency_ms: of the plan and of the
-    model in each layout, on the example input; empty where nothing was compared. ratio: the fastest layout's time over
-    the plan's, median of interleaved rounds.
+    Args:
+        model: what the plan was made from, to be compared with; None where it is not at hand.
     """
-
-    chunk: int | None = None
-    compiled: bool = False
-    eager: str | None = None
-    graphs: bool = False
-    latency_ms: dict[str, float] = field(default_factory=dict)
-    ratio: float | None = None
-
-    def document(self) -> dict[str, Any]:
-        """As JSON for the cache."""
-        return dict(vars(self))
-
-    @classmethod
-    def from_document(cls, document: dict[str, Any] | None) -> Execution | None:
-        """From the cache, or None where that holds anything else."""
-        if document is None:
-            return None
-        try:
-            made = cls(**document)
-        except TypeError:
-            return None
-        sane = (made.chunk is None or isinstance(made.chunk, int)) and made.eager in (None, *_EAGER)
-        return made if sane and isinstance(made.latency_ms, dict) else None
-
-    def in_words(self, inputs: tuple[Tensor, ...]) -> str:
-        """What runs, for the report."""
-        if self.eager is not None:
-            return f"{self.eager}: the model itself, whose time was {self.ratio:.2f} of the plan's"
-        text = "one graph for each input shape" if self.graphs else "op by op"
-        if self.compiled:
-            part = inputs if self.chunk is None else tuple(x[: self.chunk] for x in inputs)
-            shapes = " and ".join(str(list(x.shape)) for x in part)
-            text = f"oneDNN Graph for {shapes}, op by op for other shapes"
-        return text if self.chunk is None else f"{text}, {self.chunk} images at a time"
+    given = cast(inputs, accelerated)
+    choose_implementations(accelerated.plan, given, "heuristic" if tune == "measure" else tune)
+    execution = Execution()
+    if tune == "measure" and worth_measuring(accelerated, given):
+        execution = choose_execution(accelerated, model, given, MeasuredCache(accelerated.device))
+    elif tune != "off":
+        execution = Execution(graphs=use_graphs(accelerated, given))
+    _report(accelerated, execution, given)
 
 
-_EAGER = ("eager", "eager channels_last")
+def apply_execution(
+    accelerated: AcceleratedModel,
+    execution: Execution,
+    inputs: tuple[Tensor, ...],
+    implementations: dict[str, str],
+) -> None:
+    """Set `accelerated` up for choices made before, for the same plan in the same environment.
+
+    Args:
+        implementations: of each fused module, by its path in the plan.
+    """
+    accelerated.chunk = execution.chunk
+    part = inputs if execution.chunk is None else tuple(x[: execution.chunk] for x in inputs)
+    bind_implementations(accelerated.plan, part, implementations)
+    if execution.compiled:
+        _compile(accelerated, part, measure=False)
+    if execution.graphs:
+        use_graphs(accelerated, inputs)
+    _report(accelerated, replace(execution, eager=None), inputs)
+
+
+def _report(accelerated: AcceleratedModel, execution: Execution, inputs: tuple[Tensor, ...]) -> None:
+    report = accelerated.report()
+    modules = dict(accelerated.plan.named_modules())
+    entries = tuple(
+        replace(entry, implementation=modules[entry.module].implementation()) if entry.fused else entry
+        for entry in report.entries
+    )
+    executor = execution.in_words(inputs)
+    accelerated.execution = execution
+    accelerated.set_report(
+        replace(report, entries=entries, executor=executor, latency_ms=execution.latency_ms)
+    )
 
 
 def choose_execution(
@@ -162,7 +168,7 @@ def _compare(
 ) -> Execution:
     """`execution`, with the plan's latency beside the model's, and the model itself where that is faster."""
     runs: dict[str, Callable[[], object]] = {OURS: lambda: accelerated(*inputs)}
-    for name in _EAGER:
+    for name in EAGER:
         if name == "eager channels_last" and not any(isinstance(m, nn.Conv2d) for m in model.modules()):
             continue
         same = name == "eager" and _dtype_of(model) == accelerated.dtype
@@ -210,10 +216,12 @@ def fingerprint(plan: nn.Module) -> str:
         else:
             parts.append([name, type(module).__name__, module.extra_repr()])
     parts += [[name, list(t.shape), str(t.dtype)] for name, t in plan.state_dict().items()]
+    parts.sort(key=json.dumps)  # not by when they were registered
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def worth_measuring(inputs: tuple[Tensor, ...], backend: str, device: torch.device) -> bool:
+def worth_measuring(accelerated: AcceleratedModel, inputs: tuple[Tensor, ...]) -> bool:
     """Whether measuring means anything: not for empty batches, nor in Triton's interpreter."""
-    in_interpreter = device.type == "cpu" and resolve_backend(backend, device)[0] == "triton"
-    return all(x.numel() > 0 for x in inputs) and not in_interpreter
+    fused = (m for m in accelerated.plan.modules() if isinstance(m, FusedModule))
+    interpreted = accelerated.device.type == "cpu" and any(m.implementation() == "triton" for m in fused)
+    return all(x.numel() > 0 for x in inputs) and not interpreted

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from depthfuse.accelerate.cuda_graphs import GraphCache
+from depthfuse.accelerate.execution import Execution
 from depthfuse.accelerate.report import Report
 from depthfuse.accelerate.tune import run_in_chunks
 from depthfuse.nn import FusedModule, plain_ops
+from depthfuse.spec import ModelSource
 
 # Beyond this a value may overflow inside the net, and what then turns into NaN has to come out as NaN.
 _LARGE = 1e6
@@ -33,13 +36,24 @@ class AcceleratedModel(nn.Module):
     _eager: Callable[..., Any] | None
     _graphs: GraphCache | None
 
-    def __init__(self, plan: nn.Module, dtype: torch.dtype, in_channels: int | None, report: Report) -> None:
+    def __init__(
+        self,
+        plan: nn.Module,
+        dtype: torch.dtype,
+        in_channels: int | None,
+        report: Report,
+        example: tuple[tuple[tuple[int, ...], torch.dtype], ...],
+        source: ModelSource | None,
+    ) -> None:
         super().__init__()
         self.plan = plan
         self.dtype = dtype
         self.device = next(t.device for t in [*plan.parameters(), *plan.buffers()])
         self.in_channels = in_channels
         self.chunk: int | None = None  # how many images run at a time; None for all
+        self.example = example  # shapes and dtypes of the inputs that the plan was made and tuned for
+        self.source = source  # how timm builds the model that this was made from, as far as that is known
+        self.execution = Execution()
         self._report = report
         self._drop_copies()
         self.register_load_state_dict_post_hook(_after_load)
@@ -72,6 +86,19 @@ class AcceleratedModel(nn.Module):
         inputs = tuple(self._check(x) for x in inputs)
         entries = profile_entries(self.plan, self._report.entries, inputs, model, passes)
         return replace(self._report, entries=entries)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan and its tensors to one safetensors file, atomically; `depthfuse.load_accelerated` reads it.
+
+        Where the model itself was faster than its plan, the plan is what is saved.
+
+        Raises:
+            AccelerationError: the plan holds what only the model's own code can build, and timm does not build the
+                same; the error names it. CheckpointError: the file cannot be written; what stood there stays.
+        """
+        from depthfuse.accelerate.saved import save_accelerated  # it needs what needs this
+
+        save_accelerated(self, path)
 
     def train(self, mode: bool = True) -> AcceleratedModel:
         """Stays in evaluation mode. Raises RuntimeError for mode=True: train the model it was made from."""

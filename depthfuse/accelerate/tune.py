@@ -59,6 +59,16 @@ def choose_implementations(
         module.use(winners[key], shapes[0])
 
 
+def bind_implementations(plan: nn.Module, inputs: tuple[Tensor, ...], chosen: Mapping[str, str]) -> None:
+    """Bind what was chosen before: {path of a fused module in the plan: implementation}.
+
+    Raises ValueError for an implementation that is none here, KeyError for a module without one.
+    """
+    names = {module: name for name, module in plan.named_modules()}
+    for module, shapes in _shapes_seen(plan, inputs).items():
+        module.use(chosen[names[module]], shapes[0])
+
+
 def _shapes_seen(plan: nn.Module, inputs: tuple[Tensor, ...]) -> dict[FusedModule, list[torch.Size]]:
     """The shapes of the tensors that each fused module is given, at its first call."""
     seen: dict[FusedModule, list[torch.Size]] = {}

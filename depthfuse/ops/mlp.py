@@ -120,7 +120,7 @@ def _run(x, w1, b1, w2, b2, residual, scale, shift, act_inner, act, backend, nor
         from depthfuse.kernels.mlp import supports
 
         size = (w1.shape[1], w2.shape[0])
-        return None if supports(*size) else "{} -> {} channels".format(*size)
+        return None if supports(*size, x.dtype) else "{} -> {} channels of {}".format(*size, x.dtype)
 
     triton = runs_triton("mlp", backend, x, refusal)
     if 0 in shape:

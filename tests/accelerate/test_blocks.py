@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from depthfuse import Supernet, merge
-from depthfuse.accelerate import accelerate
+from depthfuse.accelerate import accelerate, load_accelerated
 from depthfuse.accelerate.verify import relative_error
 from depthfuse.nn import FusedConv2d, FusedModule
 from depthfuse.nn_blocks import (
@@ -149,6 +149,19 @@ def test_attention_on_a_cpu(scale, dtype):
         assert (y.double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps * qkv.double().abs().max()
         assert block(qkv[:0]).shape == (0, 11, 24)
     assert {"bmm", "plain"} == set(block.candidates())
+
+
+@pytest.mark.parametrize("make", [vit, convnext])
+def test_plans_of_blocks_are_saved_and_loaded(make, device, tmp_path):
+    model, size = make()
+    fast = check(model, size, device)
+    fast.save(tmp_path / "fast.safetensors")
+    again = load_accelerated(tmp_path / "fast.safetensors", device=device, tune="heuristic")
+    blocks = [type(m).__name__ for m in fast.plan.modules() if isinstance(m, FusedBlock)]
+    assert blocks
+    assert [type(m).__name__ for m in again.plan.modules() if isinstance(m, FusedBlock)] == blocks
+    x = torch.randn(2, *size, device=device)
+    assert torch.equal(again(x), fast(x))
 
 
 class TwoReaders(nn.Module):

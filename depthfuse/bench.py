@@ -30,12 +30,23 @@ Row = dict[str, Any]
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """The model in evaluation mode, in place, with batch norms that do something, unlike fresh ones; seeded."""
+    """The model in evaluation mode, in place, with weights that do something, unlike fresh ones; seeded.
+
+    timm starts the last norm of a residual branch, LayerScale and other gains at zero or close to it: a mistake behind
+    them would not show in the output.
+    """
     torch.manual_seed(0)
     for module in model.modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.8, 1.25)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1 or not parameter.is_floating_point():
+                continue
+            if name == "bias":
+                nn.init.normal_(parameter, 0, 0.1)
+            elif parameter.abs().max() < 1e-2 or isinstance(module, _BatchNorm | nn.LayerNorm):
+                nn.init.uniform_(parameter, 0.5, 1.0)
     return model.eval().requires_grad_(False)
 
 

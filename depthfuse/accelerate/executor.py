@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from depthfuse.accelerate.cache import MeasuredCache
 from depthfuse.accelerate.execution import EAGER, Execution
+from depthfuse.accelerate.graph import has_hooks
 from depthfuse.accelerate.model import AcceleratedModel
 from depthfuse.accelerate.onednn_graph import compile_plan
 from depthfuse.accelerate.parts import cast
@@ -141,7 +142,7 @@ def choose_execution(
 
 def use_graphs(accelerated: AcceleratedModel, inputs: tuple[Tensor, ...]) -> bool:
     """On a GPU, and only there: replay the plan as graphs. Says whether it does."""
-    if accelerated.device.type != "cuda":
+    if accelerated.device.type != "cuda" or _is_watched(accelerated.plan):
         return False
     pairs = tuple(torch.cat([x[:1], x[:1].flip(-1)]) for x in inputs if x.dim() and x.shape[0])
     batchwise = len(pairs) == len(inputs) and images_are_independent(accelerated.plan, pairs, 1)
@@ -149,10 +150,15 @@ def use_graphs(accelerated: AcceleratedModel, inputs: tuple[Tensor, ...]) -> boo
     return True
 
 
+def _is_watched(plan: nn.Module) -> bool:
+    """Whether hooks must run at every call, which a compiled copy or a replay would not do."""
+    return any(has_hooks(module) for module in plan.modules())
+
+
 def _compile(accelerated: AcceleratedModel, part: tuple[Tensor, ...], measure: bool) -> bool:
     """Let oneDNN Graph run the plan, with `measure` only where that is faster. Says whether it does."""
     plan = accelerated.plan
-    compiled = compile_plan(plan, part)
+    compiled = None if _is_watched(plan) else compile_plan(plan, part)
     if compiled is None:
         return False
     if measure:

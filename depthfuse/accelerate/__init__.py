@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from dataclasses import replace
 
 import torch
@@ -33,6 +34,10 @@ __all__ = [
 ]
 
 
+# Tracing patches PyTorch for the whole process, planning watches the model by hooks, and measuring wants to be alone.
+_one_at_a_time = threading.Lock()
+
+
 def accelerate(
     model: nn.Module,
     example_inputs: Tensor | tuple[Tensor, ...] | None = None,
@@ -58,6 +63,8 @@ def accelerate(
             that is faster, a copy of it runs. "heuristic" takes the usual best without running any. "off" leaves the
             fused modules to the plain ops.
 
+    Several threads may call this; they wait for each other. Other threads may run models meanwhile, but not this one.
+
     Returns:
         An AcceleratedModel; `print(result.report())` shows what was fused.
 
@@ -67,6 +74,18 @@ def accelerate(
         ValueError: an unknown `tune`, `verify` or `backend`.
         depthfuse.ops.BackendError: a backend asked for by name cannot run here.
     """
+    with _one_at_a_time:
+        return _accelerate(model, example_inputs, dtype, backend, verify, tune)
+
+
+def _accelerate(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Tensor, ...] | None,
+    dtype: torch.dtype | str | None,
+    backend: str,
+    verify: bool | str,
+    tune: str,
+) -> AcceleratedModel:
     training = next((name or "the model itself" for name, m in model.named_modules() if m.training), None)
     if training is not None:
         raise AccelerationError(f"the model is in training mode ({training}): call model.eval() first")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -22,17 +23,19 @@ logger = logging.getLogger(__name__)
 
 # TorchScript profiles the first runs and compiles after them.
 _WARM_UP_RUNS = 3
+_switch = threading.Lock()
 
 
 @contextlib.contextmanager
 def _fusion_enabled() -> Iterator[None]:
     # The switch is global, and this must not change how other TorchScript code in the process is compiled.
-    before = torch._C._jit_llga_enabled()
-    torch._C._jit_set_llga_enabled(True)
-    try:
-        yield
-    finally:
-        torch._C._jit_set_llga_enabled(before)
+    with _switch:
+        before = torch._C._jit_llga_enabled()
+        torch._C._jit_set_llga_enabled(True)
+        try:
+            yield
+        finally:
+            torch._C._jit_set_llga_enabled(before)
 
 
 def compile_plan(plan: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..., object] | None:

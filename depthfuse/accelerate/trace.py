@@ -8,6 +8,7 @@ narrowed down by tracing the children instead, see `depthfuse.accelerate.build`.
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any
 
 import torch
@@ -31,6 +32,19 @@ class LayerTracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self._leaves = (*_LEAVES, *get_notrace_modules())
+        self._thread = threading.get_ident()
+
+    # torch.fx patches nn.Module for the whole process while it traces: what other threads run is none of its business.
+
+    def call_module(self, m: nn.Module, forward, args, kwargs):
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache):
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if isinstance(module, self._leaves) or has_hooks(module):

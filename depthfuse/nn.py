@@ -52,10 +52,14 @@ class FusedModule(nn.Module):
         self.backend = backend
         self._tensor_names = tuple(tensors)
         for name, value in tensors.items():
-            self.register_buffer(name, None if value is None else value.detach().clone())
+            self.register_buffer(name, None if value is None else self._own(value))
         self._unbind()
         self.register_load_state_dict_post_hook(_drop_packed)
         self.eval()
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """A copy, in the layout that this module's implementations read."""
+        return tensor.detach().clone()
 
     def tensors(self) -> dict[str, Tensor | None]:
         """The constructor's tensor arguments."""
@@ -239,10 +243,14 @@ class FusedConv2d(_FusedProduct):
         norm_eps: float | None = None,
         backend: str = "auto",
     ) -> None:
-        weight = weight.contiguous(memory_format=torch.channels_last)
         super().__init__(weight, bias, scale, shift, act, backend, norm_eps)
         self.stride, self.padding, self.dilation = list(stride), list(padding), list(dilation)
         self.groups = groups
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        given = tensor.detach()
+        dense = given.contiguous(memory_format=torch.channels_last) if given.dim() == 4 else given
+        return given.clone() if dense is given else dense  # one copy, not two
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, *, act="none", scale=None, shift=None, backend="auto") -> FusedConv2d:

@@ -45,13 +45,15 @@ class Chain:
     geometry: (
         dict[str, Any] | None
     )  # stride, padding, dilation and groups of a convolution; None for a linear layer
-    weight: Tensor
+    weight: Tensor  # the layer's own; what is folded into it waits in row_scale and column_scale
     bias: Tensor | None
     channel_axis: int
     source: fx.Node
     end: fx.Node
     nodes: list[fx.Node]
     norm_eps: float | None = None
+    row_scale: Tensor | None = None  # of each output channel
+    column_scale: Tensor | None = None  # of each input of a linear layer
     residual: fx.Node | None = None
     residual_permute: tuple[int, ...] | None = None  # how the output lay where the residual was added
     act: str | None = None
@@ -123,19 +125,40 @@ class Chain:
         """Absorb the LayerNorm at `node` that this chain's linear layer reads, alone."""
         self.norm_eps = norm.eps
         if norm.bias is not None:
-            shift = self.weight @ norm.bias
+            shift = self._scaled(self.weight) @ norm.bias
             self.bias = shift if self.bias is None else self.bias + shift
         if norm.weight is not None:
-            self.weight = self.weight * norm.weight
+            self.column_scale = norm.weight
         self.source = node.args[0]
         self.nodes.insert(0, node)
 
     def _fold(self, scale: Tensor | None, shift: Tensor | None) -> None:
         if scale is not None:
-            self.weight = self.weight * scale.view(-1, *[1] * (self.weight.dim() - 1))
+            self.row_scale = scale if self.row_scale is None else self.row_scale * scale
             self.bias = None if self.bias is None else self.bias * scale
         if shift is not None:
             self.bias = shift if self.bias is None else self.bias + shift
+
+    def _scaled(self, weight: Tensor, first: int = 0) -> Tensor:
+        """Rows of the layer's weight, from row `first` on, with all that was folded into them; float64."""
+        weight = weight.double()
+        if self.row_scale is not None:
+            scale = self.row_scale[first : first + len(weight)]
+            weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+        return weight if self.column_scale is None else weight * self.column_scale
+
+    @torch.no_grad()
+    def write_weight(self, target: Tensor) -> None:
+        """Write the folded weight into `target`, rounded once.
+
+        A few rows at a time: float64 copies of every layer would leave as many holes in the heap, and planning a net
+        would need twice its memory.
+        """
+        if self.row_scale is None and self.column_scale is None:
+            return
+        for first in range(0, len(target), 64):
+            rows = slice(first, first + 64)
+            target[rows].copy_(self._scaled(self.weight[rows], first))
 
 
 _LINEAR_FUNCTIONS = (F.linear,)
@@ -189,7 +212,7 @@ def _chain(
     axis = LINEAR_CHANNEL_AXIS if geometry is None else CONV_CHANNEL_AXIS
     bias = None if bias is None else bias.detach().double()
     source = source or node.args[0]
-    return Chain(node, source, geometry, weight.detach().double(), bias, axis, node, [node])
+    return Chain(node, source, geometry, weight.detach(), bias, axis, node, [node])
 
 
 def look_back(chain: Chain) -> None:
@@ -295,9 +318,13 @@ def build(chain: Chain, dtype: torch.dtype, backend: str) -> FusedModule:
 
     tensors = (cast(chain.weight), cast(chain.bias), cast(chain.scale), cast(chain.shift))
     act = chain.act or "none"
+    module: FusedLinear | FusedConv2d
     if chain.geometry is None:
-        return FusedLinear(*tensors, act=act, norm_eps=chain.norm_eps, backend=backend)
-    return FusedConv2d(*tensors, **chain.geometry, act=act, norm_eps=chain.norm_eps, backend=backend)
+        module = FusedLinear(*tensors, act=act, norm_eps=chain.norm_eps, backend=backend)
+    else:
+        module = FusedConv2d(*tensors, **chain.geometry, act=act, norm_eps=chain.norm_eps, backend=backend)
+    chain.write_weight(module.weight)
+    return module
 
 
 def emit(plan: fx.GraphModule, chain: Chain, module: FusedModule) -> None:

@@ -148,7 +148,8 @@ class FusedModule(nn.Module):
     def _cpu_candidates(self) -> list[str]:
         return ["plain"]
 
-    def _bind_cpu(self, name: str, input_size: Sequence[int]) -> Callable[..., Tensor]:
+    def _bind_cpu(self, name: str, input_size: Sequence[int]) -> Callable[..., Tensor] | None:
+        """What computes the implementation `name`; None for the op itself."""
         raise NotImplementedError
 
     def _triton_candidates(self) -> list[str]:
@@ -227,6 +228,10 @@ class FusedConv2d(_FusedProduct):
         stride, padding, dilation: (height, width).
         act, norm_eps, backend: see `depthfuse.ops.conv2d`.
     """
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
 
     def __init__(
         self,
@@ -317,7 +322,7 @@ class FusedConv2d(_FusedProduct):
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         if torch.jit.is_tracing():  # what TorchScript knows how to fuse
             names = ("stride", "padding", "dilation", "groups")
-            keywords = dict(zip(names, geometry, strict=True))
+            keywords: dict[str, Any] = dict(zip(names, geometry, strict=True))
             options = {"act": self.act, "norm_eps": self.norm_eps}
             return ops.conv2d_reference(x, self.weight, *vectors, **keywords, **options)
         weight = self.weight if self._packed is None else self._packed

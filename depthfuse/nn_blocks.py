@@ -19,8 +19,6 @@ from depthfuse.nn import FusedConv2d, FusedLinear, FusedModule
 from depthfuse.ops import cpu
 from depthfuse.ops.activations import activation
 
-_UNIT = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
-
 
 class FusedBlock(FusedModule):
     """A module of several products. A subclass gives the one op (`_fused`) and the op for each product (`_layers`)."""
@@ -40,6 +38,7 @@ class FusedBlock(FusedModule):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self._runs_bound(x):
+            assert self._runner is not None
             with torch.no_grad():  # an input that requires a gradient must not make this record one
                 return self._runner(x)
         if self._bound == "layers":
@@ -138,7 +137,7 @@ class FusedDepthwisePointwise(FusedBlock):
 
     def _layers(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
         w1 = self.w1 if self._packed is None else self._packed
-        geometry = {name: self._config[name] for name in _UNIT}
+        geometry = {name: self._config[name] for name in ("stride", "padding", "dilation")}
         inner = {"groups": len(w1), "act": self._config["act_inner"], "backend": backend}
         filtered = ops.conv2d(x, w1, self.b1, **geometry, **inner)
         tail = (self.b2, residual, self.scale, self.shift)

@@ -8,6 +8,7 @@ has no operators for the others.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +114,11 @@ def fuse_depthwise_pointwise(plan: fx.GraphModule, dtype: torch.dtype, backend: 
         if second is None or not _is_pointwise(second) or not supports(second.weight.shape[0]):
             continue
         tensors = (first.weight, first.bias, second.weight, second.bias, second.scale, second.shift)
-        geometry = {"stride": first.stride, "padding": first.padding, "dilation": first.dilation}
+        geometry: dict[str, Any] = {
+            "stride": first.stride,
+            "padding": first.padding,
+            "dilation": first.dilation,
+        }
         config = {"act_inner": first.act, "act": second.act, "backend": backend}
         module = FusedDepthwisePointwise(*tensors, **geometry, **config)
         _replace(plan, (filtering, project), module, (filtering.args[0], *project.args[1:]))
@@ -165,7 +170,7 @@ _PLAIN_ATTENTION = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "en
 
 def _split_heads(attend: fx.Node) -> list[fx.Node] | None:
     """reshape(B, N, 3, H, D) of qkv, permute(2, 0, 3, 1, 4), unbind(0), and its three parts, which `attend` reads."""
-    parts = list(attend.args)
+    parts: list[Any] = list(attend.args)
     for index, part in enumerate(parts):
         is_item = isinstance(part, fx.Node) and getattr(part.target, "__name__", "") == "getitem"
         if not is_item or part.args[1] != index or _reader_of_part(part) is not attend:

@@ -17,7 +17,7 @@ class Execution:
     chunk: how many images run at a time, None for all. compiled: whether oneDNN Graph runs the plan for the example's
     shapes. eager: "eager" or "eager channels_last" where the model itself runs. graphs: whether launches are replayed
     as graphs (on a GPU). latency_ms: of the plan and of the model in each layout, on the example input; empty where
-    nothing was compared. ratio: the fastest layout's time over the plan's, median of interleaved rounds.
+    nothing was compared. ratios: each layout's time over the plan's, medians of interleaved rounds.
     """
 
     chunk: int | None = None
@@ -25,7 +25,7 @@ class Execution:
     eager: str | None = None
     graphs: bool = False
     latency_ms: dict[str, float] = field(default_factory=dict)
-    ratio: float | None = None
+    ratios: dict[str, float] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """As JSON for the cache."""
@@ -41,12 +41,14 @@ class Execution:
         except TypeError:
             return None
         sane = (made.chunk is None or isinstance(made.chunk, int)) and made.eager in (None, *EAGER)
-        return made if sane and isinstance(made.latency_ms, dict) else None
+        return made if sane and isinstance(made.latency_ms, dict) and isinstance(made.ratios, dict) else None
 
     def in_words(self, inputs: tuple[Tensor, ...]) -> str:
         """What runs, for the report."""
         if self.eager is not None:
-            return f"{self.eager}: the model itself, whose time was {self.ratio:.2f} of the plan's"
+            return (
+                f"{self.eager}: the model itself, whose time was {self.ratios[self.eager]:.2f} of the plan's"
+            )
         text = "one graph for each input shape" if self.graphs else "op by op"
         if self.compiled:
             part = inputs if self.chunk is None else tuple(x[: self.chunk] for x in inputs)

@@ -92,7 +92,13 @@ def _report(accelerated: AcceleratedModel, execution: Execution, inputs: tuple[T
     executor = execution.in_words(inputs)
     accelerated.execution = execution
     accelerated.set_report(
-        replace(report, entries=entries, executor=executor, latency_ms=execution.latency_ms)
+        replace(
+            report,
+            entries=entries,
+            executor=executor,
+            latency_ms=execution.latency_ms,
+            ratios=execution.ratios,
+        )
     )
 
 
@@ -185,7 +191,7 @@ def _compare(
             continue
         runs[name] = functools.partial(candidate, *inputs)
     judged = judge(execution, time_interleaved(runs, _ROUNDS, _ROUND_MS, warmup=1))
-    if judged.ratio is not None and 1 / _CLOSE < judged.ratio < _CLOSE:
+    if judged.ratios and 1 / _CLOSE < min(judged.ratios.values()) < _CLOSE:
         return judge(execution, time_interleaved(runs, _ROUNDS_IF_CLOSE, _ROUND_MS, warmup=1))
     return judged
 
@@ -198,7 +204,7 @@ def judge(execution: Execution, timings: dict[str, Timing]) -> Execution:
         return execution
     best = min(ratios, key=ratios.__getitem__)
     eager = best if ratios[best] < 1.0 else None
-    return replace(execution, eager=eager, latency_ms=latency_ms, ratio=ratios[best])
+    return replace(execution, eager=eager, latency_ms=latency_ms, ratios=ratios)
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype | None:

@@ -44,11 +44,10 @@ class Chain:
     source: fx.Node
     geometry: (
         dict[str, Any] | None
-    )  # stride, padding, dilation and groups of a convolution; None for a linear layer
+    )  # stride, padding, dilation, groups of a convolution; None for a linear layer
     weight: Tensor  # the layer's own; what is folded into it waits in row_scale and column_scale
     bias: Tensor | None
     channel_axis: int
-    source: fx.Node
     end: fx.Node
     nodes: list[fx.Node]
     norm_eps: float | None = None

@@ -77,7 +77,8 @@ class Report:
 
     executor: what runs the plan as a whole. max_relative_error: max |plan - model| / max |model| on the example input,
     or None if that was not verified. latency_ms: of the plan ("accelerated") and of the model in each memory layout,
-    on the example input; empty where they were not compared.
+    on the example input; empty where they were not compared. ratios: of those over the plan's, round by round, because
+    a machine's speed drifts: the quotient of two medians can be another.
     """
 
     model: str
@@ -87,6 +88,7 @@ class Report:
     executor: str
     max_relative_error: float | None
     latency_ms: Mapping[str, float] = field(default_factory=dict)
+    ratios: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def fused_count(self) -> int:
@@ -145,10 +147,9 @@ class Report:
         if self.worst is not None:
             lines.append(f"worst against float64: {self.worst.path}, relative error {self.worst.error:.1e}")
         if self.latency_ms:
-            ours, *others = self.latency_ms.items()
+            ratios = {name: f" ({ratio:.2f}x)" for name, ratio in self.ratios.items()}
             lines.append(
-                f"{ours[0]} {ours[1]:.3f} ms"
-                + "".join(f", {name} {value:.3f} ms ({value / ours[1]:.2f}x)" for name, value in others)
+                ", ".join(f"{name} {ms:.3f} ms{ratios.get(name, '')}" for name, ms in self.latency_ms.items())
             )
         return "\n".join(line.rstrip() for line in lines)
 

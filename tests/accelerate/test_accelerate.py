@@ -284,7 +284,7 @@ def test_report_names_every_operation_by_its_path_in_the_model():
     assert f"{report.fused_count} fused operations" in text
 
 
-@pytest.mark.parametrize("family", ["mobilenet", "vit"])
+@pytest.mark.parametrize("family", [*FEW, "vit"])
 def test_compiles_to_one_graph_and_exports(family):
     model, size = build(family)
     x = torch.randn(2, *size)

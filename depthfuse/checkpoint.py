@@ -101,6 +101,11 @@ def save_text(path: str | Path, text: str) -> None:
     _replace(path, text.encode())
 
 
+def copy_file(source: str | Path, target: str | Path) -> None:
+    """Copy a file atomically. Raises CheckpointError like `save_json`, and for a source that is missing."""
+    _replace(target, _read(source))
+
+
 def load_json(path: str | Path) -> Any:
     """Read a JSON document. Raises CheckpointError for a file that is missing, unreadable or no JSON."""
     try:

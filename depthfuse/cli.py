@@ -14,10 +14,10 @@ import tyro
 from depthfuse import config, log
 from depthfuse.accelerate import AccelerationError
 from depthfuse.checkpoint import CheckpointError
+from depthfuse.costs import CostError
 from depthfuse.data import DataError
-from depthfuse.latency import LatencyError
 from depthfuse.merge import MergeError
-from depthfuse.search import BudgetError
+from depthfuse.space import BudgetError
 from depthfuse.spec import SpecError
 from depthfuse.train import TrainingDiverged
 
@@ -27,7 +27,7 @@ USER_ERRORS = (
     BudgetError,
     CheckpointError,
     DataError,
-    LatencyError,
+    CostError,
     MergeError,
     SpecError,
     TrainingDiverged,

@@ -42,6 +42,8 @@ class SupernetConfig(TrainConfig):
 
     random_subnets: int = 1
     """Random subnets a step, beside the full and the fully pruned net."""
+    separate_norms: bool = True
+    """Give kept and pruned blocks batch norms of their own; without, they share weights and biases."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,15 @@ class FinetuneConfig(TrainConfig):
     distill: float = 0.5
     """Weight of the original net's soft labels; 0 trains on labels alone."""
     temperature: float = 2.0
+    mixing: Literal["op", "block", "norm"] = "op"
+    """op: lambda mixes at each activation and norm; block: outputs of whole blocks; norm: norms only, while
+    activations go at once (SLAB)."""
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Evolutionary search. Exactly one of blocks, budget_ms and speedup sets the budget."""
+    """Which subnet. One of blocks, budget_ms, speedup, macs and parameters sets the budget; `depthfuse search` works
+    without one and gives the front."""
 
     blocks: int | None = None
     """Prune exactly this many blocks."""
@@ -66,13 +72,30 @@ class SearchConfig:
     """Latency of the accelerated subnet, at most."""
     speedup: float | None = None
     """Accelerated baseline latency over accelerated subnet latency, at least."""
+    macs: float | None = None
+    """Share of the baseline's multiply-accumulates, at most."""
+    parameters: float | None = None
+    """Share of the baseline's parameters, at most."""
+    strategy: str = "evolution"
+    """evolution; milp: exact optimum of summed losses of single blocks, the cheapest; greedy; random, uniform:
+    controls; pick: the best of an earlier search's subnets, without scoring more."""
+    metric: Literal["top1", "loss"] = "top1"
+    """What ranks subnets on held-out images. The loss is finer where those are few."""
+    force: tuple[str, ...] = ()
+    """Blocks to prune in any case: "layer1.0", or with its candidate "layer1.0=compact"."""
+    exclude: tuple[str, ...] = ()
+    """Blocks never to prune, or candidates never to take ("layer1.0=dense")."""
     population: int = 24
     parents: int = 8
     generations: int = 4
     mutation: float = 0.1
     """Chance that a mutation changes a block."""
+    best: int = 8
+    """How many of the integer programme's best subnets are scored."""
+    front: int = 8
+    """Without a budget: how many budgets, evenly spaced, are searched for the front."""
     calibration_images: int = 512
-    """Training images for re-estimating batch norm statistics of each candidate subnet."""
+    """Training images for re-estimating batch norm statistics of each candidate subnet; 0 takes them as they are."""
     losing_merges: bool = False
     """Allow merges that are no faster than the block they replace on this device."""
 
@@ -102,6 +125,9 @@ class PruneConfig:
     """Take timm's pretrained weights as the baseline instead of training one."""
     weights: Path | None = None
     """Baseline weights: a safetensors file of the model's state dict."""
+    start_from: Path | None = None
+    """Folder of another run with the same model, data and seed: its baseline, supernet, latency table and scores are
+    taken over, for another budget, strategy or fine-tuning."""
     data: DataConfig = field(default_factory=DataConfig)
     baseline: TrainConfig = field(default_factory=TrainConfig)
     supernet: SupernetConfig = field(default_factory=SupernetConfig)

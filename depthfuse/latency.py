@@ -6,17 +6,15 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from depthfuse.accelerate import accelerate
-from depthfuse.checkpoint import load_json, save_json
 from depthfuse.config import LatencyConfig
+from depthfuse.costs import CostTable
 from depthfuse.env import device_name
 from depthfuse.log import progress
 from depthfuse.spec import KEEP
@@ -26,58 +24,12 @@ from depthfuse.timing import time_interleaved
 log = logging.getLogger(__name__)
 
 
-class LatencyError(ValueError):
-    """A latency table that does not fit the model it is used for."""
-
-
-@dataclass(frozen=True)
-class LatencyTable:
-    """Measured milliseconds: the whole accelerated model with all blocks kept, and every block in every form."""
-
-    conditions: dict[str, Any]  # device, dtype, batch size, input size, versions: what the numbers hold for
-    whole_ms: float
-    blocks_ms: dict[str, dict[str, float]]  # {block path: {"keep" or candidate: latency}}
-
-    def predict_ms(self, choices: Mapping[str, str]) -> float:
-        """Latency of a subnet, additively: the whole, plus what each pruned block saves or costs."""
-        return self.whole_ms + sum(
-            self.blocks_ms[path][name] - self.blocks_ms[path][KEEP] for path, name in choices.items()
-        )
-
-    def paying(self, path: str) -> list[str]:
-        """Candidates of a block that are faster than keeping it, fastest first."""
-        costs = self.blocks_ms[path]
-        names = [name for name in costs if name != KEEP and costs[name] < costs[KEEP]]
-        return sorted(names, key=lambda name: costs[name])
-
-    def check_covers(self, options: Mapping[str, list[str]], where: str | Path) -> None:
-        """Raise LatencyError unless every block and candidate of `options` has a latency in this table."""
-        missing = [
-            f"{path} ({name})"
-            for path, names in options.items()
-            for name in [KEEP, *names]
-            if name not in self.blocks_ms.get(path, {})
-        ]
-        if missing:
-            raise LatencyError(
-                f"the latency table {where} was measured for {self.conditions.get('model')!r} and lacks "
-                f"{', '.join(missing[:3])}: measure one for this model"
-            )
-
-    def save(self, path: str | Path) -> None:
-        save_json(path, asdict(self))
-
-    @classmethod
-    def load(cls, path: str | Path) -> LatencyTable:
-        return cls(**load_json(path))
-
-
 def measure_latencies(
     supernet: Supernet,
     input_size: tuple[int, int, int],
     config: LatencyConfig | None = None,
     cache: Path | None = None,
-) -> LatencyTable:
+) -> CostTable:
     """Measure every block of a supernet, kept and merged, each accelerated, on inputs of the shape it sees.
 
     input_size: (C, H, W). Blocks of the same type and shapes share one measurement. With `cache`, a table measured
@@ -97,7 +49,7 @@ def measure_latencies(
         "model_kwargs": json.loads(json.dumps(supernet.source.kwargs)),
     }
     if cache is not None and cache.exists():
-        table = LatencyTable.load(cache)
+        table = CostTable.load(cache)
         if table.conditions == conditions:
             return table
         log.info("the latency table %s was measured under other conditions: measuring again", cache)
@@ -129,7 +81,10 @@ def measure_latencies(
     blocks_ms: dict[str, dict[str, float]] = {}
     for (path, name), key in keys.items():
         blocks_ms.setdefault(path, {})[name] = times[key].median_ms
-    table = LatencyTable(conditions, times["whole"].median_ms, blocks_ms)
+    saved = {
+        path: {n: forms[KEEP] - forms[n] for n in forms if n != KEEP} for path, forms in blocks_ms.items()
+    }
+    table = CostTable(conditions, "ms", times["whole"].median_ms, saved)
     if cache is not None:
         table.save(cache)
     return table
@@ -161,3 +116,6 @@ def _signature(module: nn.Module, example: Tensor) -> str:
     shapes = [(name, list(p.shape)) for name, p in module.state_dict().items()]
     text = json.dumps([repr(module), shapes, list(example.shape)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def count_costs(*a): ...

@@ -21,15 +21,26 @@ from torch import nn
 
 from depthfuse import report
 from depthfuse.accelerate import accelerate
-from depthfuse.checkpoint import CheckpointError, load_json, load_tensors, save_json, save_tensors, save_text
+from depthfuse.checkpoint import (
+    CheckpointError,
+    copy_file,
+    load_json,
+    load_tensors,
+    save_json,
+    save_tensors,
+    save_text,
+)
 from depthfuse.config import ConfigError, PruneConfig, load_yaml, parse_model_kwargs, to_dict, to_yaml
+from depthfuse.costs import CostTable
 from depthfuse.data import DataBundle, open_data
-from depthfuse.latency import LatencyTable, measure_latencies
+from depthfuse.latency import count_costs, measure_latencies
 from depthfuse.macs import count_macs, count_parameters
 from depthfuse.merge import fixed_image_size, input_size, merge, merged_structure
 from depthfuse.objectives import Objective, ProgressiveObjective, SandwichObjective
-from depthfuse.search import SearchSpace, check_one_budget, search
+from depthfuse.search import front_csv, search
+from depthfuse.space import SearchSpace, budget_unit, check_one_budget
 from depthfuse.spec import ModelSource, SpecError, SubnetSpec
+from depthfuse.strategies import find_strategy
 from depthfuse.supernet import Supernet
 from depthfuse.timing import time_interleaved
 from depthfuse.train import calibrate, fit, make_accelerator, seed_iteration, top1
@@ -42,10 +53,13 @@ STAGES = ("baseline", "supernet", "search", "finetune", "merge", "compare")
 class Run:
     """One output folder and its stages. Create it with a config; `run` does all stages up to a given one."""
 
-    def __init__(self, config: PruneConfig):
+    def __init__(self, config: PruneConfig, until: str = "compare"):
         self.config = config
         self.dir = config.out
-        check_one_budget(config.search)
+        if STAGES.index(until) > STAGES.index("search"):
+            check_one_budget(config.search)
+        budget_unit(config.search)  # raises for several
+        find_strategy(config.search.strategy)
         self._claim()
         self.accelerator = make_accelerator(config.amp, config.cpu)
         self.device = self.accelerator.device
@@ -85,6 +99,7 @@ class Run:
         )
         source = ModelSource.make(self.config.model, **{**kwargs, "num_classes": data.num_classes})
         if not (self.dir / "config.yaml").exists() and self.accelerator.is_main_process:
+            self._take_over()
             save_text(self.dir / "config.yaml", to_yaml(self.config))
         return data, source
 
@@ -100,6 +115,25 @@ class Run:
             self.accelerator.wait_for_everyone()
 
     # Each stage returns what later ones need; the artefact on the disk is the only thing passed on.
+
+    def _take_over(self) -> None:
+        """Copy what another run (`start_from`) has already worked out. Raises ConfigError where that run differs."""
+        start = self.config.start_from
+        if start is None:
+            return
+        here, there = to_dict(self.config), to_dict(load_yaml(start / "config.yaml"))
+        names = ("model", "model_kwargs", "pretrained", "weights", "data", "baseline", "supernet", "seed")
+        differing = [name for name in names if here[name] != there[name]]
+        if here["search"]["calibration_images"] != there["search"]["calibration_images"]:
+            differing.append("search.calibration_images")
+        if differing:
+            raise ConfigError(
+                f"cannot start from {start}: {', '.join(differing)} differ there. Give the same settings, or leave "
+                "start_from out"
+            )
+        for name in ("latency.json", "baseline.safetensors", "supernet.safetensors", "search.jsonl"):
+            if (start / name).exists() and not (self.dir / name).exists():
+                copy_file(start / name, self.dir / name)
 
     def _baseline(self) -> nn.Module:
         path = self.dir / "baseline.safetensors"
@@ -122,7 +156,7 @@ class Run:
             return self._load_weights(supernet, path)
         settings = self.config.supernet
         # the search space is checked before hours of training are spent on a budget that nothing meets
-        space = SearchSpace(supernet, self.config.search, self._latency(supernet))
+        space = self._space(supernet)
         objective = SandwichObjective(
             supernet, space.options, settings.random_subnets, settings.label_smoothing
         )
@@ -131,32 +165,48 @@ class Run:
         self._save_weights(supernet, path)
         return supernet
 
-    def _latency(self, supernet: Supernet) -> LatencyTable:
+    def _latency(self, supernet: Supernet) -> CostTable:
         path = self.dir / "latency.json"
         with self.accelerator.main_process_first():  # one process measures, the others read
             if path.exists():  # what the run has been planned with stays, whatever the machine does today
-                return LatencyTable.load(path)
+                return CostTable.load(path)
             given = self.config.latency.table
             if given is None:
                 return measure_latencies(supernet, self.size, self.config.latency, cache=path)
-            table = LatencyTable.load(given)
+            table = CostTable.load(given)
             table.check_covers(supernet.options(), given)
             table.save(path)
             return table
+
+    def _costs(self, supernet: Supernet) -> tuple[CostTable, CostTable]:
+        """(in the budget's unit, in milliseconds)."""
+        latency = self._latency(supernet)
+        unit = budget_unit(self.config.search)
+        if unit in ("MACs", "parameters"):
+            return count_costs(supernet, self.size, unit), latency
+        return latency, latency
+
+    def _space(self, supernet: Supernet) -> SearchSpace:
+        return SearchSpace(supernet.options(), self.config.search, *self._costs(supernet))
 
     def _search(self) -> SubnetSpec:
         path = self.dir / "subnet.json"
         if path.exists():
             return SubnetSpec.load(path)
         supernet = self._supernet()
-        latency = self._latency(supernet)
+        costs, latency = self._costs(supernet)
         settings, journal = self.config.search, self.dir / "search.jsonl"
         with self.accelerator.main_process_first():  # one process searches, the others read its answer
             if path.exists():
                 return SubnetSpec.load(path)
-            spec = search(supernet, self.data, settings, latency, seed=self.config.seed, journal=journal)
-            spec.save(path)
-            return spec
+            result = search(
+                supernet, self.data, settings, latency, costs=costs, seed=self.config.seed, journal=journal
+            )
+            save_text(self.dir / "front.csv", front_csv(result, latency))
+            report.plot_front(self.dir, result, latency, self.source.name)
+            if result.spec is not None:
+                result.spec.save(path)
+            return result.spec
 
     def _finetune(self) -> Supernet:
         path = self.dir / "finetune.safetensors"
@@ -230,7 +280,7 @@ class Run:
         return {
             "model": self.source.name,
             "model_kwargs": self.source.kwargs,
-            "conditions": LatencyTable.load(self.dir / "latency.json").conditions,
+            "conditions": CostTable.load(self.dir / "latency.json").conditions,
             "rows": rows,
             "choices": self._search().mapping(),
             "blocks": Supernet(baseline).options(),
@@ -298,7 +348,7 @@ def prune(config: PruneConfig, until: str = "compare") -> Run:
     """Run the whole job, or the stages up to `until`; see `depthfuse.config.PruneConfig`."""
     if until not in STAGES:
         raise ConfigError(f"unknown stage {until!r}; known: {', '.join(STAGES)}")
-    run = Run(config)
+    run = Run(config, until)
     run.run(until)
     return run
 

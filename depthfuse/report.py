@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from depthfuse.costs import CostTable
 from depthfuse.merge import MergeReport
+from depthfuse.search import SearchResult
 from depthfuse.train import history_csv
 
 Row = Mapping[str, Any]
@@ -114,6 +116,23 @@ def _plot_comparison(results: Mapping[str, Any], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
+
+
+def plot_front(directory: Path, result: SearchResult, table: CostTable, model: str) -> None:
+    """plots/front.png: held-out accuracy of the supernet's best subnets over what they cost."""
+    figure = _figure(7.0, 4.5)
+    axes = figure.add_subplot()
+    axes.plot([p.cost for p in result.front], [p.top1 for p in result.front], "o-", label="best subnets")
+    axes.axvline(table.whole, color="grey", ls="--", label="baseline")
+    predicted = " (predicted)" if table.conditions.get("predicted") else ""
+    axes.set_xlabel(f"{'latency' if table.unit == 'ms' else 'cost'} ({table.unit}){predicted}")
+    axes.set_ylabel("top-1 on held-out images (%), before fine-tuning")
+    axes.set_title(f"{model} on {table.conditions.get('device')}: {result.scored} subnets scored")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    plots = directory / "plots"
+    plots.mkdir(exist_ok=True)
+    _save(figure, plots / "front.png")
 
 
 def _plot_training(history: Sequence[Row], path: Path) -> None:

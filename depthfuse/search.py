@@ -1,135 +1,33 @@
-"""From a trained supernet to a subnet: evolutionary search under a block-count or latency budget.
+"""From a trained supernet to a subnet within a budget, and to the Pareto front of accuracy over cost.
 
-As in SPOS (Guo et al., ECCV 2020): each generation keeps the best subnets as parents and fills up with crossovers and
-mutations that meet the budget. Every subnet is scored on held-out training images after re-calibration. Scores go to
-a journal as they come, and all draws are seeded, so a search that was killed repeats its steps from the journal and
-goes on to the same answer.
+A strategy (`depthfuse.strategies`) proposes subnets of a space (`depthfuse.space`); each is scored on held-out training
+images after re-calibration. Scores go to a journal as they come, and all draws are seeded, so a search that was killed
+repeats its steps from the journal and goes on to the same answer.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from depthfuse.config import SearchConfig
+from depthfuse.costs import CostTable
 from depthfuse.data import DataBundle
-from depthfuse.latency import LatencyTable
 from depthfuse.log import progress
-from depthfuse.spec import KEEP, SubnetSpec
+from depthfuse.space import BudgetError, Choices, SearchSpace
+from depthfuse.spec import SubnetSpec
+from depthfuse.strategies import find_strategy, key_of, pareto
 from depthfuse.supernet import Supernet
-from depthfuse.train import calibrate, top1
+from depthfuse.train import Score, calibrate, evaluate
 
 log = logging.getLogger(__name__)
-
-Choices = dict[str, str]  # {block path: candidate} of the pruned blocks
-
-
-class BudgetError(ValueError):
-    """A budget that no subnet meets, or that is not stated once."""
-
-
-def check_one_budget(config: SearchConfig) -> None:
-    """Raise BudgetError unless exactly one budget is set."""
-    stated = {name: getattr(config, name) for name in ("blocks", "budget_ms", "speedup")}
-    given = [f"{name}={value}" for name, value in stated.items() if value is not None]
-    if len(given) != 1:
-        raise BudgetError(
-            f"state exactly one budget: search.blocks, search.budget_ms or search.speedup; got {given or 'none'}"
-        )
-
-
-class SearchSpace:
-    """Which subnets are allowed: the options of each block, and the budget."""
-
-    def __init__(self, supernet: Supernet, config: SearchConfig, latency: LatencyTable | None = None):
-        check_one_budget(config)
-        self.options = supernet.options()
-        if latency is not None and not config.losing_merges:
-            self.options = {path: latency.paying(path) for path in self.options}
-            losing = [path for path, names in self.options.items() if not names]
-            if losing:
-                log.info("merging is no faster than keeping in %s: left out", ", ".join(losing))
-        self.options = {path: names for path, names in self.options.items() if names}
-        self.latency = latency
-        self.blocks = config.blocks
-        self.budget_ms = config.budget_ms
-        if self.blocks is not None:
-            if not 1 <= self.blocks <= len(self.options):
-                raise BudgetError(
-                    f"asked to prune {self.blocks} blocks; possible: 1 to {len(self.options)} "
-                    "(merges that do not pay on this device are left out unless losing merges are allowed)"
-                )
-            return
-        if latency is None:
-            raise BudgetError("a latency budget needs a latency table")
-        if config.speedup is not None:
-            self.budget_ms = latency.whole_ms / config.speedup
-        fastest = {
-            path: min(names, key=lambda n: latency.blocks_ms[path][n]) for path, names in self.options.items()
-        }
-        fastest_ms = latency.predict_ms(fastest)
-        if fastest_ms > self.budget_ms:
-            raise BudgetError(
-                f"no subnet runs in {self.budget_ms:.3f} ms: the fastest reachable takes {fastest_ms:.3f} ms, "
-                f"{latency.whole_ms / fastest_ms:.2f}x over the accelerated baseline ({latency.whole_ms:.3f} ms)"
-            )
-
-    def meets_budget(self, choices: Choices) -> bool:
-        if self.blocks is not None:
-            return len(choices) == self.blocks
-        return self.latency.predict_ms(choices) <= self.budget_ms
-
-    def repair(self, choices: Choices, rng: random.Random) -> Choices:
-        """Change a subnet at random places until it meets the budget and prunes no more than it must."""
-        choices = dict(choices)
-        kept = [path for path in self.options if path not in choices]
-        pruned = list(choices)
-        rng.shuffle(kept)
-        rng.shuffle(pruned)
-        if self.blocks is not None:
-            for path in pruned[self.blocks :]:
-                del choices[path]
-            while len(choices) < self.blocks:
-                path = kept.pop()
-                choices[path] = rng.choice(self.options[path])
-            return self._ordered(choices)
-        while not self.meets_budget(choices):
-            if kept:
-                path = kept.pop()
-                choices[path] = rng.choice(self.options[path])
-            else:  # everything is pruned: take faster candidates
-                path = pruned.pop() if pruned else rng.choice(list(choices))
-                choices[path] = min(self.options[path], key=lambda n: self.latency.blocks_ms[path][n])
-        for path in rng.sample(list(choices), len(choices)):
-            without = {p: c for p, c in choices.items() if p != path}
-            if self.meets_budget(without):
-                choices = without
-        return self._ordered(choices)
-
-    def _ordered(self, choices: Choices) -> Choices:
-        return {path: choices[path] for path in self.options if path in choices}
-
-    def mutate(self, choices: Choices, chance: float, rng: random.Random) -> Choices:
-        changed = dict(choices)
-        for path, names in self.options.items():
-            if rng.random() < chance:
-                new = rng.choice([KEEP, *names])
-                changed.pop(path, None)
-                if new != KEEP:
-                    changed[path] = new
-        return self.repair(changed, rng)
-
-    def cross(self, a: Choices, b: Choices, rng: random.Random) -> Choices:
-        child = {}
-        for path in self.options:
-            name = rng.choice((a, b)).get(path, KEEP)
-            if name != KEEP:
-                child[path] = name
-        return self.repair(child, rng)
 
 
 class Journal:
@@ -137,7 +35,7 @@ class Journal:
 
     def __init__(self, path: Path | None):
         self.path = path
-        self.scores: dict[str, float] = {}
+        self.rows: dict[str, tuple[Choices, Score]] = {}
         if path is not None and path.exists():
             text = path.read_text()
             whole = text[: text.rfind("\n") + 1]
@@ -145,83 +43,122 @@ class Journal:
                 os.truncate(path, len(whole.encode()))
             for line in whole.splitlines():
                 row = json.loads(line)
-                self.scores[self.key(row["choices"])] = row["top1"]
+                score = Score(row["top1"], row["loss"])
+                self.rows[key_of(row["choices"])] = row["choices"], score
 
-    @staticmethod
-    def key(choices: Mapping[str, str]) -> str:
-        return json.dumps(dict(choices), sort_keys=True)
+    def get(self, choices: Choices) -> Score | None:
+        row = self.rows.get(key_of(choices))
+        return None if row is None else row[1]
 
-    def add(self, choices: Choices, score: float) -> None:
-        self.scores[self.key(choices)] = score
+    def add(self, choices: Choices, score: Score) -> None:
+        self.rows[key_of(choices)] = choices, score
         if self.path is not None:
+            line = json.dumps({"choices": choices, "top1": score.top1, "loss": score.loss})
             with self.path.open("a") as file:
-                file.write(json.dumps({"choices": choices, "top1": score}) + "\n")
+                file.write(line + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class Point:
+    """One subnet on the front. cost: in the unit of the cost table. top1 (percent), loss: on held-out images."""
+
+    choices: Choices
+    cost: float
+    top1: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """spec: the best subnet within the budget; None without one. front: what nothing scored beats in both score and
+    cost, cheapest first. scored: how many subnets were."""
+
+    spec: SubnetSpec | None
+    front: tuple[Point, ...]
+    scored: int
 
 
 def search(
     supernet: Supernet,
     data: DataBundle | None,
     config: SearchConfig,
-    latency: LatencyTable | None = None,
+    latency: CostTable | None = None,
     *,
+    costs: CostTable | None = None,
     seed: int = 0,
     journal: Path | None = None,
-    score: Callable[[Choices], float] | None = None,
-) -> SubnetSpec:
-    """The best subnet found within the budget of `config`.
+    judge: Callable[[Choices], Score] | None = None,
+) -> SearchResult:
+    """The best subnet found within the budget of `config`, and the front.
 
-    A subnet's score is its top-1 on the held-out training images of `data` after re-calibration, unless `score` is
-    given. With `journal`, an interrupted search goes on where it was. Raises BudgetError for a budget below the
-    fastest subnet (the message names that one).
+    A subnet is scored on the held-out training images of `data` after re-calibration, unless `judge` is given.
+
+    Args:
+        latency: decides which merges pay, and is the cost axis of the front.
+        costs: in the unit of the budget, where that is not milliseconds or blocks.
+        journal: with it, an interrupted search goes on where it was.
+
+    Raises BudgetError for a budget below the cheapest subnet (the message names that one) and an unknown strategy.
     """
-    space = SearchSpace(supernet, config, latency)
+    strategy = find_strategy(config.strategy)
+    space = SearchSpace(supernet.options(), config, costs or latency, latency)
+    left_out = [path for path in supernet.options() if path not in space.options]
+    if left_out:
+        log.info("excluded, or merging is no faster than keeping: %s", ", ".join(left_out))
     book = Journal(journal)
-    rng = random.Random(seed)
 
-    def measure(choices: Choices) -> float:
-        if score is not None:
-            return score(choices)
+    def value(score: Score) -> float:
+        return score.top1 if config.metric == "top1" else -score.loss
+
+    def measure(choices: Choices) -> Score:
         supernet.set_choices(choices)
         calibrate(supernet, data, config.calibration_images)
-        return top1(supernet, data.holdout_loader())
+        return evaluate(supernet, data.holdout_loader())
 
-    def rank(choices: Choices) -> tuple[float, float, str]:
-        key = book.key(choices)
-        cost = latency.predict_ms(choices) if latency is not None else len(choices)
-        return -book.scores[key], cost, key
+    judge = judge or measure
+    with progress("search", total=strategy.count(space, config)) as bar:
 
-    population = _distinct(lambda: space.repair({}, rng), config.population)
-    total = config.population * (config.generations + 1)
-    with progress("search", total=total) as bar:
-        for generation in range(config.generations + 1):
-            for choices in population:
-                if book.key(choices) not in book.scores:
-                    book.add(choices, measure(choices))
-                bar.advance(best=max(book.scores.values()))
-            if generation == config.generations:
-                break
-            parents = sorted(population, key=rank)[: config.parents]
+        def score(choices: Choices) -> float:
+            known = book.get(choices)
+            if known is None:
+                known = judge(choices)
+                book.add(choices, known)
+                bar.advance(top1=known.top1)
+            return value(known)
 
-            def child(parents: list[Choices] = parents) -> Choices:
-                if rng.random() < 0.5:
-                    return space.cross(rng.choice(parents), rng.choice(parents), rng)
-                return space.mutate(rng.choice(parents), config.mutation, rng)
+        strategy.run(space, score, config, random.Random(seed))
+    axis = latency or costs
+    rows = list(book.rows.values())
+    points = [
+        Point(choices, axis.cost(choices) if axis else len(choices), score.top1, score.loss)
+        for choices, score in rows
+    ]
+    front = pareto([(p.cost, value(Score(p.top1, p.loss)), p) for p in points])
+    spec = None
+    if space.unit is not None:
+        feasible = [(-value(s), space.cost(c), key_of(c), c) for c, s in rows if c and space.allows(c)]
+        if not feasible:
+            raise BudgetError(
+                f"none of the {len(rows)} scored subnets meets the budget: search with another strategy than "
+                f"{config.strategy!r}"
+            )
+        best = min(feasible)[3]
+        supernet.set_choices(best)
+        spec = supernet.spec()
+        log.info("search: %d subnets scored, best top-1 %.2f %%", len(rows), book.get(best).top1)
+    return SearchResult(spec, tuple(front), len(rows))
 
-            population = _distinct(child, config.population, parents)
-    best = min(population, key=rank)
-    log.info("search: %d subnets scored, best %.2f %%", len(book.scores), book.scores[book.key(best)])
-    supernet.set_choices(best)
-    return supernet.spec()
 
-
-def _distinct(draw: Callable[[], Choices], count: int, start: list[Choices] | None = None) -> list[Choices]:
-    """Up to `count` different subnets; fewer where the space holds no more."""
-    found = {Journal.key(choices): choices for choices in start or []}
-    for _ in range(20 * count):
-        if len(found) >= count:
-            break
-        choices = draw()
-        found.setdefault(Journal.key(choices), choices)
-    return list(found.values())
+def front_csv(result: SearchResult, table: CostTable | None) -> str:
+    """The front as CSV, one subnet a line."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    unit = table.unit if table else "blocks"
+    writer.writerow([f"cost_{unit}", "speedup", "top1_holdout", "loss_holdout", "blocks", "choices"])
+    for p in result.front:
+        ratio = f"{table.whole / p.cost:.4f}" if table else ""
+        choices = " ".join(f"{path}={name}" for path, name in p.choices.items())
+        writer.writerow([f"{p.cost:.6g}", ratio, f"{p.top1:.3f}", f"{p.loss:.5f}", len(p.choices), choices])
+    return out.getvalue()

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from timm.optim import create_optimizer_v2
@@ -76,33 +77,51 @@ def in_eval_mode(net: nn.Module) -> Iterator[None]:
         net.train(was_training)
 
 
+class Score(NamedTuple):
+    """How well a net classifies some images."""
+
+    top1: float  # percent
+    loss: float  # mean cross-entropy, nats
+
+
 @torch.no_grad()
-def top1(
+def evaluate(
     net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator | None = None
-) -> float:
-    """Share of images classified right, in percent; in eval mode, over all processes.
+) -> Score:
+    """Top-1 and loss of a net, in eval mode, over all processes.
 
     batches: (images [N, C, H, W], class indices [N]). Raises ValueError for no images.
     """
     device = next(chain(net.parameters(), net.buffers())).device
-    counts = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # right, loss, images
     with in_eval_mode(net):
         for index, (images, targets) in enumerate(batches):
             if accelerator is not None and index % accelerator.num_processes != accelerator.process_index:
                 continue
-            predicted = net(images.to(device)).argmax(-1)
-            counts += torch.stack(
-                [(predicted == targets.to(device)).sum(), torch.tensor(len(targets), device=device)]
-            )
+            targets = targets.to(device)
+            logits = net(images.to(device)).float()
+            loss = F.cross_entropy(logits, targets, reduction="sum")
+            right = (logits.argmax(-1) == targets).sum()
+            sums += torch.stack([right, loss, torch.tensor(len(targets), device=device)])
     if accelerator is not None:
-        counts = accelerator.reduce(counts, reduction="sum")
-    if not counts[1]:
+        sums = accelerator.reduce(sums, reduction="sum")
+    right, loss, count = sums.tolist()
+    if not count:
         raise ValueError("cannot score a net on no images")
-    return float(100.0 * counts[0] / counts[1])
+    return Score(100.0 * right / count, loss / count)
+
+
+def top1(
+    net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator | None = None
+) -> float:
+    """Share of images classified right, in percent; see `evaluate`."""
+    return evaluate(net, batches, accelerator).top1
 
 
 def calibrate(net: nn.Module, data: DataBundle, images: int) -> None:
-    """Re-estimate batch norm statistics on `images` fixed training images, unaugmented."""
+    """Re-estimate batch norm statistics on `images` fixed training images, unaugmented; none leaves them alone."""
+    if images == 0:
+        return
     device = next(net.parameters()).device
     recalibrate(net, (batch.to(device) for batch, _ in data.calibration_loader(images)))
 

@@ -28,7 +28,7 @@ from depthfuse.config import (
 )
 from depthfuse.data import DataConfig, DataError
 from depthfuse.pipeline import STAGES, Run, prune
-from depthfuse.search import BudgetError
+from depthfuse.space import BudgetError
 from depthfuse.spec import SpecError, SubnetSpec
 from depthfuse.train import top1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -36,17 +37,23 @@ USER_ERRORS = (
 )
 
 
+def _take_config(args: Sequence[str], default: Any) -> tuple[list[str], Any]:
+    """The arguments without `--config FILE`, and the defaults that the file gives."""
+    args = list(args)
+    if "--config" in args:
+        at = args.index("--config")
+        if at + 1 == len(args):
+            raise config.ConfigError("--config needs the path of a YAML file")
+        default = config.load_yaml(args[at + 1], type(default))
+        del args[at : at + 2]
+    return args, default
+
+
 def _prune_command(stage: str) -> Callable[[Sequence[str], str], None]:
     """The whole job up to a stage; flags over the entries of --config over the defaults."""
 
     def command(args: Sequence[str], prog: str) -> None:
-        args, default = list(args), config.PruneConfig()
-        if "--config" in args:
-            at = args.index("--config")
-            if at + 1 == len(args):
-                raise config.ConfigError("--config needs the path of a YAML file")
-            default = config.load_yaml(args[at + 1])
-            del args[at : at + 2]
+        args, default = _take_config(args, config.PruneConfig())
         description = (
             f"{COMMANDS[prog.split()[-1]][1]}\n\nEvery flag can also stand in a YAML file: --config FILE."
         )
@@ -60,6 +67,41 @@ def _prune_command(stage: str) -> Callable[[Sequence[str], str], None]:
             _print_results([run.dir])
 
     return command
+
+
+@dataclass(frozen=True)
+class CompareArguments(config.CompareConfig):
+    until: Literal["prepare", "train", "measure"] = "measure"
+    """The last step to do. Latencies are measured in the first and the last: nothing else may run then. Training may be
+    split: several processes with the same --out and different --seeds, then one with all seeds."""
+
+
+def _compare(args: Sequence[str], prog: str) -> None:
+    args, default = _take_config(args, CompareArguments())
+    given = tyro.cli(
+        CompareArguments, args=args, prog=prog, description=COMMANDS["compare"][1], default=default
+    )
+    from depthfuse.compare import compare
+
+    settings = {f.name: getattr(given, f.name) for f in dataclasses.fields(config.CompareConfig)}
+    out = compare(config.CompareConfig(**settings), given.until)
+    if given.until == "measure" and log.is_main_process():
+        _print_comparison(out)
+
+
+def _print_comparison(directory: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from depthfuse.checkpoint import load_json
+    from depthfuse.compare_report import table_rows
+
+    results = load_json(directory / "results.json")
+    head, *rows = table_rows(results)
+    table = Table(*head, title=f"{results['model']} ({directory})")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _print_results(directories: list[Path]) -> None:
@@ -247,6 +289,11 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], None], str]] = {
     "accelerate": (
         _prune_command("compare"),
         "The same as prune: acceleration and comparison are its last stage.",
+    ),
+    "compare": (
+        _compare,
+        "Pruning methods on one model under equal conditions, over several budgets and seeds: ours, rivals after their "
+        "papers, channel pruning, and two controls. Can be stopped at any point and run again.",
     ),
     "bench": (
         _bench,

@@ -142,6 +142,27 @@ class PruneConfig:
     """How often a stage under way is saved, beside the end of each epoch."""
 
 
+@dataclass(frozen=True)
+class CompareConfig(PruneConfig):
+    """Methods under equal conditions. All settings of `depthfuse prune` hold for every method; its budget and seed are
+    replaced by the lists here."""
+
+    out: Path = Path("runs/compare")
+    methods: tuple[str, ...] = (
+        "updp",
+        "direct",
+        "depthshrinker",
+        "layer-folding",
+        "layermerge",
+        "drop",
+        "channels",
+    )
+    """Which methods; the two controls (longer, scratch) are always there."""
+    budgets: tuple[str, ...] = ("speedup=1.3", "speedup=1.6")
+    """One entry a budget, as name=value with the names of the search's budgets: speedup=1.26, blocks=6, macs=0.7."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
 def parse_model_kwargs(pairs: tuple[str, ...] | list[str]) -> dict[str, Any]:
     """("img_size=32", "channels=(16,32)") -> {"img_size": 32, "channels": (16, 32)}; words stay strings."""
     result: dict[str, Any] = {}

@@ -100,33 +100,23 @@ class SandwichObjective(Objective):
         return metrics
 
 
-class ProgressiveObjective(Objective):
-    """Progressive subnet training: lambda falls from 1 to 0 per step (UPDP, step 3), optionally taught by the
-    original net through its logits (Hinton et al., 2015)."""
-
-    net: Supernet
+class TaughtObjective(Objective):
+    """Training on labels and, optionally, on the soft labels of a teacher (Hinton et al., 2015)."""
 
     def __init__(
         self,
-        subnet: Supernet,
-        schedule: Schedule = "cosine",
-        share: float = 0.7,
+        net: nn.Module,
         teacher: nn.Module | None = None,
         distill: float = 0.5,  # weight of the teacher's loss beside the labels' (1 - distill)
         temperature: float = 2.0,
         label_smoothing: float = 0.0,
     ):
-        super().__init__(subnet, label_smoothing)
-        self.schedule, self.share = schedule, share
+        super().__init__(net, label_smoothing)
         # in a list: the teacher is no part of the state, is never trained, and must not be wrapped or counted
         self._teacher = [] if teacher is None else [teacher.eval().requires_grad_(False)]
         self.distill, self.temperature = distill, temperature
 
-    def lam(self, progress: float) -> float:
-        return lambda_at(progress, self.schedule, self.share)
-
     def forward(self, images: Tensor, targets: Tensor, progress: float) -> Tensor:
-        self.net.set_lambda(self.lam(progress))
         logits = self.net(images)
         loss = self.label_loss(logits, targets)
         if self._teacher and self.distill > 0.0:
@@ -136,6 +126,23 @@ class ProgressiveObjective(Objective):
             taught = F.kl_div((logits.float() / t).log_softmax(-1), soft, reduction="batchmean") * t**2
             loss = (1.0 - self.distill) * loss + self.distill * taught
         return loss
+
+
+class ProgressiveObjective(TaughtObjective):
+    """Progressive subnet training: lambda falls from 1 to 0 per step (UPDP, step 3)."""
+
+    net: Supernet
+
+    def __init__(self, subnet: Supernet, schedule: Schedule = "cosine", share: float = 0.7, **teaching: Any):
+        super().__init__(subnet, **teaching)
+        self.schedule, self.share = schedule, share
+
+    def lam(self, progress: float) -> float:
+        return lambda_at(progress, self.schedule, self.share)
+
+    def forward(self, images: Tensor, targets: Tensor, progress: float) -> Tensor:
+        self.net.set_lambda(self.lam(progress))
+        return super().forward(images, targets, progress)
 
     def evaluate(
         self, net: nn.Module, progress: float, score: Score, calibrate: Calibrate

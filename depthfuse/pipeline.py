@@ -30,7 +30,15 @@ from depthfuse.checkpoint import (
     save_tensors,
     save_text,
 )
-from depthfuse.config import ConfigError, PruneConfig, load_yaml, parse_model_kwargs, to_dict, to_yaml
+from depthfuse.config import (
+    ConfigError,
+    FinetuneConfig,
+    PruneConfig,
+    load_yaml,
+    parse_model_kwargs,
+    to_dict,
+    to_yaml,
+)
 from depthfuse.costs import CostTable
 from depthfuse.data import DataBundle, open_data
 from depthfuse.latency import count_costs, measure_latencies
@@ -111,7 +119,7 @@ class Run:
         """Do all stages up to `until`, skipping those that are done."""
         for stage in STAGES[: STAGES.index(until) + 1]:
             seed_iteration(self.config.seed, STAGES.index(stage))
-            getattr(self, f"_{stage}")()
+            getattr(self, stage)()
             self.accelerator.wait_for_everyone()
 
     # Each stage returns what later ones need; the artefact on the disk is the only thing passed on.
@@ -135,9 +143,9 @@ class Run:
             if (start / name).exists() and not (self.dir / name).exists():
                 copy_file(start / name, self.dir / name)
 
-    def _baseline(self) -> nn.Module:
+    def baseline(self) -> nn.Module:
         path = self.dir / "baseline.safetensors"
-        model = self._build(pretrained=self.config.pretrained and not path.exists())
+        model = self.build(pretrained=self.config.pretrained and not path.exists())
         if path.exists():
             return self._load_weights(model, path)
         if self.config.weights is not None:
@@ -149,14 +157,14 @@ class Run:
         self._save_weights(model, path)
         return model
 
-    def _supernet(self) -> Supernet:
+    def supernet(self) -> Supernet:
         path = self.dir / "supernet.safetensors"
-        supernet = Supernet(self._baseline()).to(self.device)
+        supernet = Supernet(self.baseline()).to(self.device)
         if path.exists():
             return self._load_weights(supernet, path)
         settings = self.config.supernet
         # the search space is checked before hours of training are spent on a budget that nothing meets
-        space = self._space(supernet)
+        space = self.space(supernet)
         objective = SandwichObjective(
             supernet, space.options, settings.random_subnets, settings.label_smoothing
         )
@@ -165,7 +173,7 @@ class Run:
         self._save_weights(supernet, path)
         return supernet
 
-    def _latency(self, supernet: Supernet) -> CostTable:
+    def latency(self, supernet: Supernet) -> CostTable:
         path = self.dir / "latency.json"
         with self.accelerator.main_process_first():  # one process measures, the others read
             if path.exists():  # what the run has been planned with stays, whatever the machine does today
@@ -178,23 +186,23 @@ class Run:
             table.save(path)
             return table
 
-    def _costs(self, supernet: Supernet) -> tuple[CostTable, CostTable]:
+    def costs(self, supernet: Supernet) -> tuple[CostTable, CostTable]:
         """(in the budget's unit, in milliseconds)."""
-        latency = self._latency(supernet)
+        latency = self.latency(supernet)
         unit = budget_unit(self.config.search)
         if unit in ("MACs", "parameters"):
             return count_costs(supernet, self.size, unit), latency
         return latency, latency
 
-    def _space(self, supernet: Supernet) -> SearchSpace:
-        return SearchSpace(supernet.options(), self.config.search, *self._costs(supernet))
+    def space(self, supernet: Supernet) -> SearchSpace:
+        return SearchSpace(supernet.options(), self.config.search, *self.costs(supernet))
 
-    def _search(self) -> SubnetSpec:
+    def search(self) -> SubnetSpec:
         path = self.dir / "subnet.json"
         if path.exists():
             return SubnetSpec.load(path)
-        supernet = self._supernet()
-        costs, latency = self._costs(supernet)
+        supernet = self.supernet()
+        costs, latency = self.costs(supernet)
         settings, journal = self.config.search, self.dir / "search.jsonl"
         with self.accelerator.main_process_first():  # one process searches, the others read its answer
             if path.exists():
@@ -208,38 +216,46 @@ class Run:
                 result.spec.save(path)
             return result.spec
 
-    def _finetune(self) -> Supernet:
+    def finetune(self) -> Supernet:
         path = self.dir / "finetune.safetensors"
-        spec, supernet, settings = self._search(), self._supernet(), self.config.finetune
+        spec, supernet, settings = self.search(), self.supernet(), self.config.finetune
         subnet = supernet.subnet(spec, lam=0.0)
         if path.exists():
             return self._load_weights(subnet, path)
-        objective = ProgressiveObjective(
-            subnet,
-            settings.lambda_schedule,
-            settings.lambda_share,
-            self._baseline().to(self.device) if settings.distill > 0 else None,
-            settings.distill,
-            settings.temperature,
-            settings.label_smoothing,
-        )
+        getattr(subnet,"set_mixing",lambda m:0)(settings.mixing)
+        teaching = self.teaching(settings)
+        objective = ProgressiveObjective(subnet, settings.lambda_schedule, settings.lambda_share, **teaching)
         self._fit(objective, "finetune", settings)
         subnet.set_lambda(0.0)
-        calibrate(subnet, self.data, max(self.config.search.calibration_images, 2048))
+        self.calibrate(subnet)
         self._save_weights(subnet, path)
         return subnet
 
-    def _merge(self) -> nn.Module:
+    def teaching(self, settings: FinetuneConfig) -> dict[str, Any]:
+        """What `TaughtObjective` needs to be taught by this run's baseline."""
+        return {
+            "teacher": self.baseline().to(self.device) if settings.distill > 0 else None,
+            "distill": settings.distill,
+            "temperature": settings.temperature,
+            "label_smoothing": settings.label_smoothing,
+        }
+
+    def calibrate(self, net: nn.Module) -> None:
+        """Re-estimate the statistics of a net that is trained, from more images than the search takes."""
+        images = self.config.search.calibration_images
+        calibrate(net, self.data, max(images, 2048) if images else 0)
+
+    def merge(self) -> nn.Module:
         path = self.dir / "merged.safetensors"
         if path.exists():
             return load(self.dir).to(self.device)
-        merged = merge(self._finetune().eval(), self.size)
+        merged = merge(self.finetune().eval(), self.size)
         if self.accelerator.is_main_process:
             save_json(self.dir / "merge.json", report.merge_document(merged.merge_report))
         self._save_weights(merged, path)
         return merged
 
-    def _compare(self) -> None:
+    def compare(self) -> None:
         """Accuracy and latency of all forms, side by side; then report.md, metrics.csv and the plots."""
         if not self.accelerator.is_main_process:
             return
@@ -251,11 +267,11 @@ class Run:
     def _measure(self) -> dict[str, Any]:
         backend = self.config.latency.backend
         x = torch.randn(self.config.latency.batch_size, *self.size, device=self.device)
-        baseline, merged = self._baseline().to(self.device).eval(), self._merge().eval()
+        baseline, merged = self.baseline().to(self.device).eval(), self.merge().eval()
         nets: dict[str, nn.Module] = {
             "baseline": baseline,
             "baseline accelerated": accelerate(baseline, x, backend=backend),
-            "pruned": self._finetune().to(self.device).eval(),
+            "pruned": self.finetune().to(self.device).eval(),
             "merged": merged,
             "merged accelerated": accelerate(merged, x, backend=backend),
         }
@@ -282,12 +298,12 @@ class Run:
             "model_kwargs": self.source.kwargs,
             "conditions": CostTable.load(self.dir / "latency.json").conditions,
             "rows": rows,
-            "choices": self._search().mapping(),
+            "choices": self.search().mapping(),
             "blocks": Supernet(baseline).options(),
             "merge": load_json(self.dir / "merge.json")["summary"],
         }
 
-    def _build(self, pretrained: bool = False) -> nn.Module:
+    def build(self, pretrained: bool = False) -> nn.Module:
         seed_iteration(self.config.seed, 0)
         return self.source.build(pretrained=pretrained)
 
@@ -306,6 +322,11 @@ class Run:
         )
         if self.accelerator.is_main_process:
             save_json(self.dir / f"history_{stage}.json", result.history)
+            save_json(self.dir / f"seconds_{stage}.json", result.seconds)
+
+    def stage_seconds(self, stage: str) -> float:
+        """Wall time of a training stage that is done."""
+        return load_json(self.dir / f"seconds_{stage}.json")
 
     def _history(self) -> list[dict[str, Any]]:
         paths = [self.dir / f"history_{stage}.json" for stage in ("baseline", "supernet", "finetune")]

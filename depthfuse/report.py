@@ -83,7 +83,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -92,7 +92,7 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     path.write_bytes(buffer.getvalue())
@@ -100,7 +100,7 @@ def _save(figure: Any, path: Path) -> None:
 
 def _plot_comparison(results: Mapping[str, Any], path: Path) -> None:
     rows = results["rows"]
-    figure = _figure(7.5, 4.5)
+    figure = new_figure(7.5, 4.5)
     axes = figure.add_subplot()
     for i, row in enumerate(rows):
         low, high = row["latency_quartiles_ms"]
@@ -115,12 +115,12 @@ def _plot_comparison(results: Mapping[str, Any], path: Path) -> None:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_front(directory: Path, result: SearchResult, table: CostTable, model: str) -> None:
     """plots/front.png: held-out accuracy of the supernet's best subnets over what they cost."""
-    figure = _figure(7.0, 4.5)
+    figure = new_figure(7.0, 4.5)
     axes = figure.add_subplot()
     axes.plot([p.cost for p in result.front], [p.top1 for p in result.front], "o-", label="best subnets")
     axes.axvline(table.whole, color="grey", ls="--", label="baseline")
@@ -132,12 +132,12 @@ def plot_front(directory: Path, result: SearchResult, table: CostTable, model: s
     axes.legend()
     plots = directory / "plots"
     plots.mkdir(exist_ok=True)
-    _save(figure, plots / "front.png")
+    save_figure(figure, plots / "front.png")
 
 
 def _plot_training(history: Sequence[Row], path: Path) -> None:
     stages = list(dict.fromkeys(row["stage"] for row in history))
-    figure = _figure(4.5 * len(stages), 4.0)
+    figure = new_figure(4.5 * len(stages), 4.0)
     for i, stage in enumerate(stages):
         rows = [row for row in history if row["stage"] == stage]
         axes = figure.add_subplot(1, len(stages), i + 1)
@@ -157,13 +157,13 @@ def _plot_training(history: Sequence[Row], path: Path) -> None:
         other.set_ylabel("top-1 (%), lambda x 100")
         handles = [h for a in (axes, other) for h in a.get_legend_handles_labels()[0]]
         other.legend(handles, [h.get_label() for h in handles], fontsize=8, loc="lower center")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _plot_blocks(results: Mapping[str, Any], path: Path) -> None:
     blocks = list(results["blocks"])
     chosen = results["choices"]
-    figure = _figure(max(5.0, 0.45 * len(blocks) + 2), 2.6)
+    figure = new_figure(max(5.0, 0.45 * len(blocks) + 2), 2.6)
     axes = figure.add_subplot()
     forms = ["keep", *dict.fromkeys(chosen.values())]
     for i, block in enumerate(blocks):
@@ -173,4 +173,4 @@ def _plot_blocks(results: Mapping[str, Any], path: Path) -> None:
     axes.set_xticks(range(len(blocks)), blocks, rotation=90, fontsize=7)
     axes.set_yticks([])
     axes.set_title(f"{len(chosen)} of {len(blocks)} prunable blocks merged")
-    _save(figure, path)
+    save_figure(figure, path)

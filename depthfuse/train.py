@@ -47,6 +47,7 @@ class TrainResult:
 
     history: list[dict[str, Any]] = field(default_factory=list)
     best_top1: float | None = None  # percent, on held-out training images
+    seconds: float = 0.0  # wall time, of all processes that had a part in it one after another
 
 
 def make_accelerator(amp: str = "no", cpu: bool = False) -> Accelerator:
@@ -186,7 +187,7 @@ def fit(
         if accelerator.scaler is not None and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
         iteration, best = state["iteration"], state["best"]
-        result = TrainResult(state["history"], state["best_top1"])
+        result = TrainResult(state["history"], state["best_top1"], state["seconds"])
         log.info("%s: going on from iteration %d of %d", stage, iteration, total)
 
     def save() -> None:
@@ -202,11 +203,12 @@ def fit(
                 "history": result.history,
                 "best": best,
                 "best_top1": result.best_top1,
+                "seconds": result.seconds + time.monotonic() - started,
             }
             save_state(checkpoint, state)
 
     log_every = max(1, epoch_batches // 10)
-    last_saved = time.monotonic()
+    started = last_saved = time.monotonic()
     wrapped.train()
     with progress(stage, total=total, done=iteration) as bar:
         while iteration < total:
@@ -269,6 +271,7 @@ def fit(
                 best = {key: value.detach().cpu().clone() for key, value in shown.state_dict().items()}
             save()
             last_saved = time.monotonic()
+    result.seconds += time.monotonic() - started
     if best is not None:
         net.load_state_dict(best)
     elif ema is not None:

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from depthfuse.config import SearchConfig
+from depthfuse.costs import CostTable
 from depthfuse.data import DataBundle
-from depthfuse.latency import LatencyTable
 from depthfuse.log import progress
 from depthfuse.spec import KEEP, SubnetSpec
 from depthfuse.supernet import Supernet
@@ -45,7 +45,7 @@ def check_one_budget(config: SearchConfig) -> None:
 class SearchSpace:
     """Which subnets are allowed: the options of each block, and the budget."""
 
-    def __init__(self, supernet: Supernet, config: SearchConfig, latency: LatencyTable | None = None):
+    def __init__(self, supernet: Supernet, config: SearchConfig, latency: CostTable | None = None):
         check_one_budget(config)
         self.options = supernet.options()
         if latency is not None and not config.losing_merges:
@@ -67,21 +67,21 @@ class SearchSpace:
         if latency is None:
             raise BudgetError("a latency budget needs a latency table")
         if config.speedup is not None:
-            self.budget_ms = latency.whole_ms / config.speedup
+            self.budget_ms = latency.whole / config.speedup
         fastest = {
-            path: min(names, key=lambda n: latency.blocks_ms[path][n]) for path, names in self.options.items()
+            path: max(names, key=lambda n: latency.saved[path][n]) for path, names in self.options.items()
         }
-        fastest_ms = latency.predict_ms(fastest)
+        fastest_ms = latency.cost(fastest)
         if fastest_ms > self.budget_ms:
             raise BudgetError(
                 f"no subnet runs in {self.budget_ms:.3f} ms: the fastest reachable takes {fastest_ms:.3f} ms, "
-                f"{latency.whole_ms / fastest_ms:.2f}x over the accelerated baseline ({latency.whole_ms:.3f} ms)"
+                f"{latency.whole / fastest_ms:.2f}x over the accelerated baseline ({latency.whole:.3f} ms)"
             )
 
     def meets_budget(self, choices: Choices) -> bool:
         if self.blocks is not None:
             return len(choices) == self.blocks
-        return self.latency.predict_ms(choices) <= self.budget_ms
+        return self.latency.cost(choices) <= self.budget_ms
 
     def repair(self, choices: Choices, rng: random.Random) -> Choices:
         """Change a subnet at random places until it meets the budget and prunes no more than it must."""
@@ -103,7 +103,7 @@ class SearchSpace:
                 choices[path] = rng.choice(self.options[path])
             else:  # everything is pruned: take faster candidates
                 path = pruned.pop() if pruned else rng.choice(list(choices))
-                choices[path] = min(self.options[path], key=lambda n: self.latency.blocks_ms[path][n])
+                choices[path] = max(self.options[path], key=lambda n: self.latency.saved[path][n])
         for path in rng.sample(list(choices), len(choices)):
             without = {p: c for p, c in choices.items() if p != path}
             if self.meets_budget(without):
@@ -164,7 +164,7 @@ def search(
     supernet: Supernet,
     data: DataBundle | None,
     config: SearchConfig,
-    latency: LatencyTable | None = None,
+    latency: CostTable | None = None,
     *,
     seed: int = 0,
     journal: Path | None = None,
@@ -189,7 +189,7 @@ def search(
 
     def rank(choices: Choices) -> tuple[float, float, str]:
         key = book.key(choices)
-        cost = latency.predict_ms(choices) if latency is not None else len(choices)
+        cost = latency.cost(choices) if latency is not None else len(choices)
         return -book.scores[key], cost, key
 
     population = _distinct(lambda: space.repair({}, rng), config.population)

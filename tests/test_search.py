@@ -8,7 +8,7 @@ from nets import build
 
 from depthfuse import SubnetSpec, Supernet
 from depthfuse.config import SearchConfig
-from depthfuse.latency import LatencyError, LatencyTable
+from depthfuse.costs import CostError, CostTable
 from depthfuse.search import BudgetError, SearchSpace, search
 
 FAST = {"compact": 1.0, "dense": 1.5, "keep": 2.0}
@@ -21,11 +21,12 @@ def supernet():
 
 def make_table(supernet, seed=0):
     rng = random.Random(seed)
-    blocks = {
-        p: {n: FAST[n] * rng.uniform(0.8, 1.2) for n in ["keep", *names]}
+    kept = {p: FAST["keep"] * rng.uniform(0.8, 1.2) for p in supernet.options()}
+    saved = {
+        p: {n: kept[p] - FAST[n] * rng.uniform(0.8, 1.2) for n in names}
         for p, names in supernet.options().items()
     }
-    return LatencyTable({"model": "resnet18"}, 5.0 + sum(b["keep"] for b in blocks.values()), blocks)
+    return CostTable({"model": "resnet18"}, "ms", 5.0 + sum(kept.values()), saved)
 
 
 def additive_score(supernet, seed=1):
@@ -50,10 +51,10 @@ SETTINGS = {"population": 40, "parents": 10, "generations": 12, "mutation": 0.15
 @pytest.mark.parametrize("seed", [0, 1])
 def test_finds_the_optimum_under_a_latency_budget(supernet, seed):
     table, score = make_table(supernet, seed), additive_score(supernet, seed)
-    budget = table.whole_ms / 1.25
-    best = brute_force(supernet, table, score, lambda c: table.predict_ms(c) <= budget)
+    budget = table.whole / 1.25
+    best = brute_force(supernet, table, score, lambda c: table.cost(c) <= budget)
     spec = search(supernet, None, SearchConfig(speedup=1.25, **SETTINGS), table, score=score)
-    assert table.predict_ms(spec.mapping()) <= budget
+    assert table.cost(spec.mapping()) <= budget
     assert score(spec.mapping()) == pytest.approx(best[0], abs=0.3)
     same = search(supernet, None, SearchConfig(budget_ms=budget, **SETTINGS), table, score=score)
     assert same == spec
@@ -103,7 +104,7 @@ def test_seeds_decide(supernet):
 
 def test_losing_merges_are_left_out_unless_allowed(supernet):
     table = make_table(supernet)
-    table.blocks_ms["layer2.0"].update(compact=9.0, dense=9.0)
+    table.saved["layer2.0"].update(compact=-1.0, dense=-1.0)
     space = SearchSpace(supernet, SearchConfig(blocks=2), table)
     assert "layer2.0" not in space.options
     space = SearchSpace(supernet, SearchConfig(blocks=2, losing_merges=True), table)
@@ -131,7 +132,7 @@ def test_spec_round_trip_and_table_cover(supernet, tmp_path):
     assert SubnetSpec.load(tmp_path / "subnet.json") == spec == SubnetSpec.from_json(spec.to_json())
     table = make_table(supernet)
     table.save(tmp_path / "latency.json")
-    assert LatencyTable.load(tmp_path / "latency.json") == table
-    del table.blocks_ms["layer1.0"]["dense"]
-    with pytest.raises(LatencyError, match=r"lacks layer1\.0 \(dense\)"):
+    assert CostTable.load(tmp_path / "latency.json") == table
+    del table.saved["layer1.0"]["dense"]
+    with pytest.raises(CostError, match=r"lacks layer1\.0 \(dense\)"):
         table.check_covers(supernet.options(), "latency.json")

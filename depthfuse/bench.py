@@ -18,13 +18,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from depthfuse.accelerate import AcceleratedModel, accelerate
 from depthfuse.accelerate.verify import TOLERANCE, relative_error
+from depthfuse.config import DTYPES
 from depthfuse.contenders import CONTENDERS, OURS, Run, available
 from depthfuse.env import collect
 from depthfuse.timing import Timing, quartiles, time_interleaved
 
-logger = logging.getLogger(__name__)
+__all__ = ["DTYPES", "compare", "machine", "operations", "plot", "randomised", "write_csv"]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 

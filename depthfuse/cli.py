@@ -15,7 +15,7 @@ import tyro
 from depthfuse import config, log
 from depthfuse.accelerate import AccelerationError
 from depthfuse.checkpoint import CheckpointError
-from depthfuse.costs import CostError
+from depthfuse.costs import CostError, CostTable
 from depthfuse.data import DataError
 from depthfuse.merge import MergeError
 from depthfuse.space import BudgetError
@@ -27,8 +27,8 @@ USER_ERRORS = (
     AccelerationError,
     BudgetError,
     CheckpointError,
-    DataError,
     CostError,
+    DataError,
     MergeError,
     SpecError,
     TrainingDiverged,
@@ -163,6 +163,90 @@ def _inspect(args: Sequence[str], prog: str) -> None:
     console.print(table)
     if remark:
         console.print(remark)
+
+
+@dataclass
+class LatencyArguments:
+    model: Annotated[str, tyro.conf.Positional]
+    """A timm model name (random weights)."""
+    model_kwargs: tuple[str, ...] = ()
+    """Keyword arguments of timm.create_model, as name=value."""
+    batch: int = 1
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    device: Literal["here", "mi100", "mi210", "mi300x", "a100", "h100"] = "here"
+    """Measured here, or predicted by a roofline for another device."""
+    input_size: tuple[int, int, int] | None = None
+    """Channels, height, width; default the model's own."""
+    rounds: int = 15
+    """Interleaved rounds."""
+    backend: Literal["auto", "triton", "reference"] = "auto"
+    out: Path = Path("latency.json")
+    """The table, for --latency.table of other commands. One cut short under the same conditions is completed."""
+    check: int = 0
+    """Also time this many random subnets as wholes, and say how far the table's sums are off."""
+
+
+def _latency(args: Sequence[str], prog: str) -> None:
+    given = tyro.cli(LatencyArguments, args=args, prog=prog, description=COMMANDS["latency"][1])
+    import torch
+
+    from depthfuse import latency
+    from depthfuse.bench import randomised
+    from depthfuse.merge import input_size
+    from depthfuse.spec import ModelSource
+    from depthfuse.supernet import Supernet
+
+    if given.check and given.device != "here":
+        raise config.ConfigError(f"--check measures here: it cannot check a prediction for {given.device}")
+    source = ModelSource.make(given.model, **config.parse_model_kwargs(given.model_kwargs))
+    model = randomised(source.build())
+    size = given.input_size or input_size(model)
+    supernet = randomised(Supernet(model)).to("cuda" if torch.cuda.is_available() else "cpu")
+    settings = config.LatencyConfig(
+        batch_size=given.batch,
+        dtype=given.dtype,
+        rounds=given.rounds,
+        backend=given.backend,
+        device=given.device,
+    )
+    table = latency.make_latencies(supernet, size, settings, cache=given.out)
+    _print_latencies(table, given.out)
+    if given.check:
+        checked = latency.check_prediction(supernet, size, settings, table, given.check)
+        _print_check(checked, latency.relative_errors(checked))
+
+
+def _print_latencies(table: CostTable, out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    facts = table.conditions
+    how = f"PREDICTED ({facts['source']})" if facts["predicted"] else "measured"
+    threads = f", {facts['threads']} threads" if facts["threads"] else ""
+    title = (
+        f"{facts['model']}, {how}: {table.whole:.3f} ms accelerated; {facts['device']}{threads}, {facts['dtype']}, "
+        f"batch {facts['batch_size']}, torch {facts['torch']}"
+    )
+    rows = Table("block", "merge candidate", "saves ms", "% of the whole", title=title)
+    for path, saved in table.saved.items():
+        for name, saved_ms in saved.items():
+            rows.add_row(path, name, f"{saved_ms:.4f}", f"{100 * saved_ms / table.whole:.2f}")
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(rows)
+    console.print(f"table: {out}", soft_wrap=True)
+
+
+def _print_check(checked: Sequence[tuple[dict[str, str], float, float]], errors: Sequence[float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    rows = Table("blocks merged", "sum ms", "measured ms", "error %", title="random subnets as wholes")
+    for (choices, predicted_ms, measured_ms), error in zip(checked, errors, strict=True):
+        rows.add_row(str(len(choices)), f"{predicted_ms:.3f}", f"{measured_ms:.3f}", f"{100 * error:.1f}")
+    console.print(rows)
+    mean, most = 100 * sum(errors) / len(errors), 100 * max(errors)
+    console.print(f"relative error of the sums: mean {mean:.1f} %, largest {most:.1f} %")
 
 
 def _env(args: Sequence[str], prog: str) -> None:
@@ -303,6 +387,11 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], None], str]] = {
     "inspect": (
         _inspect,
         "Which blocks of a timm model can be pruned, why not the others, and what merging saves.",
+    ),
+    "latency": (
+        _latency,
+        "What merging each block of a timm model saves: measured here, or predicted for a GPU that is not here. The "
+        "table can be pruned by on another machine.",
     ),
     "demo": (_demo, "Prune a small CNN and a small ViT on the embedded images, in a few minutes on a CPU."),
     "env": (_env, "Versions, devices, and which backend each op would use and why."),

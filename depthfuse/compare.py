@@ -78,7 +78,8 @@ class Comparison:
         """The baseline, supernet and data of a seed; the first seed's folder also serves to prepare."""
         latency = self.config.latency
         if (self.dir / "latency.json").exists():
-            latency = dataclasses.replace(latency, table=self.dir / "latency.json")
+            # made for this comparison, though maybe on more threads than train
+            latency = dataclasses.replace(latency, table=self.dir / "latency.json", foreign_table=True)
         return self._run(out=self.dir / f"seed{seed}", seed=seed, latency=latency)
 
     def _run(self, **changes: Any) -> Run:

@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from depthfuse.data import DataConfig
 from depthfuse.progressive import Schedule
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ConfigError(ValueError):
@@ -102,14 +106,21 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class LatencyConfig:
-    """How latencies are measured."""
+    """How latencies are measured, or for which device they are predicted."""
 
     batch_size: int = 1
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Of the accelerated model and its input."""
     rounds: int = 15
     """Interleaved rounds; medians are reported."""
     backend: Literal["auto", "triton", "reference"] = "auto"
+    device: Literal["here", "mi100", "mi210", "mi300x", "a100", "h100"] = "here"
+    """What to prune for; latencies are predicted by a roofline where it is not 'here'."""
     table: Path | None = None
-    """A latency table measured before (latency.json of another run), in place of measuring."""
+    """A latency table made before (latency.json of another run, or of `depthfuse latency`), in place of measuring."""
+    foreign_table: bool = False
+    """Take `table` although it was measured on another device, dtype, version or batch size: to prune for that
+    machine."""
 
 
 @dataclass(frozen=True)

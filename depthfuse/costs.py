@@ -14,6 +14,9 @@ from typing import Any
 from depthfuse.checkpoint import CheckpointError, load_json, save_json
 from depthfuse.spec import KEEP
 
+# Of the conditions, those that change every number.
+_MUST_AGREE = ("device", "threads", "dtype", "batch_size", "input_size", "torch")
+
 
 class CostError(ValueError):
     """A cost table that does not fit the model, the machine or the settings it is used for."""
@@ -42,18 +45,35 @@ class CostTable:
         saved = self.saved[path]
         return sorted((name for name in saved if saved[name] > 0), key=lambda name: -saved[name])
 
-    def check_covers(self, options: Mapping[str, list[str]], where: str | Path) -> None:
-        """Raise CostError unless every block and candidate of `options` is in this table."""
-        missing = [
+    def lacking(self, options: Mapping[str, list[str]]) -> list[str]:
+        """The blocks and candidates of `options` that are not in this table, in words."""
+        return [
             f"{path} ({name})"
             for path, names in options.items()
             for name in names
             if name not in self.saved.get(path, {})
         ]
+
+    def check_covers(self, options: Mapping[str, list[str]], where: str | Path) -> None:
+        """Raise CostError unless every block and candidate of `options` is in this table."""
+        missing = self.lacking(options)
         if missing:
             raise CostError(
                 f"the cost table {where} was made for {self.conditions.get('model')!r} and lacks "
                 f"{', '.join(missing[:3])}: make one for this model"
+            )
+
+    def check_conditions(self, wanted: Mapping[str, Any], where: str | Path) -> None:
+        """Raise CostError unless this table was made for the machine and the settings of `wanted`."""
+        differing = [
+            f"{name} {self.conditions.get(name)!r} there, {wanted.get(name)!r} here"
+            for name in _MUST_AGREE
+            if self.conditions.get(name) != wanted.get(name)
+        ]
+        if differing:
+            raise CostError(
+                f"the cost table {where} was made under other conditions ({'; '.join(differing)}): measure here "
+                "(leave --latency.table out), or prune for what it was made for with --latency.foreign-table"
             )
 
     def save(self, path: str | Path) -> None:

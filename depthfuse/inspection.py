@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from depthfuse.adapters import find_blocks
-from depthfuse.latency import block_inputs
 from depthfuse.macs import count_macs, count_parameters
 from depthfuse.merge import input_size
 from depthfuse.spec import KEEP
 from depthfuse.supernet import Supernet
+from depthfuse.variants import block_inputs
 
 
 @dataclass(frozen=True)

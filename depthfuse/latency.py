@@ -1,121 +1,169 @@
-"""The latency table: what each block costs on this machine, kept or merged in each way, as accelerated code."""
+"""The latency table: what merging each block saves on this machine, measured in its surroundings, as accelerated code.
+
+A block timed by itself has its data in the cache and its launches to itself, so that the sums come out wrong. Here the
+whole model is timed, with all blocks of one kind merged in one way, against the whole model as it is, A B A B; what it
+saves is shared out evenly among these blocks.
+"""
 
 from __future__ import annotations
 
-import copy
-import hashlib
+import functools
 import json
 import logging
-from collections.abc import Callable
+import random
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from depthfuse.accelerate import accelerate
-from depthfuse.config import LatencyConfig
-from depthfuse.costs import CostTable
+from depthfuse.config import DTYPES, LatencyConfig
+from depthfuse.costs import CostError, CostTable
 from depthfuse.env import device_name
 from depthfuse.log import progress
+from depthfuse.prediction import predict_latencies, predicted_conditions
 from depthfuse.spec import KEEP
-from depthfuse.supernet import Supernet, SwitchBlock
+from depthfuse.supernet import Supernet
 from depthfuse.timing import time_interleaved
+from depthfuse.variants import kept_copy, merged_model, variants_of
 
 log = logging.getLogger(__name__)
 
+Size = tuple[int, int, int]  # (C, H, W)
+Checked = tuple[dict[str, str], float, float]  # choices, predicted ms, measured ms
 
-def measure_latencies(
-    supernet: Supernet,
-    input_size: tuple[int, int, int],
-    config: LatencyConfig | None = None,
-    cache: Path | None = None,
+
+def make_latencies(
+    supernet: Supernet, input_size: Size, config: LatencyConfig, cache: Path | None = None
 ) -> CostTable:
-    """Measure every block of a supernet, kept and merged, each accelerated, on inputs of the shape it sees.
+    """Measured here, or predicted where `config.device` is another machine; written to `cache`."""
+    if config.device == "here":
+        return measure_latencies(supernet, input_size, config, cache)
+    table = predict_latencies(supernet, input_size, config.device, DTYPES[config.dtype], config.batch_size)
+    if cache is not None:
+        table.save(cache)
+    return table
 
-    input_size: (C, H, W). Blocks of the same type and shapes share one measurement. With `cache`, a table measured
-    under the same conditions is read back, and the new one is written there.
-    """
-    config = config or LatencyConfig()
+
+def conditions_of(supernet: Supernet, input_size: Size, config: LatencyConfig) -> dict[str, Any]:
+    """What the numbers of `make_latencies` hold for."""
+    dtype = DTYPES[config.dtype]
+    if config.device != "here":
+        return predicted_conditions(supernet.source, input_size, config.device, dtype, config.batch_size)
     device = next(supernet.parameters()).device
-    conditions = {
+    return {
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "dtype": str(next(supernet.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "batch_size": config.batch_size,
         "input_size": list(input_size),
         "backend": config.backend,
         "torch": torch.__version__,
         "model": supernet.source.name,
         "model_kwargs": json.loads(json.dumps(supernet.source.kwargs)),
+        "predicted": False,
     }
-    if cache is not None and cache.exists():
-        table = CostTable.load(cache)
-        if table.conditions == conditions:
-            return table
-        log.info("the latency table %s was measured under other conditions: measuring again", cache)
 
-    net = copy.deepcopy(supernet).eval()
-    x = torch.randn(config.batch_size, *input_size, device=device)
-    given = block_inputs(net, x)
-    modules: dict[str, tuple[nn.Module, Tensor]] = {}  # one for each distinct shape
-    keys: dict[tuple[str, str], str] = {}  # (path, candidate) -> key of its measurement
-    for path, block in net.blocks.items():
-        for name in [KEEP, *block.candidates]:
-            block.choice = name
-            module = block.fuse()
-            key = _signature(module, given[path])
-            keys[path, name] = key
-            modules.setdefault(key, (module, given[path]))
-    net.set_choices({})
-    calls: dict[str, Callable[[], object]] = {}
-    with progress("latency table", total=len(modules) + 1) as bar:
-        for key, (module, example) in modules.items():
-            calls[key] = _call(module, example, config)
+
+def measure_latencies(
+    supernet: Supernet, input_size: Size, config: LatencyConfig | None = None, cache: Path | None = None
+) -> CostTable:
+    """Measure what each candidate of each block saves, in milliseconds.
+
+    Args:
+        input_size: (C, H, W).
+        cache: where the table is written after each variant. One that stands there and was measured under the same
+            conditions is taken over; where it was cut short, what it lacks is measured.
+    """
+    config = config or LatencyConfig()
+    conditions = conditions_of(supernet, input_size, config)
+    table = None if cache is None else _read(cache, conditions)
+    if table is not None and not table.lacking(supernet.options()):
+        return table
+    net = kept_copy(supernet)
+    x = torch.randn(config.batch_size, *input_size, device=next(net.parameters()).device)
+    variants = variants_of(net, x)
+    whole = _call(merged_model(net, {}), x, config)
+    if table is None:
+        whole_ms = time_interleaved({"whole": whole}, rounds=config.rounds)["whole"].median_ms
+        table = CostTable(conditions, "ms", whole_ms, {path: {} for path in net.blocks})
+    missing = [v for v in variants if any(v.candidate not in table.saved[path] for path in v.paths)]
+    with progress("latency table", total=len(variants), done=len(variants) - len(missing)) as bar:
+        for variant in missing:
+            ratio = _ratio(whole, merged_model(net, variant.choices()), x, config)
+            for path in variant.paths:
+                table.saved[path][variant.candidate] = table.whole * (1 - ratio) / len(variant.paths)
+            if cache is not None:
+                table.save(cache)
             bar.advance()
-        plain = copy.deepcopy(net.model)
-        for path, block in net.blocks.items():
-            plain.set_submodule(path, block.block)
-        calls["whole"] = _call(plain, x, config)
-        times = time_interleaved(calls, rounds=config.rounds)
-        bar.advance()
-    blocks_ms: dict[str, dict[str, float]] = {}
-    for (path, name), key in keys.items():
-        blocks_ms.setdefault(path, {})[name] = times[key].median_ms
-    saved = {
-        path: {n: forms[KEEP] - forms[n] for n in forms if n != KEEP} for path, forms in blocks_ms.items()
-    }
-    table = CostTable(conditions, "ms", times["whole"].median_ms, saved)
-    if cache is not None:
-        table.save(cache)
     return table
 
 
-def _call(module: nn.Module, example: Tensor, config: LatencyConfig) -> Callable[[], object]:
-    fast = accelerate(module.eval(), example_inputs=example, backend=config.backend)
-    return lambda: fast(example)
+def _read(cache: Path, conditions: dict[str, Any]) -> CostTable | None:
+    if not cache.exists():
+        return None
+    table = CostTable.load(cache)
+    if table.conditions == conditions:
+        return table
+    log.info("the latency table %s was measured under other conditions: measuring again", cache)
+    return None
 
 
-@torch.no_grad()
-def block_inputs(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """What each switch block is given when the net sees x: {block path: its input}."""
-    given: dict[str, Tensor] = {}
+def check_prediction(
+    supernet: Supernet,
+    input_size: Size,
+    config: LatencyConfig,
+    table: CostTable,
+    subnets: int = 8,
+    seed: int = 0,
+) -> list[Checked]:
+    """How well the table's sums hold: [(choices, predicted ms, measured ms)] of random subnets, timed as wholes.
 
-    def hook(module: SwitchBlock, args: tuple[Tensor, ...]) -> None:
-        given[module.path] = args[0].clone()  # the block may write over its input
+    Raises CostError for a table that was not measured on this machine with these settings.
+    """
+    if table.conditions.get("predicted"):
+        raise CostError(
+            "a predicted table can only be checked on its own device: measure one there and compare"
+        )
+    table.check_conditions(conditions_of(supernet, input_size, config), "to be checked")
+    net = kept_copy(supernet)
+    x = torch.randn(config.batch_size, *input_size, device=next(net.parameters()).device)
+    whole = _call(merged_model(net, {}), x, config)
+    checked = []
+    with progress("check of the latency table", total=subnets) as bar:
+        for choices in _draw(net, subnets, random.Random(seed)):
+            ratio = _ratio(whole, merged_model(net, choices), x, config)
+            checked.append((choices, table.cost(choices), table.whole * ratio))
+            bar.advance()
+    return checked
 
-    blocks = [m for m in net.modules() if isinstance(m, SwitchBlock)]
-    handles = [m.register_forward_pre_hook(hook) for m in blocks]
-    net(x)
-    for handle in handles:
-        handle.remove()
-    return given
+
+def _draw(net: Supernet, count: int, rng: random.Random) -> list[dict[str, str]]:
+    """Different subnets, none of them the whole; fewer where there are no more."""
+    drawn: dict[tuple, dict[str, str]] = {}
+    for _ in range(20 * count):
+        choices = {path: name for path, name in net.sample(rng).items() if name != KEEP}
+        if choices and len(drawn) < count:
+            drawn.setdefault(tuple(choices.items()), choices)
+    return list(drawn.values())
 
 
-def _signature(module: nn.Module, example: Tensor) -> str:
-    """Equal for modules of the same structure and shapes, whatever their weights."""
-    shapes = [(name, list(p.shape)) for name, p in module.state_dict().items()]
-    text = json.dumps([repr(module), shapes, list(example.shape)])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def relative_errors(checked: Sequence[Checked]) -> list[float]:
+    """|predicted - measured| / measured of each subnet of `check_prediction`."""
+    return [abs(predicted - measured) / measured for _, predicted, measured in checked]
 
 
-def count_costs(*a): ...
+def _call(model: nn.Module, x: Tensor, config: LatencyConfig) -> Callable[[], object]:
+    # Not verified: the weights may be untrained, and overflow. Verified is what is accelerated in the end.
+    fast = accelerate(model, x, dtype=DTYPES[config.dtype], backend=config.backend, verify=False)
+    return functools.partial(fast, x.to(DTYPES[config.dtype]))
+
+
+def _ratio(whole: Callable[[], object], model: nn.Module, x: Tensor, config: LatencyConfig) -> float:
+    """Median over the rounds of model / whole. The accelerated model is dropped on return: two are the most at once."""
+    calls = {"whole": whole, "variant": _call(model, x, config)}
+    times = time_interleaved(calls, rounds=config.rounds)
+    return statistics.median(times["variant"].ratios_to(times["whole"]))

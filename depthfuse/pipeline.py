@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from depthfuse.checkpoint import (
     save_text,
 )
 from depthfuse.config import (
+    DTYPES,
     ConfigError,
     FinetuneConfig,
     PruneConfig,
@@ -39,10 +41,10 @@ from depthfuse.config import (
     to_dict,
     to_yaml,
 )
-from depthfuse.costs import CostTable
+from depthfuse.costs import CostError, CostTable
 from depthfuse.data import DataBundle, open_data
-from depthfuse.latency import count_costs, measure_latencies
-from depthfuse.macs import count_macs, count_parameters
+from depthfuse.latency import conditions_of, make_latencies
+from depthfuse.macs import count_costs, count_macs, count_parameters
 from depthfuse.merge import fixed_image_size, input_size, merge, merged_structure
 from depthfuse.objectives import Objective, ProgressiveObjective, SandwichObjective
 from depthfuse.search import front_csv, search
@@ -174,15 +176,20 @@ class Run:
         return supernet
 
     def latency(self, supernet: Supernet) -> CostTable:
-        path = self.dir / "latency.json"
+        path, settings = self.dir / "latency.json", self.config.latency
         with self.accelerator.main_process_first():  # one process measures, the others read
             if path.exists():  # what the run has been planned with stays, whatever the machine does today
-                return CostTable.load(path)
-            given = self.config.latency.table
-            if given is None:
-                return measure_latencies(supernet, self.size, self.config.latency, cache=path)
-            table = CostTable.load(given)
-            table.check_covers(supernet.options(), given)
+                table = CostTable.load(path)
+                if not table.lacking(supernet.options()):
+                    return table
+            if settings.table is None:  # also goes on with a table that was cut short
+                return make_latencies(supernet, self.size, settings, cache=path)
+            table = CostTable.load(settings.table)
+            if table.unit != "ms":
+                raise CostError(f"the cost table {settings.table} counts {table.unit}: give one in ms")
+            table.check_covers(supernet.options(), settings.table)
+            if not settings.foreign_table:
+                table.check_conditions(conditions_of(supernet, self.size, settings), settings.table)
             table.save(path)
             return table
 
@@ -222,7 +229,7 @@ class Run:
         subnet = supernet.subnet(spec, lam=0.0)
         if path.exists():
             return self._load_weights(subnet, path)
-        getattr(subnet,"set_mixing",lambda m:0)(settings.mixing)
+        getattr(subnet, "set_mixing", lambda m: 0)(settings.mixing)
         teaching = self.teaching(settings)
         objective = ProgressiveObjective(subnet, settings.lambda_schedule, settings.lambda_share, **teaching)
         self._fit(objective, "finetune", settings)
@@ -265,20 +272,24 @@ class Run:
         report.write(self.dir, load_json(path), self._history())
 
     def _measure(self) -> dict[str, Any]:
-        backend = self.config.latency.backend
-        x = torch.randn(self.config.latency.batch_size, *self.size, device=self.device)
+        settings = dataclasses.replace(self.config.latency, device="here")
+        options: dict[str, Any] = {"dtype": DTYPES[settings.dtype], "backend": settings.backend}
+        x = torch.randn(settings.batch_size, *self.size, device=self.device)
         baseline, merged = self.baseline().to(self.device).eval(), self.merge().eval()
         nets: dict[str, nn.Module] = {
             "baseline": baseline,
-            "baseline accelerated": accelerate(baseline, x, backend=backend),
+            "baseline accelerated": accelerate(baseline, x, **options),
             "pruned": self.finetune().to(self.device).eval(),
             "merged": merged,
-            "merged accelerated": accelerate(merged, x, backend=backend),
+            "merged accelerated": accelerate(merged, x, **options),
         }
+        timed = {name: _in_dtype(net, DTYPES[settings.dtype]) for name, net in nets.items()}
+        given = x.to(DTYPES[settings.dtype])
         calls: dict[str, Callable[[], object]] = {
-            name: (lambda net=net: net(x)) for name, net in nets.items()
+            name: functools.partial(net, given) for name, net in timed.items()
         }
-        times = time_interleaved(calls, rounds=max(self.config.latency.rounds, 15))
+        times = time_interleaved(calls, rounds=max(settings.rounds, 15))
+        supernet = Supernet(baseline)
         rows = []
         for name, net in nets.items():
             counted = nets[name.removesuffix(" accelerated")]
@@ -296,10 +307,11 @@ class Run:
         return {
             "model": self.source.name,
             "model_kwargs": self.source.kwargs,
-            "conditions": CostTable.load(self.dir / "latency.json").conditions,
+            "conditions": conditions_of(supernet, self.size, settings),
+            "chosen_by": CostTable.load(self.dir / "latency.json").conditions,
             "rows": rows,
             "choices": self.search().mapping(),
-            "blocks": Supernet(baseline).options(),
+            "blocks": supernet.options(),
             "merge": load_json(self.dir / "merge.json")["summary"],
         }
 
@@ -342,6 +354,12 @@ class Run:
         tensors, _ = load_tensors(path)
         load_strictly(net, tensors, path)
         return net
+
+
+def _in_dtype(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The net itself where it is in that dtype, else a copy that is."""
+    own = next(t.dtype for t in [*net.parameters(), *net.buffers()] if t.is_floating_point())
+    return net if own == dtype else copy.deepcopy(net).to(dtype)
 
 
 def load_strictly(net: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:

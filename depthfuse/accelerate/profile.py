@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -62,6 +62,28 @@ def profile_entries(
             cost = replace(cost, before_ms=sum(nodes[node] for node in entry.nodes))
         profiled.append(replace(entry, cost=cost))
     return tuple(profiled)
+
+
+class Counts(NamedTuple):
+    """Multiply-accumulates and bytes moved of one operation, and whether matrix units can do it."""
+
+    macs: int
+    bytes_moved: int
+    matrix: bool
+
+
+def count_operations(plan: nn.Module, entries: tuple[Entry, ...], inputs: tuple[Tensor, ...]) -> list[Counts]:
+    """What `profile_entries` counts, without any timing: for each of `entries` that is a call in a graph, in order.
+
+    Views, which compute nothing, are no entries. Args: as for `profile_entries`.
+    """
+    parts = parts_of(plan)
+    counts = {
+        (name, node): count
+        for name, given in first_inputs(plan, parts, inputs).items()
+        for node, count in _count(parts[name], given).items()
+    }
+    return [counts[entry.part, entry.node] for entry in entries if (entry.part, entry.node) in counts]
 
 
 def _latencies_before(
@@ -119,8 +141,8 @@ def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any]
 
 
 @torch.no_grad()
-def _count(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> dict[str, tuple[int, int, bool]]:
-    """For each call (multiply-accumulates, bytes moved, whether matrix units can do it)."""
+def _count(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> dict[str, Counts]:
+    """By the name of each call."""
     counts = {}
 
     def counted(node, args, kwargs, call):
@@ -131,7 +153,8 @@ def _count(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> dict[str, tuple
         own = [] if module is None else [*module.parameters(), *module.buffers()]
         tensors = _unique([*tensors_in((args, kwargs)), *own, *tensors_in(value)])
         depthwise = isinstance(module, FusedConv2d) and module.weight.shape[1] == 1 and module.groups > 1
-        counts[node.name] = (counter.get_total_flops() // 2, sum(t.nbytes for t in tensors), not depthwise)
+        macs = counter.get_total_flops() // 2
+        counts[node.name] = Counts(macs, sum(t.nbytes for t in tensors), not depthwise)
         return value
 
     CallByCall(graph, counted).run(*(x.clone() for x in inputs))

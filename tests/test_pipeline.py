@@ -175,7 +175,7 @@ def test_a_missing_budget_is_noticed_before_any_training(tmp_path):
     refused(
         tmp_path,
         BudgetError,
-        r"got \['blocks=1', 'speedup=1.2'\]",
+        r"got blocks=1, speedup=1.2: several",
         search=SearchConfig(blocks=1, speedup=1.2),
     )
     assert not out.exists()

@@ -8,7 +8,7 @@ from nets import SMALL, build, randomise_norms
 from torch import nn
 
 from depthfuse import ModelSource, SubnetSpec, Supernet, recalibrate
-from depthfuse.latency import block_inputs
+from depthfuse.variants import block_inputs
 from depthfuse.spec import SpecError
 
 

@@ -181,7 +181,8 @@ class LatencyArguments:
     """Interleaved rounds."""
     backend: Literal["auto", "triton", "reference"] = "auto"
     out: Path = Path("latency.json")
-    """The table, for --latency.table of other commands. One cut short under the same conditions is completed."""
+    """The table, for --latency.table of other commands. One cut short under the same conditions is completed,
+    any other is overwritten."""
     check: int = 0
     """Also time this many random subnets as wholes, and say how far the table's sums are off."""
 

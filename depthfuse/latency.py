@@ -84,7 +84,7 @@ def measure_latencies(
     if table is not None and not table.lacking(supernet.options()):
         return table
     net = kept_copy(supernet)
-    x = torch.randn(config.batch_size, *input_size, device=next(net.parameters()).device)
+    x = _images(net, input_size, config.batch_size)
     variants = variants_of(net, x)
     whole = _call(merged_model(net, {}), x, config)
     if table is None:
@@ -130,7 +130,7 @@ def check_prediction(
         )
     table.check_conditions(conditions_of(supernet, input_size, config), "to be checked")
     net = kept_copy(supernet)
-    x = torch.randn(config.batch_size, *input_size, device=next(net.parameters()).device)
+    x = _images(net, input_size, config.batch_size)
     whole = _call(merged_model(net, {}), x, config)
     checked = []
     with progress("check of the latency table", total=subnets) as bar:
@@ -154,6 +154,11 @@ def _draw(net: Supernet, count: int, rng: random.Random) -> list[dict[str, str]]
 def relative_errors(checked: Sequence[Checked]) -> list[float]:
     """|predicted - measured| / measured of each subnet of `check_prediction`."""
     return [abs(predicted - measured) / measured for _, predicted, measured in checked]
+
+
+def _images(net: Supernet, input_size: Size, batch_size: int) -> Tensor:
+    like = next(net.parameters())
+    return torch.randn(batch_size, *input_size, device=like.device, dtype=like.dtype)
 
 
 def _call(model: nn.Module, x: Tensor, config: LatencyConfig) -> Callable[[], object]:

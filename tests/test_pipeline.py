@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from depthfuse import PruneConfig, load, open_data
+from depthfuse import PruneConfig, Supernet, load, open_data, report
 from depthfuse.checkpoint import CheckpointError, load_tensors
 from depthfuse.cli import main
 from depthfuse.config import (
@@ -26,6 +26,7 @@ from depthfuse.config import (
     TrainConfig,
     to_yaml,
 )
+from depthfuse.costs import CostError, CostTable
 from depthfuse.data import DataConfig, DataError
 from depthfuse.pipeline import STAGES, Run, prune
 from depthfuse.space import BudgetError
@@ -194,6 +195,52 @@ def test_infeasible_budgets_are_refused_before_the_supernet_is_trained(tmp_path,
     search = dataclasses.replace(CONFIG.search, blocks=None, speedup=1000.0)
     out = refused(tmp_path, BudgetError, r"the fastest reachable takes", search=search)
     assert not (out / "supernet.state").exists()
+
+
+def latencies(config, out, **changes):
+    """The table that a run plans with, without training anything."""
+    run = Run(
+        dataclasses.replace(config, out=out, latency=dataclasses.replace(config.latency, **changes), seed=1)
+    )
+    return run._latency(Supernet(run._build()).eval())
+
+
+def test_foreign_latency_tables_are_refused_unless_asked_for(finished, tmp_path):
+    own = CostTable.load(finished / "latency.json")
+    assert latencies(CONFIG, tmp_path / "own", table=finished / "latency.json") == own
+    foreign = dataclasses.replace(own, conditions={**own.conditions, "device": "a toaster", "threads": 99})
+    foreign.save(tmp_path / "foreign.json")
+    with pytest.raises(CostError, match=r"foreign.json .*device 'a toaster' there.*threads 99 there"):
+        latencies(CONFIG, tmp_path / "run", table=tmp_path / "foreign.json")
+    assert not (tmp_path / "run" / "latency.json").exists()
+    flagged = latencies(CONFIG, tmp_path / "run2", table=tmp_path / "foreign.json", foreign_table=True)
+    assert flagged == foreign == CostTable.load(tmp_path / "run2" / "latency.json")
+    with pytest.raises(CostError, match="dtype 'float32' there, 'float16' here"):
+        latencies(CONFIG, tmp_path / "run3", table=finished / "latency.json", dtype="fp16")
+    dataclasses.replace(own, unit="MACs").save(tmp_path / "macs.json")
+    with pytest.raises(CostError, match="counts MACs"):
+        latencies(CONFIG, tmp_path / "run4", table=tmp_path / "macs.json")
+
+
+def test_a_latency_table_cut_short_is_completed(finished, tmp_path):
+    own = CostTable.load(finished / "latency.json")
+    short = CostTable.load(finished / "latency.json")
+    del short.saved["layer2.0"]["dense"]
+    (tmp_path / "run").mkdir()
+    short.save(tmp_path / "run" / "latency.json")
+    table = latencies(CONFIG, tmp_path / "run")
+    assert isinstance(table.saved["layer2.0"].pop("dense"), float)
+    assert table.saved == short.saved and table.whole == own.whole
+
+
+def test_a_run_for_another_device_says_that_its_latencies_are_predicted(finished, tmp_path):
+    table = latencies(CONFIG, tmp_path / "run", device="mi100", dtype="fp16")
+    assert table.conditions["predicted"] and table.conditions["device"] == "MI100"
+    results = json.loads((finished / "results.json").read_text())
+    assert results["chosen_by"] == results["conditions"] and results["conditions"]["predicted"] is False
+    assert "chosen by" not in report.markdown(results)
+    text = report.markdown(results | {"chosen_by": table.conditions})
+    assert "chosen by PREDICTED latencies" in text and "device MI100" in text
 
 
 def test_another_configuration_in_the_same_folder_is_refused(finished):

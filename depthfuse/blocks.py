@@ -57,3 +57,37 @@ class MergedTransformerBlock(nn.Module):
         causal = {"is_causal": True} if is_causal else {}
         x = x + self.scale(self.attn(x, attn_mask=attn_mask, **causal))
         return self.norm(self.act(self.fc(x)))
+
+
+class MergedMlpBlock(nn.Module):
+    """A ViT block without its attention: x = 2 * x, then x + mlp(norm(x)); see `TransformerAttention`."""
+
+    def __init__(self, norm: nn.Module, mlp: nn.Module, scale: nn.Module):
+        super().__init__()
+        self.norm, self.mlp, self.scale = norm, mlp, scale
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:  # [B, N, D]
+        x = 2 * x
+        return x + self.scale(self.mlp(self.norm(x)))
+
+
+class MergedLinear(nn.Module):
+    """fc -> act -> norm: a ViT block without its attention, its FFN merged."""
+
+    def __init__(self, fc: nn.Linear, act: nn.Module, norm: TokenBatchNorm):
+        super().__init__()
+        self.fc, self.act, self.norm = fc, act, norm
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:  # [B, N, D]
+        return self.norm(self.act(self.fc(x)))
+
+
+class Dropped(nn.Identity):
+    """What is left of a block that was dropped. Takes what timm hands to its blocks beside x (attention masks)."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        return x

@@ -6,18 +6,31 @@ import copy
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from depthfuse.adapters import BlockInfo, find_blocks
+from depthfuse.adapters.base import Lambda, fixed, mix
 from depthfuse.spec import KEEP, ModelSource, SpecError, SubnetSpec
+
+Mixing = Literal["op", "block", "norm"]
 
 
 class SwitchBlock(nn.Module):
-    """One prunable block: the original, its merge candidates, and which of them is on at which lambda."""
+    """One prunable block: the original, its merge candidates, and which of them is on at which lambda.
+
+    choice: "keep" or the name of a candidate. lam: a number in [0, 1], or a 0-dim float tensor, a learned gate: then
+    both sides are computed at 0 and 1 too, for its gradient. The gate stays its owner's: it is no parameter here.
+    mixing: what lies between original (1) and pruned (0).
+
+    - op: every operation mixes on its own; the candidate says how.
+    - block: lam * original(x) + (1 - lam) * pruned(x).
+    - norm: LayerNorm turns into batch norm with lambda, all else is pruned at once (SLAB, Guo et al., ICML 2024). A
+      block without LayerNorms then is pruned at every lambda.
+    """
 
     def __init__(self, block: nn.Module, info: BlockInfo):
         super().__init__()
@@ -25,12 +38,27 @@ class SwitchBlock(nn.Module):
         self.candidates = nn.ModuleDict({c.name: c(block) for c in info.candidates})
         self.path = info.path
         self.choice = KEEP
-        self.lam = 0.0
+        self.lam: Lambda = 0.0
+        self.mixing: Mixing = "op"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "lam":  # past nn.Module, which would register somebody else's parameter here
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        if self.choice == KEEP or self.lam == 1.0:
+        if self.choice == KEEP:
             return self.block(x, **kwargs)
-        return self.candidates[self.choice](self.block, x, self.lam, **kwargs)
+        candidate, lam = self.candidates[self.choice], self.lam
+        if self.mixing == "norm":
+            norms = {"norm_lam": lam} if candidate.layer_norms else {}
+            return candidate(self.block, x, 0.0, **norms, **kwargs)
+        if fixed(lam, 1.0):
+            return self.block(x, **kwargs)
+        if self.mixing == "op" or fixed(lam, 0.0):
+            return candidate(self.block, x, lam, **kwargs)
+        return mix(lam, self.block(x, **kwargs), candidate(self.block, x, 0.0, **kwargs))
 
     def fuse(self) -> nn.Module:
         """timm's contract (`timm.models.reparameterize_model`): the merged block, or the original where it is kept.
@@ -115,6 +143,13 @@ class Supernet(nn.Module):
     def set_lambda(self, lam: float) -> None:
         """Move the chosen blocks along the path from original (1) to pruned (0)."""
         self.set_choices(self.choices(), lam)
+
+    def set_mixing(self, mixing: Mixing) -> None:
+        """What lies between original and pruned block, see `SwitchBlock`. Raises SpecError for an unknown one."""
+        if mixing not in get_args(Mixing):
+            raise SpecError(f"unknown mixing {mixing!r}; known: {', '.join(get_args(Mixing))}")
+        for block in self.blocks.values():
+            block.mixing = mixing
 
     def sample(
         self, rng: random.Random, options: Mapping[str, Sequence[str]] | None = None

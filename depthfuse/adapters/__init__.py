@@ -1,6 +1,16 @@
 """Which blocks of a timm model can be pruned, and how. Importing this package registers all families."""
 
-from depthfuse.adapters import convnext, mobilenet, resnet, vit
+from depthfuse.adapters import convnext, drop, mobilenet, resnet, vit
 from depthfuse.adapters.base import BlockInfo, Candidate, find_blocks, register
 
-__all__ = ["BlockInfo", "Candidate", "convnext", "find_blocks", "mobilenet", "register", "resnet", "vit"]
+__all__ = [
+    "BlockInfo",
+    "Candidate",
+    "convnext",
+    "drop",
+    "find_blocks",
+    "mobilenet",
+    "register",
+    "resnet",
+    "vit",
+]

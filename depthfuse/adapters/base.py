@@ -3,6 +3,8 @@
 A candidate is one class: its switch in the supernet and its path over lambda (`forward`), and its merge (`merge`). It
 holds the parameters that only the pruned block has (separate norms); the shared convolutions and linears stay in the
 original block, which is passed in.
+
+lambda is a number or, for a learned gate, a 0-dim float tensor.
 """
 
 from __future__ import annotations
@@ -13,15 +15,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthfuse.blocks import TokenBatchNorm
+
+Lambda = float | Tensor
 
 
 class Candidate(nn.Module):
     """One way to prune one block."""
 
     name: ClassVar[str]
+    alone: ClassVar[bool] = True  # may be the default; otherwise offered last, and only beside another one
+    layer_norms: ClassVar[bool] = False  # `forward` takes `norm_lam`, the lambda of LayerNorm -> BatchNorm
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
 
     @classmethod
     @abstractmethod
@@ -29,8 +40,8 @@ class Candidate(nn.Module):
         """Why this block cannot be pruned in this way, or None where it can."""
 
     @abstractmethod
-    def forward(self, block: nn.Module, x: Tensor, lam: float) -> Tensor:
-        """The block at 0 <= lam < 1: lam = 0 is the pruned block; towards 1 it becomes the original one."""
+    def forward(self, block: nn.Module, x: Tensor, lam: Lambda) -> Tensor:
+        """The block at 0 <= lam <= 1: lam = 0 is the pruned block; towards 1 it becomes the original one."""
 
     @abstractmethod
     def merge(self, block: nn.Module) -> nn.Module:
@@ -71,10 +82,12 @@ def find_blocks(model: nn.Module) -> list[BlockInfo]:
     found: list[BlockInfo] = []
 
     def visit(module: nn.Module, path: str, numbered: bool) -> bool:
-        known = _CANDIDATES.get(type(module))
-        if known is not None:
+        known = sorted(_CANDIDATES.get(type(module), ()), key=lambda c: not c.alone)
+        if known:
             refusals = {c.name: c.refusal(module) for c in known}
             usable = tuple(c for c in known if refusals[c.name] is None)
+            if not any(c.alone for c in usable):
+                usable = ()
             reasons = [f"{name}: {why}" if usable else why for name, why in refusals.items() if why]
             found.append(BlockInfo(path, type(module).__name__, usable, "; ".join(dict.fromkeys(reasons))))
             return True
@@ -92,9 +105,38 @@ def find_blocks(model: nn.Module) -> list[BlockInfo]:
     return found
 
 
-def mix(lam: float, original: Tensor, pruned: Tensor) -> Tensor:
-    """lam * original + (1 - lam) * pruned."""
-    return pruned.lerp(original, lam)
+def fixed(lam: Lambda, value: float) -> bool:
+    """Whether lam is the number `value`, so that one side of a mix need not be computed.
+
+    A tensor never is: a learned gate needs its gradient at 0 and 1 too.
+    """
+    return not isinstance(lam, Tensor) and lam == value
+
+
+def mix(lam: Lambda, original: Tensor, pruned: Tensor) -> Tensor:
+    """lam * original + (1 - lam) * pruned; exactly the one or the other at 1 and 0."""
+    dtype = torch.promote_types(original.dtype, pruned.dtype)  # autocast leaves some layers in float32
+    original, pruned = original.to(dtype), pruned.to(dtype)
+    return pruned.lerp(original, lam.to(pruned) if isinstance(lam, Tensor) else lam)
+
+
+def shrink(lam: Lambda, weight: Tensor, tap: Tensor) -> Tensor:
+    """A kernel [O, I, k, k] (k odd) on its way to the 1x1 `tap` [O, I, 1, 1] at its centre."""
+    return mix(lam, weight, F.pad(tap, (weight.shape[-1] // 2,) * 4))
+
+
+def centre_tap(conv: nn.Conv2d) -> Tensor:
+    """[O, I / groups, 1, 1]"""
+    centre = conv.kernel_size[0] // 2
+    return conv.weight[:, :, centre : centre + 1, centre : centre + 1]
+
+
+def centre_tap_refusal(conv: nn.Conv2d) -> str | None:
+    """Why the centre tap alone would not read the pixels that lie under the convolution's outputs, or None."""
+    for size, padding, dilation in zip(conv.kernel_size, conv.padding, conv.dilation, strict=True):
+        if size % 2 == 0 or padding != dilation * (size // 2):
+            return f"a {size}x{size} kernel with padding {padding} does not lie centred on its output"
+    return None
 
 
 def own_activation(act: nn.Module) -> nn.Module:

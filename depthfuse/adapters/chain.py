@@ -19,14 +19,25 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from depthfuse.adapters.base import Candidate, batch_norm_like, mix, new_batch_norm, own_activation
+from depthfuse.adapters.base import (
+    Candidate,
+    Lambda,
+    batch_norm_like,
+    centre_tap,
+    centre_tap_refusal,
+    fixed,
+    mix,
+    new_batch_norm,
+    own_activation,
+    shrink,
+)
 from depthfuse.algebra import LinearConv, add, compose, norm_affine
 from depthfuse.blocks import MergedConv
 
@@ -95,26 +106,35 @@ def norm_with_zero_value(norm: nn.BatchNorm2d, conv_bias: Tensor | None, z: Tens
     return y, zero
 
 
-def fade_ring(z: Tensor, margin: int, lam: float) -> Tensor:
+def fade_ring(z: Tensor, margin: int, lam: Lambda) -> Tensor:
     """Scale the outer `margin` pixels of z [N, C, H, W] by 1 - lam."""
-    mask = z.new_full((1, 1, *z.shape[2:]), 1.0 - lam)
-    mask[:, :, margin:-margin, margin:-margin] = 1.0
-    return z * mask
+    ring = z.new_ones(1, 1, *z.shape[2:])
+    ring[:, :, margin:-margin, margin:-margin] = 0.0
+    return z * (1.0 - lam * ring)
 
 
 class ConvChain(Candidate):
     """A chain of convolutions merged into one dense convolution: exact for every kernel, stride and group count."""
 
     name = "dense"
-    centre_tap_last = False  # anneal the last convolution to its centre tap (the compact candidate)
 
     @staticmethod
     @abstractmethod
     def read(block: nn.Module) -> Chain:
         """The block as a chain."""
 
+    @classmethod
+    def annealed(cls, chain: Chain) -> tuple[int, ...]:
+        """The stages whose kernels shrink to 1x1 while lambda falls; they need no padding in the end."""
+        return ()
+
+    @staticmethod
+    def tap(conv: nn.Conv2d) -> Tensor:
+        """[O, I / groups, 1, 1]: what the kernel of an annealed stage shrinks to."""
+        return centre_tap(conv)
+
     def __init__(self, block: nn.Module):
-        super().__init__()
+        super().__init__(block)
         chain = self.read(block)
         self.norms = nn.ModuleList(batch_norm_like(stage.norm) for stage in chain.stages)
         self.acts = nn.ModuleList(
@@ -124,8 +144,9 @@ class ConvChain(Candidate):
         last = chain.stages[-1].conv
         self.tail_norm = new_batch_norm(last.out_channels, last.weight)
         paddings = [stage.conv.padding[0] for stage in chain.stages]
-        if self.centre_tap_last:
-            paddings[-1] = 0
+        self.shrinking = self.annealed(chain)
+        for i in self.shrinking:
+            paddings[i] = 0
         first = chain.stages[0].conv
         self.fill = (
             first.kernel_size == (1, 1) and paddings[0] == 0 and paddings[1] > 0 and not any(paddings[2:])
@@ -136,28 +157,26 @@ class ConvChain(Candidate):
         for i in reversed(range(len(paddings) - 1)):
             self.margins[i] = paddings[i + 1] + self.margins[i + 1] * chain.stages[i + 1].conv.stride[0]
 
-    def _conv(self, i: int, conv: nn.Conv2d, x: Tensor, lam: float, fill: Tensor | None) -> Tensor:
-        weight, bias, padding, dilation = conv.weight, conv.bias, conv.padding, conv.dilation
-        if self.centre_tap_last and i == len(self.norms) - 1:
-            centre = conv.kernel_size[0] // 2
-            if lam == 0.0:
-                weight = weight[:, :, centre : centre + 1, centre : centre + 1]
-                padding = (padding[0] - centre * dilation[0],) * 2
+    def _conv(self, i: int, conv: nn.Conv2d, x: Tensor, lam: Lambda, fill: Tensor | None) -> Tensor:
+        weight, bias, padding = conv.weight, conv.bias, conv.padding
+        if i in self.shrinking:
+            if fixed(lam, 0.0):
+                weight, padding = self.tap(conv), (0, 0)
             else:
-                scale = weight.new_full(conv.kernel_size, lam)
-                scale[centre, centre] = 1.0
-                weight = weight * scale
-        if self.shift:
-            padding = (padding[0] + self.margins[0] * conv.stride[0],) * 2 if i == 0 else (0, 0)
+                weight = shrink(lam, weight, self.tap(conv))
+        if self.shift and i == 0:
+            padding = (padding[0] + self.margins[0] * conv.stride[0],) * 2
+        elif self.shift and i not in self.shrinking:
+            padding = (0, 0)
         if fill is not None:
             # conv over a map padded with `fill` = conv over (map - fill) padded with zeros, plus a constant
             x = x - fill[:, None, None]
             taps = weight.sum((2, 3), keepdim=True)
             constant = F.conv2d(fill[None, :, None, None].to(x.dtype), taps, groups=conv.groups).flatten()
             bias = constant if bias is None else bias + constant
-        return F.conv2d(x, weight, bias, conv.stride, padding, dilation, conv.groups)
+        return F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
 
-    def forward(self, block: nn.Module, x: Tensor, lam: float) -> Tensor:  # [N, C, H, W] -> [N, K, H', W']
+    def forward(self, block: nn.Module, x: Tensor, lam: Lambda) -> Tensor:  # [N, C, H, W] -> [N, K, H', W']
         chain = self.read(block)
         z, fill = x, None
         for i, stage in enumerate(chain.stages):
@@ -168,7 +187,7 @@ class ConvChain(Candidate):
                 fill = fill * (1.0 - lam)
             else:
                 own = self.norms[i](z)
-            if lam == 0.0:
+            if fixed(lam, 0.0):
                 z = own
                 continue
             z = mix(lam, plain_norm(stage.norm, z), own)
@@ -179,20 +198,21 @@ class ConvChain(Candidate):
         if chain.drop_path is not None:
             z = chain.drop_path(z)
         if chain.shortcut is not None:
-            z = z + shortcut_forward(chain.shortcut, x)
+            z = z + shortcut_forward(chain.shortcut, x, lam)
         if chain.end_act is not None:
             z = chain.end_act(z)
         pruned = self.tail_norm(self.tail_act(z))
-        return pruned if lam == 0.0 else mix(lam, z, pruned)
+        return pruned if fixed(lam, 0.0) else mix(lam, z, pruned)
 
     def merge(self, block: nn.Module) -> MergedConv:
         chain = self.read(block)
-        convs = [
-            LinearConv.from_conv(stage.conv).scaled(*norm_affine(norm))
-            for stage, norm in zip(chain.stages, self.norms, strict=True)
-        ]
-        if self.centre_tap_last:
-            convs[-1] = convs[-1].centre_tap()
+        convs = []
+        for i, (stage, norm) in enumerate(zip(chain.stages, self.norms, strict=True)):
+            conv = LinearConv.from_conv(stage.conv)
+            if i in self.shrinking:
+                tap = self.tap(stage.conv).detach().double()
+                conv = replace(conv, weight=tap, padding=(0, 0), dilation=(1, 1))
+            convs.append(conv.scaled(*norm_affine(norm)))
         merged = convs[0]
         for conv in convs[1:]:
             merged = compose(conv, merged)
@@ -201,6 +221,29 @@ class ConvChain(Candidate):
             merged = add(merged, read_shortcut(chain.shortcut, like, merged.in_channels))
         act = self.tail_act if chain.end_act is None else chain.end_act
         return MergedConv(merged.to_conv(like), copy.deepcopy(act), copy.deepcopy(self.tail_norm))
+
+
+class Compact(ConvChain):
+    """Every convolution larger than 1x1 is annealed to its centre tap, W * (lam + (1 - lam) * centre mask).
+
+    The pruned block is then a chain of 1x1 convolutions, strides kept, and merges to one 1x1. Nothing is padded any
+    more, so its borders need no remedy; on the way there the taps that read zeros fade.
+    """
+
+    name = "compact"
+
+    @classmethod
+    def annealed(cls, chain: Chain) -> tuple[int, ...]:
+        return tuple(i for i, stage in enumerate(chain.stages) if stage.conv.kernel_size != (1, 1))
+
+    @classmethod
+    def refusal(cls, block: nn.Module) -> str | None:
+        reason = super().refusal(block)
+        if reason:
+            return reason
+        chain = cls.read(block)
+        reasons = [centre_tap_refusal(chain.stages[i].conv) for i in cls.annealed(chain)]
+        return next((reason for reason in reasons if reason), None)
 
 
 def shortcut_refusal(shortcut: nn.Module | None) -> str | None:
@@ -219,16 +262,19 @@ def shortcut_refusal(shortcut: nn.Module | None) -> str | None:
     return stage_refusal(Stage(conv, norm, None))
 
 
-def shortcut_forward(shortcut: nn.Module, x: Tensor) -> Tensor:
-    """The shortcut of a pruned block.
+def shortcut_forward(shortcut: nn.Module, x: Tensor, lam: Lambda) -> Tensor:
+    """The shortcut of a block at lam.
 
     Odd sizes: timm's pool averages the cut windows at the far border over what is left of them, which no convolution
     does; the pruned block averages them with zeros.
     """
     if isinstance(shortcut, nn.Sequential) and isinstance(shortcut[0], nn.AvgPool2d):
         size = shortcut[0].kernel_size
-        x = F.avg_pool2d(F.pad(x, (0, -x.shape[-1] % size, 0, -x.shape[-2] % size)), size)
-        return shortcut[1:](x)
+        cut = (0, -x.shape[-1] % size, 0, -x.shape[-2] % size)
+        pooled = F.avg_pool2d(F.pad(x, cut), size)
+        if any(cut) and not fixed(lam, 0.0):
+            pooled = mix(lam, shortcut[0](x), pooled)
+        return shortcut[1:](pooled)
     return shortcut(x)
 
 

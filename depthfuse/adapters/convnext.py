@@ -13,7 +13,18 @@ from timm.layers import Mlp
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from depthfuse.adapters.base import Candidate, mix, new_batch_norm, own_activation, register
+from depthfuse.adapters.base import (
+    Candidate,
+    Lambda,
+    centre_tap,
+    centre_tap_refusal,
+    fixed,
+    mix,
+    new_batch_norm,
+    own_activation,
+    register,
+    shrink,
+)
 from depthfuse.algebra import LinearConv, add, compose, norm_affine
 from depthfuse.blocks import MergedConv, MergedFactorised
 
@@ -23,6 +34,7 @@ class ConvNeXtFactorised(Candidate):
     """Depthwise then one 1x1 convolution, the skip beside them."""
 
     name = "factorised"
+    layer_norms = True
 
     @classmethod
     def refusal(cls, block: nn.Module) -> str | None:
@@ -37,28 +49,38 @@ class ConvNeXtFactorised(Candidate):
         return None
 
     def __init__(self, block: nn.Module):
-        super().__init__()
+        super().__init__(block)
         channels = block.conv_dw.out_channels
         self.norm = new_batch_norm(channels, block.conv_dw.weight)
         self.act = own_activation(block.mlp.act)
         self.tail_norm = new_batch_norm(channels, block.conv_dw.weight)
 
-    def forward(self, block: nn.Module, x: Tensor, lam: float) -> Tensor:  # [N, C, H, W] -> [N, C, H, W]
-        mlp = block.mlp
-        z = block.conv_dw(x)
-        own = self.norm(z)
+    def depthwise(self, conv: nn.Conv2d, x: Tensor, lam: Lambda) -> Tensor:
+        return conv(x)
+
+    def forward(
+        self, block: nn.Module, x: Tensor, lam: Lambda, norm_lam: Lambda | None = None
+    ) -> Tensor:  # [N, C, H, W] -> [N, C, H, W]
+        norm_lam = lam if norm_lam is None else norm_lam
+        mlp, channels_last = block.mlp, not block.use_conv_mlp
+        z = self.depthwise(block.conv_dw, x, lam)
+        h = self.norm(z)
+        if not fixed(norm_lam, 0.0):
+            if channels_last:
+                original = block.norm(z.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            else:
+                original = block.norm(z)
+            h = mix(norm_lam, original, h)
         width, hidden, pixels = z.shape[1], mlp.fc1.weight.shape[0], z.numel() // z.shape[1]
-        if lam == 0.0 and (hidden + pixels) * width < 2 * hidden * pixels:
+        if fixed(lam, 0.0) and (hidden + pixels) * width < 2 * hidden * pixels:
             # Nothing stands between fc1 and fc2. With enough pixels it is cheaper to multiply their weights once
             # than the map, four times as wide, by each.
             fc1, fc2 = mlp.fc1.weight.flatten(1), mlp.fc2.weight.flatten(1)
             bias = mlp.fc2.bias if mlp.fc1.bias is None else F.linear(mlp.fc1.bias, fc2, mlp.fc2.bias)
-            z = F.conv2d(own, (fc2 @ fc1)[:, :, None, None], bias)
+            z = F.conv2d(h, (fc2 @ fc1)[:, :, None, None], bias)
         else:
-            channels_last = not block.use_conv_mlp
-            h, z = (m.permute(0, 2, 3, 1) if channels_last else m for m in (own, z))
-            h = mlp.fc1(h if lam == 0.0 else mix(lam, block.norm(z), h))
-            if lam != 0.0:
+            h = mlp.fc1(h.permute(0, 2, 3, 1) if channels_last else h)
+            if not fixed(lam, 0.0):
                 h = mix(lam, self.act(h), h)
             h = mlp.fc2(mlp.drop1(h))
             z = h.permute(0, 3, 1, 2) if channels_last else h
@@ -66,7 +88,7 @@ class ConvNeXtFactorised(Candidate):
             z = z * block.gamma.reshape(1, -1, 1, 1)
         z = block.drop_path(z) + x
         pruned = self.tail_norm(self.act(z))
-        return pruned if lam == 0.0 else mix(lam, z, pruned)
+        return pruned if fixed(lam, 0.0) else mix(lam, z, pruned)
 
     def _linear_parts(self, block: nn.Module) -> tuple[LinearConv, LinearConv]:
         read = LinearConv.from_conv if block.use_conv_mlp else LinearConv.from_linear
@@ -94,3 +116,27 @@ class ConvNeXtDense(ConvNeXtFactorised):
         depthwise, pointwise = self._linear_parts(block)
         merged = add(compose(pointwise, depthwise), LinearConv.identity(block.conv_dw.in_channels, like))
         return MergedConv(merged.to_conv(like), copy.deepcopy(self.act), copy.deepcopy(self.tail_norm))
+
+
+@register(ConvNeXtBlock)
+class ConvNeXtCompact(ConvNeXtDense):
+    """One 1x1 convolution with the skip inside: the depthwise convolution is annealed to its centre tap,
+    W * (lam + (1 - lam) * centre mask).
+    """
+
+    name = "compact"
+
+    @classmethod
+    def refusal(cls, block: nn.Module) -> str | None:
+        return super().refusal(block) or centre_tap_refusal(block.conv_dw)
+
+    def depthwise(self, conv: nn.Conv2d, x: Tensor, lam: Lambda) -> Tensor:
+        tap = centre_tap(conv)
+        if fixed(lam, 0.0):
+            return F.conv2d(x, tap, conv.bias, conv.stride, groups=conv.groups)
+        weight = shrink(lam, conv.weight, tap)
+        return F.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def _linear_parts(self, block: nn.Module) -> tuple[LinearConv, LinearConv]:
+        depthwise, pointwise = super()._linear_parts(block)
+        return depthwise.centre_tap(), pointwise

@@ -6,7 +6,7 @@ from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidua
 from torch import nn
 
 from depthfuse.adapters.base import register
-from depthfuse.adapters.chain import Chain, ConvChain, Stage, stage_refusal
+from depthfuse.adapters.chain import Chain, Compact, ConvChain, Stage, stage_refusal
 
 
 @register(InvertedResidual, DepthwiseSeparableConv, EdgeResidual)
@@ -37,3 +37,8 @@ class MobileNetDense(ConvChain):
             return "activation between the last convolution and the skip"
         chain = cls.read(block)
         return next((reason for reason in map(stage_refusal, chain.stages) if reason), None)
+
+
+@register(InvertedResidual, DepthwiseSeparableConv, EdgeResidual)
+class MobileNetCompact(Compact, MobileNetDense):
+    """The whole block as one 1x1 convolution: its 3x3 (or 5x5) is annealed to its centre tap."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from timm.models.resnet import BasicBlock, Bottleneck
-from torch import nn
+from torch import Tensor, nn
 
-from depthfuse.adapters.base import register
-from depthfuse.adapters.chain import Chain, ConvChain, Stage, shortcut_refusal, stage_refusal
+from depthfuse.adapters.base import Lambda, fixed, register
+from depthfuse.adapters.chain import Chain, Compact, ConvChain, Stage, shortcut_refusal, stage_refusal
 
 
 @register(Bottleneck)
@@ -41,15 +42,56 @@ class ResNetDense(ConvChain):
 
 
 @register(BasicBlock)
-class ResNetCompact(ResNetDense):
+class ResNetCompact(Compact, ResNetDense):
     """A basic block as one 3x3: its second 3x3 is annealed to its centre tap, W * (lam + (1 - lam) * centre mask).
 
     UPDP's FLOPs for ResNet-34 fit one saved 3x3 a block; two 3x3 merged exactly make a 5x5, which is slower than
     both. With a 1x1 in second place the block needs no change at its borders either.
     """
 
-    name = "compact"
-    centre_tap_last = True
+    @classmethod
+    def annealed(cls, chain: Chain) -> tuple[int, ...]:
+        return (len(chain.stages) - 1,)
 
 
 register(BasicBlock)(ResNetDense)  # after compact: the first one registered is the default
+
+
+@register(BasicBlock)
+class ResNetIdentity(ResNetCompact):
+    """A basic block as one 3x3: its second 3x3 is annealed to the identity, lam * W + (1 - lam) * delta."""
+
+    name = "identity"
+
+    @staticmethod
+    def tap(conv: nn.Conv2d) -> Tensor:
+        eye = torch.eye(conv.out_channels, dtype=conv.weight.dtype, device=conv.weight.device)
+        return eye[:, :, None, None]
+
+    @classmethod
+    def refusal(cls, block: nn.Module) -> str | None:
+        reason = super().refusal(block)
+        if reason:
+            return reason
+        conv = cls.read(block).stages[-1].conv
+        if conv.in_channels != conv.out_channels or conv.stride != (1, 1) or conv.groups != 1:
+            return "the second convolution has a stride, groups or other channels out than in: no identity"
+        return None
+
+    def _conv(self, i: int, conv: nn.Conv2d, x: Tensor, lam: Lambda, fill: Tensor | None) -> Tensor:
+        if i in self.shrinking and fixed(lam, 0.0):
+            return x if conv.bias is None else x + conv.bias[:, None, None]
+        return super()._conv(i, conv, x, lam, fill)
+
+
+@register(Bottleneck)
+class BottleneckCompact(Compact, ResNetDense):
+    """A bottleneck as one 1x1: its 3x3 is annealed to its centre tap."""
+
+    @classmethod
+    def refusal(cls, block: nn.Module) -> str | None:
+        reason = super().refusal(block)
+        shortcut = block.downsample
+        if reason is None and shortcut is not None and isinstance(shortcut[0], nn.AvgPool2d):
+            return "the average pool in the shortcut needs a kernel as large as dense"
+        return reason

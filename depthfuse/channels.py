@@ -50,15 +50,19 @@ def prune_channels(model: nn.Module, size: tuple[int, int, int], ratio: float) -
     return pruned
 
 
-def ratio_within(cost: Callable[[float], float], limit: float, steps: int = 7) -> float:
-    """The smallest ratio, to 1 / 2**steps, whose cost is within the limit; `cost` falls as the ratio grows.
+def ratio_within(cost: Callable[[float], float], limit: float, step: float = 0.1, refine: int = 3) -> float:
+    """The smallest ratio whose cost is within the limit, to step / 2**refine.
 
-    Raises BudgetError where nothing below 0.95 is.
+    Walks up, because at the upper end layers that would lose all their channels lose none. Raises BudgetError where no
+    ratio below 1 is enough.
     """
-    low, high = 0.0, 0.95
-    if cost(high) > limit:
-        raise BudgetError(f"channel pruning does not reach {limit:.4g}, even with 95 % of the channels gone")
-    for _ in range(steps):
+    high = step
+    while cost(high) > limit:
+        high += step
+        if high > 1.0 - step / 2:
+            raise BudgetError(f"channel pruning does not reach {limit:.4g}")
+    low = high - step
+    for _ in range(refine):
         middle = (low + high) / 2
         low, high = (low, middle) if cost(middle) <= limit else (middle, high)
     return high

@@ -27,7 +27,7 @@ from depthfuse.macs import count_macs, count_parameters
 from depthfuse.merge import merged_structure
 from depthfuse.methods import METHODS, Trial, check_methods
 from depthfuse.pipeline import Run, load_strictly
-from depthfuse.space import SearchSpace, check_one_budget
+from depthfuse.space import BudgetError, SearchSpace, check_one_budget
 from depthfuse.spec import SubnetSpec
 from depthfuse.supernet import Supernet
 from depthfuse.timing import Timing, time_interleaved
@@ -152,7 +152,13 @@ class Comparison:
                 costs, latency = self._tables(run, text)  # and sets the run's budget
                 trial = Trial(run, costs, latency, folder, self._ratio(text))
                 log.info("seed %d, %s, %s", seed, text, name)
-                net, choices = METHODS[name].run(trial)
+                try:
+                    net, choices = METHODS[name].run(trial)
+                except BudgetError as error:  # not every method reaches every budget
+                    log.warning("%s cannot reach %s: %s", name, text, error)
+                    unreachable = {"method": name, "budget": text, "seed": seed, "unreachable": str(error)}
+                    save_json(folder / "trial.json", unreachable)
+                    continue
                 score = evaluate(net, run.data.val_loader())
                 save_tensors(folder / "weights.safetensors", net.state_dict(), {"model": run.source.name})
                 document = {
@@ -193,6 +199,8 @@ class Comparison:
         ]
         x = torch.randn(self.config.latency.batch_size, *run.size, device=run.device)
         baseline = accelerate(run.baseline().to(run.device).eval(), x, backend=self.config.latency.backend)
+        unreachable = [trial for trial in trials if "unreachable" in trial]
+        trials = [trial for trial in trials if "unreachable" not in trial]
         known: dict[str, tuple[float, float]] = {}
         whole_ms = []
         for trial in trials:
@@ -212,6 +220,7 @@ class Comparison:
             "settings": to_dict(self.config),
             "baseline": {**self._baseline_row(run), "latency_ms": statistics.median(whole_ms)},
             "trials": trials,
+            "unreachable": unreachable,
         }
         save_json(self.dir / "results.json", results)
         save_text(self.dir / "config.yaml", to_yaml(self.config))

@@ -75,6 +75,8 @@ def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
                 f"{row['hours']:.3f}",
             ]
         )
+    for budget, name in dict.fromkeys((t["budget"], t["method"]) for t in results["unreachable"]):
+        rows.append([budget, name, "out of reach", *[""] * (len(head) - 3)])
     return [head, *rows]
 
 

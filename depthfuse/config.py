@@ -48,6 +48,8 @@ class SupernetConfig(TrainConfig):
     """Random subnets a step, beside the full and the fully pruned net."""
     separate_norms: bool = True
     """Give kept and pruned blocks batch norms of their own; without, they share weights and biases."""
+    border_remedy: bool = True
+    """Train pruned blocks with the borders of the merged ones; without, merging changes them. An ablation."""
 
 
 @dataclass(frozen=True)

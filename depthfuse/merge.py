@@ -54,7 +54,9 @@ class MergeReport:
         )
 
 
-def merge(subnet: Supernet, check_size: tuple[int, int, int] | None = None) -> nn.Module:
+def merge(
+    subnet: Supernet, check_size: tuple[int, int, int] | None = None, tolerance: float = TOLERANCE
+) -> nn.Module:
     """Replace every pruned block of `subnet` by its merged module and fold batch norms (`fold_batch_norms`).
 
     The result is a new model of the original class, in the original dtype and in eval mode, with `merge_report` (a
@@ -62,7 +64,7 @@ def merge(subnet: Supernet, check_size: tuple[int, int, int] | None = None) -> n
 
     The merge checks itself on random images of `check_size` (C, H, W; default: the model's own input size) in float64
     and logs the largest error, border and interior apart. Raises MergeError for a subnet in training mode or at
-    lambda > 0, and where an error exceeds 1e-10.
+    lambda > 0, and where an error exceeds `tolerance`.
     """
     if not isinstance(subnet, Supernet):
         raise MergeError(
@@ -78,7 +80,7 @@ def merge(subnet: Supernet, check_size: tuple[int, int, int] | None = None) -> n
             f"lambda is not 0 in {', '.join(moving)}: finish progressive training before merging"
         )
 
-    report = check(subnet, check_size or input_size(subnet.model))
+    report = check(subnet, check_size or input_size(subnet.model), tolerance=tolerance)
     merged = copy.deepcopy(subnet.model)
     _fuse_switches(merged)
     fold_batch_norms(merged)
@@ -123,10 +125,12 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
 
 
 @torch.no_grad()
-def check(subnet: Supernet, size: tuple[int, int, int], images: int = 2) -> MergeReport:
+def check(
+    subnet: Supernet, size: tuple[int, int, int], images: int = 2, tolerance: float = TOLERANCE
+) -> MergeReport:
     """Merge a float64 copy and compare it with the subnet, block by block and at the output.
 
-    Raises MergeError where a relative error exceeds 1e-10 or is not a number.
+    Raises MergeError where a relative error exceeds `tolerance` or is not a number.
     """
     device = next(subnet.parameters()).device
     reference = copy.deepcopy(subnet.model).double()
@@ -156,10 +160,10 @@ def check(subnet: Supernet, size: tuple[int, int, int], images: int = 2) -> Merg
     output = max(_split_error(got, wanted, 0)[1] for got, wanted in pairs)
     report = MergeReport(tuple(errors), output, folded)
     worst = max([output, *(max(e.border, e.interior) for e in errors)], key=lambda v: (v != v, v))
-    if not worst <= TOLERANCE:
-        bad = next((e for e in errors if not max(e.border, e.interior) <= TOLERANCE), "the model's output")
+    if not worst <= tolerance:
+        bad = next((e for e in errors if not max(e.border, e.interior) <= tolerance), "the model's output")
         raise MergeError(
-            f"merging changed the model by {worst:.1e} (allowed {TOLERANCE:.0e}), first in {bad}"
+            f"merging changed the model by {worst:.1e} (allowed {tolerance:.0e}), first in {bad}"
         )
     return report
 

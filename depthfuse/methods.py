@@ -24,11 +24,10 @@ from depthfuse.costs import CostTable
 from depthfuse.data import DataBundle
 from depthfuse.data.bundle import Batches
 from depthfuse.gates import FoldingObjective, GatedNet, TopGatesObjective
-from depthfuse.merge import merge
 from depthfuse.objectives import Objective, ProgressiveObjective, TaughtObjective
 from depthfuse.pipeline import Run
 from depthfuse.search import search
-from depthfuse.space import Choices, SearchSpace
+from depthfuse.space import BudgetError, Choices, SearchSpace
 from depthfuse.spec import SubnetSpec
 from depthfuse.strategies import best_additive
 from depthfuse.supernet import Supernet
@@ -67,7 +66,7 @@ class Trial:
 
     def baseline_supernet(self) -> Supernet:
         """A supernet that knows no more than the baseline."""
-        return Supernet(self.run.baseline()).to(self.run.device)
+        return self.run.switched(self.run.baseline())
 
     def shared_supernet(self) -> Supernet:
         """The trained supernet of this seed, which several methods share; each is charged for its training."""
@@ -98,7 +97,7 @@ class Trial:
 
         name: of the search, where `changes` make it another one.
         """
-        found, journal = (self.folder.parent / f"{kind}_{name}.json" for kind in ("subnet", "scores"))
+        found, journal = (self.folder.parent / file for file in (f"subnet_{name}.json", f"search_{name}.jsonl"))
         if not found.exists():
             started = time.monotonic()
             config = self.run.config
@@ -129,7 +128,7 @@ class Trial:
         self.fit(objective, "finetune", settings)
         subnet.set_lambda(0.0)
         self.run.calibrate(subnet)
-        return merge(subnet.eval(), self.run.size), choices
+        return self.run.merged(subnet), choices
 
     def train_plain(self, net: nn.Module, epochs: int) -> nn.Module:
         """Train a net without switches, with the same teacher and settings as subnets."""
@@ -299,7 +298,8 @@ class _FirstBatches(DataBundle):
 @method("channels")
 def channels(trial: Trial) -> Result:
     """Channel pruning by magnitude with the library torch-pruning, to the same budget; all epochs for training."""
-    assert trial.channel_ratio is not None
+    if trial.channel_ratio is None:
+        raise BudgetError("channel pruning does not reach this budget")
     net = prune_channels(trial.run.baseline(), trial.run.size, trial.channel_ratio)
     return trial.train_plain(net, trial.total_epochs()), None
 
@@ -315,7 +315,7 @@ def scratch(trial: Trial) -> Result:
     """Control: the subnet of updp from random weights, for all epochs, the baseline's included."""
     choices = trial.search(trial.shared_supernet())
     trial.seconds = 0.0  # it is given its architecture
-    fresh = Supernet(trial.run.build()).to(trial.run.device)
+    fresh = trial.run.switched(trial.run.build())
     config = trial.run.config
     settings = {"epochs": trial.total_epochs() + config.baseline.epochs, "lr": config.baseline.lr}
     return trial.finetune(fresh, choices, lambda_schedule="none", **settings)

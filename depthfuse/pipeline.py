@@ -161,7 +161,7 @@ class Run:
 
     def supernet(self) -> Supernet:
         path = self.dir / "supernet.safetensors"
-        supernet = Supernet(self.baseline()).to(self.device)
+        supernet = self.switched(self.baseline())
         if path.exists():
             return self._load_weights(supernet, path)
         settings = self.config.supernet
@@ -229,7 +229,7 @@ class Run:
         subnet = supernet.subnet(spec, lam=0.0)
         if path.exists():
             return self._load_weights(subnet, path)
-        getattr(subnet, "set_mixing", lambda m: 0)(settings.mixing)
+        subnet.set_mixing(settings.mixing)
         teaching = self.teaching(settings)
         objective = ProgressiveObjective(subnet, settings.lambda_schedule, settings.lambda_share, **teaching)
         self._fit(objective, "finetune", settings)
@@ -247,6 +247,17 @@ class Run:
             "label_smoothing": settings.label_smoothing,
         }
 
+    def switched(self, model: nn.Module) -> Supernet:
+        """A supernet of a model, with this run's ablations."""
+        settings = self.config.supernet
+        return Supernet(model, settings.separate_norms, settings.border_remedy).to(self.device)
+
+    def merged(self, subnet: Supernet) -> nn.Module:
+        """A trained subnet, merged."""
+        if self.config.supernet.border_remedy:
+            return merge(subnet.eval(), self.size)
+        return merge(subnet.eval(), self.size, tolerance=float("inf"))  # wrong at the border, as asked
+
     def calibrate(self, net: nn.Module) -> None:
         """Re-estimate the statistics of a net that is trained, from more images than the search takes."""
         images = self.config.search.calibration_images
@@ -256,7 +267,7 @@ class Run:
         path = self.dir / "merged.safetensors"
         if path.exists():
             return load(self.dir).to(self.device)
-        merged = merge(self.finetune().eval(), self.size)
+        merged = self.merged(self.finetune())
         if self.accelerator.is_main_process:
             save_json(self.dir / "merge.json", report.merge_document(merged.merge_report))
         self._save_weights(merged, path)

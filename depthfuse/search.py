@@ -54,6 +54,7 @@ class Journal:
         self.rows[key_of(choices)] = choices, score
         if self.path is not None:
             line = json.dumps({"choices": choices, "top1": score.top1, "loss": score.loss})
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.write(line + "\n")
                 file.flush()

@@ -82,10 +82,14 @@ class Supernet(nn.Module):
     With every block at "keep" the output equals the model's bit for bit. `set_choices` selects a subnet; `sample` draws
     one. After search, `Supernet(...).subnet(spec)` keeps only the chosen switches, for progressive training.
 
+    Two ablations: without `separate_norms` kept and pruned blocks share weights and biases of their batch norms (their
+    statistics stay apart); without `border_remedy` pruned blocks pad with zeros between convolutions, and what is
+    merged then differs at the border.
+
     Raises SpecError where the model has no prunable block; the message lists the reasons.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, separate_norms: bool = True, border_remedy: bool = True):
         super().__init__()
         self.source = ModelSource.of(model)
         infos = find_blocks(model)
@@ -99,7 +103,13 @@ class Supernet(nn.Module):
         for info in prunable:
             parent, _, name = info.path.rpartition(".")
             parent_module = self.model.get_submodule(parent)
-            setattr(parent_module, name, SwitchBlock(getattr(parent_module, name), info))
+            switch = SwitchBlock(getattr(parent_module, name), info)
+            setattr(parent_module, name, switch)
+            for candidate in switch.candidates.values():
+                if not separate_norms:
+                    candidate.share_norms(switch.block)
+                if not border_remedy:
+                    candidate.drop_border_remedy()
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, classes]
         return self.model(x)

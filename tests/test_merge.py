@@ -10,8 +10,8 @@ from nets import SMALL, build, random_subnet, randomise_norms
 from torch import nn
 
 from depthfuse import ModelSource, Supernet, merge
-from depthfuse.variants import block_inputs
 from depthfuse.merge import MergeError, fold_batch_norms, merged_structure
+from depthfuse.variants import block_inputs
 
 FULL_SIZE = ["resnet34", "mobilenetv2_100", "mobilenetv2_140", "convnext_tiny", "deit_tiny_patch16_224"]
 

@@ -8,8 +8,8 @@ from nets import SMALL, build, randomise_norms
 from torch import nn
 
 from depthfuse import ModelSource, SubnetSpec, Supernet, recalibrate
-from depthfuse.variants import block_inputs
 from depthfuse.spec import SpecError
+from depthfuse.variants import block_inputs
 
 
 @pytest.mark.parametrize("family", SMALL)

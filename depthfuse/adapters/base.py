@@ -43,6 +43,12 @@ class Candidate(nn.Module):
     def forward(self, block: nn.Module, x: Tensor, lam: Lambda) -> Tensor:
         """The block at 0 <= lam <= 1: lam = 0 is the pruned block; towards 1 it becomes the original one."""
 
+    def share_norms(self, block: nn.Module) -> None:
+        """For an ablation: use the weights and biases of the block's own norms, where it has norms alike."""
+
+    def drop_border_remedy(self) -> None:
+        """For an ablation: pad with zeros between convolutions, which a merge cannot follow at the border."""
+
     @abstractmethod
     def merge(self, block: nn.Module) -> nn.Module:
         """The merged module, equal to `forward(block, x, 0)` in eval mode. Computed in float64, cast once."""

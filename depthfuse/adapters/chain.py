@@ -157,6 +157,13 @@ class ConvChain(Candidate):
         for i in reversed(range(len(paddings) - 1)):
             self.margins[i] = paddings[i + 1] + self.margins[i + 1] * chain.stages[i + 1].conv.stride[0]
 
+    def share_norms(self, block: nn.Module) -> None:
+        for own, stage in zip(self.norms, self.read(block).stages, strict=True):
+            own.weight, own.bias = stage.norm.weight, stage.norm.bias
+
+    def drop_border_remedy(self) -> None:
+        self.fill = self.shift = False
+
     def _conv(self, i: int, conv: nn.Conv2d, x: Tensor, lam: Lambda, fill: Tensor | None) -> Tensor:
         weight, bias, padding = conv.weight, conv.bias, conv.padding
         if i in self.shrinking:

@@ -97,7 +97,9 @@ class Trial:
 
         name: of the search, where `changes` make it another one.
         """
-        found, journal = (self.folder.parent / file for file in (f"subnet_{name}.json", f"search_{name}.jsonl"))
+        found, journal = (
+            self.folder.parent / file for file in (f"subnet_{name}.json", f"search_{name}.jsonl")
+        )
         if not found.exists():
             started = time.monotonic()
             config = self.run.config

@@ -6,6 +6,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from depthfuse import ModelSource, Supernet
+from depthfuse.latency import block_inputs
 
 # (model, kwargs, side of the image): one of each block type, with strides, channel changes and odd maps
 SMALL = {
@@ -48,7 +49,18 @@ def build(family: str):
     name, kwargs, side = SMALL[family]
     torch.manual_seed(0)
     model = ModelSource.make(name, **kwargs).build().eval()
-    return randomise_norms(model), (3, side, side)
+    return randomise_norms(randomise_branches(model)), (3, side, side)
+
+
+def randomise_branches(model):
+    """Linear layers and LayerScales of the size that training gives them; timm's start near zero and hide mistakes."""
+    for path, module in model.named_modules():
+        gamma = getattr(module, "gamma", None)
+        if isinstance(gamma, torch.nn.Parameter):
+            torch.nn.init.uniform_(gamma, 0.3, 1)
+        if isinstance(module, torch.nn.Linear) or path.endswith((".fc1", ".fc2")):
+            torch.nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+    return model
 
 
 def randomise_norms(model):
@@ -75,3 +87,13 @@ def random_subnet(model, seed=0, everything=False):
         choices[first] = options[first][0]
     supernet.set_choices(choices)
     return supernet
+
+
+def each_candidate(supernet, x):
+    """(path, name, switch, what the block sees of images x) for every candidate of every block, switched on in turn."""
+    seen = block_inputs(supernet, x)
+    for path, block in supernet.blocks.items():
+        for name in block.candidates:
+            block.choice, block.lam, block.mixing = name, 0.0, "op"
+            yield path, name, block, seen[path]
+        block.choice, block.lam = "keep", 0.0

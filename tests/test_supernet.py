@@ -1,10 +1,11 @@
 """Switches over shared weights: bit-equal at baseline, smooth in lambda, separate norms, honest re-calibration."""
 
+import copy
 import random
 
 import pytest
 import torch
-from nets import SMALL, build, randomise_norms
+from nets import SMALL, build, each_candidate, randomise_norms
 from torch import nn
 
 from depthfuse import ModelSource, SubnetSpec, Supernet, recalibrate
@@ -31,42 +32,124 @@ def test_lambda_leads_from_the_original_to_the_pruned_block(family):
     """Continuous at both ends: nothing jumps when the ramp starts or ends, borders included."""
     model, size = build(family)
     supernet = randomise_norms(Supernet(model)).eval().double()
-    seen = block_inputs(supernet, torch.randn(2, *size, dtype=torch.float64))
-    for path, block in supernet.blocks.items():
-        for name in block.candidates:
-            x = seen[path]
-            block.choice = name
+    images = torch.randn(2, *size, dtype=torch.float64)
+    for path, name, block, x in each_candidate(supernet, images):
+        for mixing in ("op", "block"):
+            block.mixing = mixing
             outputs = {}
             for lam in (1.0, 1 - 1e-9, 0.5, 1e-9, 0.0):
                 block.lam = lam
                 outputs[lam] = block(x.clone())
             scale = outputs[1.0].abs().max() + outputs[0.0].abs().max()
-            # odd maps under a pooled shortcut: the window at the far border changes at once, see shortcut_forward
-            odd_pool = x.ndim == 4 and x.shape[-1] % 2 and "AvgPool2d" in repr(block.block)
-            if not odd_pool:
-                assert (outputs[1.0] - outputs[1 - 1e-9]).abs().max() <= 1e-6 * scale, (path, name)
-            assert (outputs[0.0] - outputs[1e-9]).abs().max() <= 1e-6 * scale, (path, name)
-            assert (outputs[0.0] - outputs[1.0]).abs().max() > 1e-2 * scale, (path, name)
-            block.choice, block.lam = "keep", 0.0
+            where = path, name, mixing
+            assert (outputs[1.0] - outputs[1 - 1e-9]).abs().max() <= 1e-6 * scale, where
+            assert (outputs[0.0] - outputs[1e-9]).abs().max() <= 1e-6 * scale, where
+            assert (outputs[0.0] - outputs[1.0]).abs().max() > 1e-2 * scale, where
+            if mixing == "block":
+                half = (outputs[0.0] + outputs[1.0]) / 2
+                torch.testing.assert_close(outputs[0.5], half, rtol=0, atol=1e-12 * float(scale))
 
 
 @pytest.mark.parametrize("family", SMALL)
 def test_training_reaches_shared_and_separate_weights(family):
     model, size = build(family)
     supernet = Supernet(model).train()
-    choices = {path: names[0] for path, names in supernet.options().items()}
-    x = torch.randn(4, *size)
-    for lam in (0.0, 0.5):
-        supernet.zero_grad()
-        supernet.set_choices(choices, lam)
-        supernet(x).square().mean().backward()
-        for path, block in supernet.blocks.items():
-            own = dict(block.candidates[choices[path]].named_parameters())
-            assert own, path
-            for name, parameter in own.items():
-                assert parameter.grad is not None and parameter.grad.isfinite().all(), (path, name)
-            shared = [p for p in block.block.parameters() if p.ndim > 1]
-            assert all(p.grad is not None for p in shared), path
+    for path, name, block, x in each_candidate(supernet, torch.randn(4, *size)):
+        for lam in (0.0, 0.5):
+            supernet.zero_grad()
+            block.lam = lam
+            x = x.detach().requires_grad_()  # where nothing of a block is left, nothing else has a gradient
+            block(x.clone()).square().mean().backward()
+            for key, parameter in block.candidates[name].named_parameters():
+                assert parameter.grad is not None and parameter.grad.isfinite().all(), (path, name, key)
+            if lam or name == next(iter(block.candidates)):
+                shared = [p for p in block.block.parameters() if p.ndim > 1]
+                assert all(p.grad is not None for p in shared), (path, name)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_a_gate_gives_the_same_values_and_gets_a_gradient(family):
+    """A learned lambda: also at 0 and 1, where a number would leave one side out."""
+    model, size = build(family)
+    supernet = randomise_norms(Supernet(model)).eval().double()
+    images = torch.randn(2, *size, dtype=torch.float64)
+    for path, name, block, x in each_candidate(supernet, images):
+        ramps = {"op": (0.0, 0.3, 1.0), "block": (0.0,)}
+        if block.candidates[name].layer_norms:
+            ramps["norm"] = (0.0, 1.0)
+        for mixing, values in ramps.items():
+            block.mixing = mixing
+            for value in values:
+                where = path, name, mixing, value
+                block.lam = value
+                with torch.no_grad():
+                    wanted = block(x)
+                gate = torch.tensor(
+                    value, requires_grad=True
+                )  # float32, as a gate beside a float64 net may be
+                block.lam = gate
+                got = block(x)
+                atol = 1e-11 if value in (0.0, 1.0) else 1e-6
+                assert (got - wanted).abs().max() <= atol * wanted.abs().max(), where
+                (gradient,) = torch.autograd.grad(got.square().mean(), gate)
+                assert gradient.isfinite() and gradient != 0, where
+
+
+def test_a_gate_stays_its_owners():
+    model, size = build("resnet")
+    supernet = Supernet(model).train()
+    keys, parameters = list(supernet.state_dict()), len(list(supernet.parameters()))
+    gate = nn.Parameter(torch.tensor(0.5))
+    supernet.set_choices({"layer1.0": "compact"})
+    supernet.blocks["layer1.0"].lam = gate
+    assert list(supernet.state_dict()) == keys and len(list(supernet.parameters())) == parameters
+    supernet(torch.randn(2, *size)).sum().backward()
+    assert gate.grad is not None and gate.grad.isfinite()
+    supernet.set_choices(supernet.choices(), 0.25)
+    assert supernet.blocks["layer1.0"].lam == 0.25
+    assert copy.deepcopy(supernet).blocks["layer1.0"].lam == 0.25
+
+
+@pytest.mark.parametrize("family", ["resnet", "convnext", "convnext_linear", "vit"])
+@torch.no_grad()
+def test_norm_mixing_ramps_the_norms_alone(family):
+    model, size = build(family)
+    supernet = randomise_norms(Supernet(model)).eval().double()
+    images = torch.randn(2, *size, dtype=torch.float64)
+    for path, name, block, x in each_candidate(supernet, images):
+        block.mixing = "norm"
+        outputs = []
+        for lam in (0.0, 1e-9, 1.0):
+            block.lam = lam
+            outputs.append(block(x))
+        pruned, close, with_layer_norms = outputs
+        block.mixing, block.lam = "op", 0.0
+        assert torch.equal(pruned, block(x)), (path, name)
+        block.mixing = "norm"
+        if not block.candidates[name].layer_norms:
+            assert torch.equal(with_layer_norms, pruned), (path, name)
+            continue
+        assert (close - pruned).abs().max() <= 1e-6 * pruned.abs().max(), (path, name)
+        # at 1 the batch norms in the place of LayerNorms have no say, the others have
+        own = block.candidates[name]
+        for norm in ("norm", "norm1", "norm2"):
+            if hasattr(own, norm):
+                nn.init.normal_(getattr(own, norm).bias)
+        block.lam = 1.0
+        assert torch.equal(block(x), with_layer_norms), (path, name)
+        nn.init.normal_(own.tail_norm.bias)
+        assert not torch.equal(block(x), with_layer_norms), (path, name)
+
+
+def test_mixing_goes_with_the_subnet_and_unknown_ones_are_refused():
+    model, _ = build("resnet")
+    supernet = Supernet(model)
+    supernet.set_mixing("block")
+    subnet = supernet.subnet(SubnetSpec.from_mapping(supernet.source, {"layer1.0": "compact"}), lam=0.5)
+    assert subnet.blocks["layer1.0"].mixing == "block"
+    with pytest.raises(SpecError, match="unknown mixing 'blend'; known: op, block, norm"):
+        supernet.set_mixing("blend")
+    assert supernet.blocks["layer1.0"].mixing == "block"
 
 
 def test_the_two_choices_keep_separate_statistics():
@@ -144,7 +227,7 @@ def test_bad_choices_change_nothing():
     supernet.set_choices({"layer1.0": "compact"})
     with pytest.raises(SpecError, match=r"no prunable block layer9\.0; this model has layer1\.0"):
         supernet.set_choices({"layer9.0": "compact"})
-    with pytest.raises(SpecError, match="no candidate 'tiny'; known: keep, compact, dense"):
+    with pytest.raises(SpecError, match="no candidate 'tiny'; known: keep, compact, dense, identity"):
         supernet.set_choices({"layer1.0": "tiny"})
     with pytest.raises(SpecError, match="between 0 and 1"):
         supernet.set_choices({"layer1.0": "compact"}, lam=1.5)

@@ -14,6 +14,7 @@ from depthfuse import Supernet, merge
 from depthfuse.accelerate import AccelerationError, accelerate, elements
 from depthfuse.accelerate import verify as verify_module
 from depthfuse.accelerate.verify import relative_error
+from depthfuse.merge import merged_structure
 from depthfuse.nn import FusedModule
 from depthfuse.ops import BackendError
 from tests.nets import SMALL, build, randomise_norms
@@ -89,6 +90,24 @@ def test_no_batch_norm_and_no_relu_is_left(name):
     assert left_in(fast, nn.modules.batchnorm._BatchNorm) == []
     assert left_in(fast, (nn.ReLU, nn.ReLU6)) == []
     assert left_in(fast, nn.Conv2d) == []
+
+
+@pytest.mark.parametrize("family", SMALL)
+@torch.no_grad()
+def test_every_merge_candidate(family):
+    """Each on every block that takes it, in a model built anew from the spec and the weights, as loading does."""
+    model, size = build(family)
+    supernet = randomise_norms(Supernet(model)).eval()
+    options = supernet.options()
+    x = torch.randn(2, *size)
+    for candidate in dict.fromkeys(name for names in options.values() for name in names):
+        supernet.set_choices({path: candidate for path, names in options.items() if candidate in names})
+        merged = merge(supernet, size)
+        rebuilt = merged_structure(supernet.spec())
+        rebuilt.load_state_dict(merged.state_dict())
+        fast = accelerate(rebuilt, x, tune="heuristic")
+        torch.testing.assert_close(fast(x), merged(x), rtol=1e-3, atol=1e-4, msg=candidate)
+        assert not [entry.path for entry in fast.report().entries if entry.kind in ("Dropped", "Identity")]
 
 
 @pytest.mark.parametrize("tune", ["measure", "heuristic"])

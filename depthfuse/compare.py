@@ -21,12 +21,13 @@ from depthfuse import compare_report
 from depthfuse.accelerate import accelerate
 from depthfuse.channels import prune_channels, ratio_within
 from depthfuse.checkpoint import load_json, load_tensors, save_json, save_tensors, save_text
-from depthfuse.config import CompareConfig, ConfigError, PruneConfig, SearchConfig, to_dict, to_yaml
+from depthfuse.config import DTYPES, CompareConfig, ConfigError, PruneConfig, SearchConfig, to_dict, to_yaml
 from depthfuse.costs import CostTable
 from depthfuse.macs import count_macs, count_parameters
 from depthfuse.merge import merged_structure
 from depthfuse.methods import METHODS, Trial, check_methods
 from depthfuse.pipeline import Run, load_strictly
+from depthfuse.prediction import predict_model_ms
 from depthfuse.space import BudgetError, SearchSpace, check_one_budget
 from depthfuse.spec import SubnetSpec
 from depthfuse.supernet import Supernet
@@ -127,6 +128,10 @@ class Comparison:
                 return count_macs(pruned, run.size, run.device)
             if costs.unit == "parameters":
                 return count_parameters(pruned)
+            settings = self.config.latency
+            if settings.device != "here":
+                dtype = DTYPES[settings.dtype]
+                return predict_model_ms(pruned, run.size, settings.device, dtype, settings.batch_size)
             fast = accelerate(pruned.eval(), x, backend=self.config.latency.backend)
             times = _time({"whole": whole, "pruned": fast}, x, self.config.latency.rounds)
             return costs.whole / times["pruned"].speedup_over(times["whole"])

@@ -64,6 +64,14 @@ def predict_latencies(
     return CostTable(conditions, "ms", whole_ms, saved)
 
 
+def predict_model_ms(
+    model: nn.Module, input_size: tuple[int, int, int], device: str, dtype: torch.dtype, batch_size: int
+) -> float:
+    """The same for one model of any making. Raises CostError like `predict_latencies`."""
+    x = torch.zeros(1, *input_size)
+    return _sum_ms(model.cpu().float().eval(), x, _peaks(device, dtype), dtype.itemsize, batch_size)
+
+
 def predicted_conditions(
     source: ModelSource, input_size: Iterable[int], device: str, dtype: torch.dtype, batch_size: int
 ) -> dict[str, Any]:

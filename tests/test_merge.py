@@ -17,7 +17,6 @@ from depthfuse.blocks import TokenBatchNorm
 from depthfuse.inspection import inspect_model
 from depthfuse.macs import count_macs, count_parameters
 from depthfuse.merge import MergeError, fold_batch_norms, merged_structure
-from depthfuse.variants import block_inputs
 
 FULL_SIZE = ["resnet34", "mobilenetv2_100", "mobilenetv2_140", "convnext_tiny", "deit_tiny_patch16_224"]
 

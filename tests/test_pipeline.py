@@ -330,3 +330,61 @@ def test_inspect(capsys):
     assert "SE gate" in capsys.readouterr().out
     assert main(["inspect", "mixer_s32_224"]) == 0
     assert "unknown block type" in capsys.readouterr().out
+
+
+def test_a_search_without_a_budget_leaves_the_front_to_pick_from(finished, tmp_path):
+    explored, picked = tmp_path / "explored", tmp_path / "picked"
+    search = dataclasses.replace(CONFIG.search, blocks=None, strategy="greedy", front=3)
+    latency = dataclasses.replace(CONFIG.latency, table=finished / "latency.json")
+    config = dataclasses.replace(CONFIG, search=search, latency=latency, start_from=finished)
+    prune(dataclasses.replace(config, out=explored), "search")
+    assert (explored / "baseline.safetensors").read_bytes() == (
+        finished / "baseline.safetensors"
+    ).read_bytes()
+    rows = list(csv.DictReader((explored / "front.csv").open()))
+    assert rows and all(float(row["cost_ms"]) > 0 for row in rows)
+    assert (explored / "plots" / "front.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert not (explored / "subnet.json").exists()
+    with pytest.raises(BudgetError, match="got none"):
+        prune(dataclasses.replace(config, out=explored))
+    scores = (explored / "search.jsonl").read_text()
+    pick = dataclasses.replace(CONFIG.search, strategy="pick")  # two blocks: the finished run has scored some
+    config = dataclasses.replace(config, search=pick, start_from=explored, out=picked)
+    prune(config, "search")
+    assert (picked / "search.jsonl").read_text() == scores
+    assert len(SubnetSpec.load(picked / "subnet.json").choices) == 2
+
+
+def test_starting_from_a_run_with_other_settings_is_refused(finished, tmp_path):
+    out = refused(tmp_path, ConfigError, "cannot start from .*: seed differ", start_from=finished, seed=3)
+    assert not (out / "config.yaml").exists()
+
+
+def test_unknown_strategies_and_blocks_are_refused_before_any_training(finished, tmp_path):
+    search = dataclasses.replace(CONFIG.search, strategy="luck")
+    out = refused(tmp_path, BudgetError, "unknown search strategy 'luck'; known: evolution", search=search)
+    search = dataclasses.replace(CONFIG.search, exclude=("layer9.9",))
+    refused(tmp_path, BudgetError, "cannot exclude block 'layer9.9': this model has layer1.0", search=search)
+    assert not list(out.glob("*.state"))
+
+
+@pytest.mark.parametrize(
+    "ablation",
+    [
+        {"supernet": dataclasses.replace(CONFIG.supernet, separate_norms=False)},
+        {"supernet": dataclasses.replace(CONFIG.supernet, border_remedy=False)},
+        {"finetune": dataclasses.replace(CONFIG.finetune, mixing="block", distill=0.0)},
+        {"search": dataclasses.replace(CONFIG.search, calibration_images=0)},
+    ],
+    ids=["shared norms", "no border remedy", "block mixing", "no calibration"],
+)
+def test_ablations_run_to_the_end(finished, tmp_path, ablation):
+    latency = dataclasses.replace(CONFIG.latency, table=finished / "latency.json")
+    search = dataclasses.replace(CONFIG.search, exclude=("layer1.0=compact", "layer2.0=compact"))
+    config = dataclasses.replace(CONFIG, **{"search": search, "latency": latency} | ablation)
+    prune(dataclasses.replace(config, out=tmp_path), "merge")
+    merged = json.loads((tmp_path / "merge.json").read_text())
+    wrong = max(block["border"] for block in merged["blocks"])
+    if config.supernet.border_remedy:
+        assert wrong <= 1e-10
+    assert all(block["interior"] <= 1e-10 for block in merged["blocks"])

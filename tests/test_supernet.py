@@ -10,7 +10,6 @@ from torch import nn
 
 from depthfuse import ModelSource, SubnetSpec, Supernet, recalibrate
 from depthfuse.spec import SpecError
-from depthfuse.variants import block_inputs
 
 
 @pytest.mark.parametrize("family", SMALL)

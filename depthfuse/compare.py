@@ -101,10 +101,11 @@ class Comparison:
         if "channels" in self.methods and missing:
             run = self._seed_run(self.config.seeds[0])
             for text in missing:
-                ratios[text] = self._channel_ratio(run, text)
-                log.info(
-                    "channel pruning meets %s with %.1f %% of the channels gone", text, 100 * ratios[text]
-                )
+                try:
+                    ratios[text] = self._channel_ratio(run, text)
+                except BudgetError as error:
+                    log.warning("%s: %s", text, error)
+                    ratios[text] = None
                 save_json(ratios_path, ratios)
 
     def _channel_ratio(self, run: Run, text: str) -> float:

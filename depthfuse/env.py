@@ -18,7 +18,7 @@ _PACKAGES = (
     "torchvision",
     "numpy",
     "safetensors",
-    "optuna",
+    "scipy",
     "onnxruntime",
     "openvino",
 )

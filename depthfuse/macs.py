@@ -43,7 +43,9 @@ def count_parameters(net: nn.Module) -> int:
 
 
 def count_costs(supernet: Supernet, input_size: tuple[int, int, int], unit: str) -> CostTable:
-    """What each candidate of each block saves in "MACs" (of one image) or "parameters"; exact, on merged models.
+    """What each candidate of each block saves in "MACs" (of one image) or "parameters", on merged models.
+
+    MACs are exact. Parameters are a bound from above: norms that fold into the next merged block count as kept.
 
     input_size: (C, H, W). Raises CostError for another unit.
     """

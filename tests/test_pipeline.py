@@ -202,7 +202,7 @@ def latencies(config, out, **changes):
     run = Run(
         dataclasses.replace(config, out=out, latency=dataclasses.replace(config.latency, **changes), seed=1)
     )
-    return run._latency(Supernet(run._build()).eval())
+    return run.latency(Supernet(run.build()).eval())
 
 
 def test_foreign_latency_tables_are_refused_unless_asked_for(finished, tmp_path):

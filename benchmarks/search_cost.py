@@ -2,9 +2,9 @@
 
 python -m benchmarks.search_cost      # writes benchmarks/results/search_cost.csv
 
-Synthetic nets of 16, 32 and 64 blocks with 4 candidates each, random savings and random additive losses; scoring takes no
-time, so that the seconds are the strategy's own. With a real net each scored subnet adds a re-calibration and a pass over
-the held-out images.
+Synthetic nets of 16, 32 and 64 blocks with 4 candidates each, random savings and random additive losses; scoring takes
+no time, so that the seconds are the strategy's own. With a real net each scored subnet adds a re-calibration and a pass
+over the held-out images.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from depthfuse.checkpoint import CheckpointError
 from depthfuse.costs import CostError, CostTable
 from depthfuse.data import DataError
 from depthfuse.merge import MergeError
+from depthfuse.methods import MethodError
 from depthfuse.space import BudgetError
 from depthfuse.spec import SpecError
 from depthfuse.train import TrainingDiverged
@@ -30,6 +31,7 @@ USER_ERRORS = (
     CostError,
     DataError,
     MergeError,
+    MethodError,
     SpecError,
     TrainingDiverged,
     config.ConfigError,

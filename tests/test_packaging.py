@@ -102,7 +102,7 @@ def test_metadata_is_general_where_there_is_no_torch(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     metadata = result.stdout[result.stdout.index("Metadata-Version") :]
-    torch = [line for line in requirements_of(metadata) if line.startswith("torch")]
+    torch = [line for line in requirements_of(metadata) if re.match(r"torch\b(?!-)", line)]
     assert torch == ["torch>=2.11"]
 
 

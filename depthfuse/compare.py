@@ -110,8 +110,8 @@ class Comparison:
 
     def _channel_ratio(self, run: Run, text: str) -> float:
         model = run.build().to(run.device).eval()
-        costs, _ = self._tables(run, text)
-        space = SearchSpace(Supernet(model).options(), self.searches[text], *self._tables(run, text))
+        costs, latency = self._tables(run, text)
+        space = SearchSpace(Supernet(model).options(), self.searches[text], costs, latency)
         if (
             space.blocks is not None
         ):  # as fast as the cheapest subnet with so many blocks would be unfair: the mean

@@ -121,7 +121,9 @@ class Comparison:
             assert space.limit is not None
             limit = space.limit
         x = torch.randn(self.config.latency.batch_size, *run.size, device=run.device)
-        whole = accelerate(model, x, backend=self.config.latency.backend)
+        # a dozen nets are tried and dropped: implementations are chosen by rule, and not by measurement, for all of them
+        options: dict[str, Any] = {"backend": self.config.latency.backend, "tune": "heuristic", "verify": False}
+        whole = accelerate(model, x, **options)
 
         def cost(ratio: float) -> float:
             pruned = prune_channels(model, run.size, ratio)
@@ -133,7 +135,7 @@ class Comparison:
             if settings.device != "here":
                 dtype = DTYPES[settings.dtype]
                 return predict_model_ms(pruned, run.size, settings.device, dtype, settings.batch_size)
-            fast = accelerate(pruned.eval(), x, backend=self.config.latency.backend)
+            fast = accelerate(pruned.eval(), x, **options)
             times = _time({"whole": whole, "pruned": fast}, x, self.config.latency.rounds)
             return costs.whole / times["pruned"].speedup_over(times["whole"])
 

@@ -121,8 +121,12 @@ class Comparison:
             assert space.limit is not None
             limit = space.limit
         x = torch.randn(self.config.latency.batch_size, *run.size, device=run.device)
-        # a dozen nets are tried and dropped: implementations are chosen by rule, and not by measurement, for all of them
-        options: dict[str, Any] = {"backend": self.config.latency.backend, "tune": "heuristic", "verify": False}
+        # a dozen nets are tried and dropped: their implementations are chosen by rule, and not by measurement
+        options: dict[str, Any] = {
+            "backend": self.config.latency.backend,
+            "tune": "heuristic",
+            "verify": False,
+        }
         whole = accelerate(model, x, **options)
 
         def cost(ratio: float) -> float:

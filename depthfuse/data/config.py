@@ -39,6 +39,9 @@ class DataConfig:
     """Images per step wherever nothing is trained."""
     workers: int = 0
     """Processes that decode images; results do not depend on it (for streams, their order does)."""
+    in_memory: bool = False
+    """Decode and resize each image once and keep it as uint8: for small images, of which an epoch is over faster than
+    they can be decoded. Crops and flips are then of the resized image. Not for streams, nor augment "imagenet"."""
     holdout: float = 0.05
     """Share of the training images, class by class, that is kept out of training to score the search."""
     max_train_images: int | None = None
@@ -69,5 +72,9 @@ class DataConfig:
             raise DataError(f'augment must be "none", "light" or "imagenet", not {self.augment!r}')
         if self.augment != "imagenet" and (self.auto_augment or self.reprob):
             raise DataError(f'auto_augment and reprob need augment "imagenet", not {self.augment!r}')
+        if self.in_memory and self.augment == "imagenet":
+            raise DataError(
+                'in_memory keeps resized images, but augment "imagenet" needs the original: choose one'
+            )
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise DataError(f"mixup and cutmix pair the images of a batch: {self.batch_size} is odd")

@@ -11,7 +11,7 @@ from depthfuse.data import embedded, folder, order, transforms
 from depthfuse.data.bundle import DataBundle, IndexedBundle
 from depthfuse.data.config import DataConfig, DataError
 from depthfuse.data.images import ArrayImages, DecodedImages, ImageSource
-from depthfuse.data.pixels import PixelSource
+from depthfuse.data.pixels import DecodedOnce, PixelSource
 from depthfuse.data.stream import StreamBundle
 from depthfuse.data.transforms import InputFormat
 
@@ -103,12 +103,28 @@ def _open_indexed(config: DataConfig, format: InputFormat) -> DataBundle:
         _check_path(config)
     both = transforms.build(config, format)
 
-    def open_source(split: str) -> tuple[ImageSource, Tensor | None, list[str]]:
+    def open_source(split: str) -> tuple[ImageSource | PixelSource, Tensor | None, list[str]]:
         images = DecodedImages(_create(config, split), format.pillow_mode)
         labels, names = images.labels(), images.class_names()
         if labels is not None and not names:
             names = [str(number) for number in range(int(labels.max()) + 1)]
-        return ImageSource(images, *both, config.workers), labels, names
+        if not config.in_memory:
+            return ImageSource(images, *both, config.workers), labels, names
+        if labels is None:
+            raise DataError(f"{config.data} does not tell its labels without decoding: leave in_memory out")
+        size = format.img_size
+        pixels = DecodedOnce(images, transforms.to_pixels(format), (format.in_chans, size, size))
+        source = PixelSource(
+            pixels,
+            labels,
+            img_size=size,
+            in_chans=format.in_chans,
+            mean=format.mean,
+            std=format.std,
+            augment=config.augment == "light",
+            padding=transforms.shift_padding(size),
+        )
+        return source, labels, names
 
     train, labels, class_names = open_source(config.train_split)
     val, _, val_names = open_source(config.val_split)
@@ -136,6 +152,9 @@ def _open_indexed(config: DataConfig, format: InputFormat) -> DataBundle:
 
 
 def _open_stream(config: DataConfig, format: InputFormat, num_classes: int | None) -> DataBundle:
+    if config.in_memory:
+        raise DataError(f"{config.data} is a stream, which is not kept in memory: leave in_memory out")
+
     def open_split(split: str, is_training: bool, seed: int) -> Any:
         return _create(config, split, is_training=is_training, seed=seed, input_img_mode=format.pillow_mode)
 

@@ -1,47 +1,75 @@
-"""Images that are already in memory: augmentation and normalisation of whole batches, with no decoding."""
+"""Images that are in memory: augmentation and normalisation of whole batches; each is decoded once, if ever."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from depthfuse.data import order
+from depthfuse.data.images import DecodedImages, Transform
 
-# Source images are padded by this many pixels on each side before a crop of the old size is taken.
-CROP_PADDING = 2
+# Images that lack so few pixels of the wanted side get a border of zeros; others are resized.
+_MOST_BORDER = 4
+
+
+class DecodedOnce:
+    """Pixels of images of one size, [N, C, S, S] uint8; each is decoded when it is first asked for, and then kept.
+
+    Args:
+        images: position -> (Pillow image, class).
+        to_pixels: Pillow image -> [C, S, S] uint8.
+        shape: (C, S, S).
+    """
+
+    def __init__(self, images: DecodedImages, to_pixels: Transform, shape: tuple[int, int, int]):
+        self._images = images
+        self._to_pixels = to_pixels
+        self._pixels = torch.empty(len(images), *shape, dtype=torch.uint8)  # pages are taken when written to
+        self._known = torch.zeros(len(images), dtype=torch.bool)
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def __getitem__(self, positions: Tensor) -> Tensor:
+        for position in positions[~self._known[positions]].tolist():
+            self._pixels[position] = self._to_pixels(self._images[position][0])
+        self._known[positions] = True
+        return self._pixels[positions]
 
 
 class PixelSource:
-    """Single-channel uint8 images of one size, held in memory.
+    """uint8 images of one size, held in memory.
 
     Args:
-        images: [N, 1, S, S] uint8.
+        images: [N, C, S, S] uint8.
         labels: [N] int64.
         img_size: side of the batches it gives; up to 4 pixels more are zero-padded, other sizes are resized.
-        in_chans: channels of the batches it gives; the one channel is repeated.
-        mean, std: of one channel, on a scale where white is 1.
+        in_chans: channels of the batches it gives; one channel is repeated where they are more.
+        mean, std: of each channel, or of all, on a scale where white is 1.
         augment: flip and shift the training images.
+        padding: of the shift, pixels on each side.
     """
 
     def __init__(
         self,
-        images: Tensor,
+        images: Tensor | DecodedOnce,
         labels: Tensor,
         *,
         img_size: int,
         in_chans: int,
-        mean: float,
-        std: float,
+        mean: float | Sequence[float],
+        std: float | Sequence[float],
         augment: bool,
+        padding: int = 2,
     ):
         self.images = images
         self.labels = labels
         self.img_size = img_size
         self.in_chans = in_chans
-        self.mean = mean
-        self.std = std
+        self.mean, self.std = (torch.as_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
         self.augment = augment
+        self.padding = padding
 
     def eval_batches(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """One ([B, C, S, S] float32, [B] int64) for each list of positions."""
@@ -56,38 +84,40 @@ class PixelSource:
             yield from self.eval_batches(batches)
             return
         draws = order.augment_generator(seed, epoch)
-        span = 2 * CROP_PADDING + 1
+        span = 2 * self.padding + 1
         shift = torch.randint(span, (len(self.images), 2), generator=draws)
         flip = torch.randint(2, (len(self.images),), generator=draws).bool()
         for positions in batches:
-            cropped = _crop(self.images[positions], shift[positions], flip[positions])
+            cropped = _crop(self.images[positions], shift[positions], flip[positions], self.padding)
             yield self._finish(cropped), self.labels[positions]
 
     def _finish(self, images: Tensor) -> Tensor:
-        """[B, 1, S, S] uint8 -> normalised [B, in_chans, img_size, img_size] float32."""
+        """[B, C, S, S] uint8 -> normalised [B, in_chans, img_size, img_size] float32."""
         pixels = images.float() / 255
         missing = self.img_size - pixels.shape[-1]
-        if 0 < missing <= 2 * CROP_PADDING:
+        if 0 < missing <= _MOST_BORDER:
             before = missing // 2
             pixels = F.pad(pixels, (before, missing - before, before, missing - before))
         elif missing:
             size = (self.img_size, self.img_size)
             pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
-        return ((pixels - self.mean) / self.std).repeat(1, self.in_chans, 1, 1)
+        if pixels.shape[1] != self.in_chans:
+            pixels = pixels.expand(-1, self.in_chans, -1, -1)
+        return (pixels - self.mean) / self.std
 
 
-def _crop(images: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
+def _crop(images: Tensor, shift: Tensor, flip: Tensor, padding: int) -> Tensor:
     """Pad with zeros, crop at `shift` and mirror where `flip` says.
 
     Args:
-        images: [B, 1, S, S] uint8.
+        images: [B, C, S, S] uint8.
         shift: [B, 2] int64, first row and column of the crop in the padded image.
         flip: [B] bool.
     """
     size = images.shape[-1]
-    padded = F.pad(images[:, 0], (CROP_PADDING,) * 4)  # [B, S + 2P, S + 2P]
+    padded = F.pad(images, (padding,) * 4).movedim(1, -1)  # [B, S + 2P, S + 2P, C]
     along = torch.arange(size)
     rows = shift[:, :1] + along  # [B, S]
     columns = shift[:, 1:] + torch.where(flip[:, None], size - 1 - along, along)  # [B, S]
     batch = torch.arange(len(images))[:, None, None]
-    return padded[batch, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
+    return padded[batch, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)

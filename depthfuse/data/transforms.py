@@ -84,12 +84,29 @@ def build(config: DataConfig, format: InputFormat) -> tuple[Transform, Transform
     return training, evaluation
 
 
+def to_pixels(format: InputFormat) -> Transform:
+    """The resizing and cropping of evaluation alone: Pillow image -> [C, S, S] uint8."""
+    return timm.data.create_transform(
+        (format.in_chans, format.img_size, format.img_size),
+        is_training=False,
+        interpolation=format.interpolation,
+        crop_pct=format.crop_pct,
+        crop_mode=format.crop_mode,
+        normalize=False,
+    )
+
+
+def shift_padding(img_size: int) -> int:
+    """How far light augmentation shifts images, pixels."""
+    return max(1, img_size // 8)
+
+
 def _light(format: InputFormat) -> Transform:
     """Resize the shorter side, pad by an eighth, crop at random, flip at random."""
     return transforms.Compose(
         [
             transforms.Resize(format.img_size, str_to_interp_mode(format.interpolation)),
-            transforms.RandomCrop(format.img_size, padding=max(1, format.img_size // 8)),
+            transforms.RandomCrop(format.img_size, padding=shift_padding(format.img_size)),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
             transforms.Normalize(format.mean, format.std),

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import cut_fashion_mnist
 from depthfuse.data import DataConfig, DataError, embedded, open_data
-from depthfuse.data.pixels import CROP_PADDING, PixelSource
+from depthfuse.data.pixels import PixelSource
 
 
 def collect(loader):
@@ -77,22 +77,24 @@ def test_shapes_and_normalisation(in_chans, img_size):
 
 
 def test_light_augmentation_is_a_shifted_and_mirrored_crop():
-    images = torch.randint(1, 256, (64, 1, 9, 9), dtype=torch.uint8)
-    source = PixelSource(images, torch.arange(64), img_size=9, in_chans=1, mean=0.0, std=1.0, augment=True)
+    images = torch.randint(1, 256, (64, 3, 9, 9), dtype=torch.uint8)
+    source = PixelSource(
+        images, torch.arange(64), img_size=9, in_chans=3, mean=0.0, std=1.0, augment=True, padding=2
+    )
     positions = torch.randperm(64)
     ((batch, labels),) = source.train_batches([positions], seed=3, epoch=4)
     assert torch.equal(labels, positions)
     got = (batch * 255).round().byte()
-    padded = torch.nn.functional.pad(images, (CROP_PADDING,) * 4)
+    padded = torch.nn.functional.pad(images, (2,) * 4)
     seen = set()
-    for image, position in zip(got[:, 0], positions, strict=True):
+    for image, position in zip(got, positions, strict=True):
         matches = [
             (row, column, mirrored)
-            for row in range(2 * CROP_PADDING + 1)
-            for column in range(2 * CROP_PADDING + 1)
+            for row in range(5)
+            for column in range(5)
             for mirrored in (False, True)
-            for crop in [padded[position, 0, row : row + 9, column : column + 9]]
-            if torch.equal(image, crop.flip(1) if mirrored else crop)
+            for crop in [padded[position, :, row : row + 9, column : column + 9]]
+            if torch.equal(image, crop.flip(2) if mirrored else crop)
         ]
         assert len(matches) == 1
         seen.add(matches[0])

@@ -229,3 +229,33 @@ def test_nothing_held_out(folder):
 def test_unknown_auto_augment(folder):
     with pytest.raises(DataError, match="nonsense"):
         open_folder(folder, augment="imagenet", auto_augment="nonsense")
+
+
+def test_in_memory_gives_the_same_images_and_decodes_each_once(folder):
+    cfg = {"crop_pct": 0.8, "augment": "none"}
+    decoded = open_folder(folder, **cfg)
+    kept = open_folder(folder, in_memory=True, **cfg)
+    for name in ("val_loader", "holdout_loader"):
+        (first, second) = (list(getattr(bundle, name)()) for bundle in (decoded, kept))
+        assert len(first) == len(second) > 0
+        for (a, c), (b, d) in zip(first, second, strict=True):
+            assert torch.equal(c, d)
+            assert torch.allclose(a, b, atol=1e-5)
+    again = list(kept.val_loader())
+    shutil.rmtree(folder / "val")
+    assert batches_equal(again, list(kept.val_loader()))
+
+
+def test_in_memory_augmentation_is_a_function_of_seed_and_epoch(folder):
+    bundle = open_folder(folder, in_memory=True)
+    first = list(bundle.train_loader(seed=0, epoch=0))
+    assert batches_equal(first, list(open_folder(folder, in_memory=True).train_loader(seed=0, epoch=0)))
+    assert batches_equal(first[2:], list(bundle.train_loader(seed=0, epoch=0, start_batch=2)))
+    assert not batches_equal(first, list(bundle.train_loader(seed=0, epoch=1)))
+
+
+def test_in_memory_refuses_what_it_cannot_do(folder):
+    with pytest.raises(DataError, match="choose one"):
+        open_folder(folder, in_memory=True, augment="imagenet")
+    with pytest.raises(DataError, match="is a stream"):
+        open_data(DataConfig(data="wds/x", data_dir=str(folder), in_memory=True), num_classes=3)

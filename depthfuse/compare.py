@@ -20,7 +20,7 @@ from torch import nn
 from depthfuse import compare_report
 from depthfuse.accelerate import accelerate
 from depthfuse.channels import prune_channels, ratio_within
-from depthfuse.checkpoint import load_json, load_tensors, save_json, save_tensors, save_text
+from depthfuse.checkpoint import copy_file, load_json, load_tensors, save_json, save_tensors, save_text
 from depthfuse.config import DTYPES, CompareConfig, ConfigError, PruneConfig, SearchConfig, to_dict, to_yaml
 from depthfuse.costs import CostTable
 from depthfuse.macs import count_macs, count_parameters
@@ -159,7 +159,7 @@ class Comparison:
         for text in self.searches:
             for name in self.methods:
                 folder = self._folder(seed, text, name)
-                if (folder / "trial.json").exists():
+                if (folder / "trial.json").exists() or self._done_elsewhere(seed, text, name):
                     continue
                 costs, latency = self._tables(run, text)  # and sets the run's budget
                 trial = Trial(run, costs, latency, folder, self._ratio(text))
@@ -190,6 +190,18 @@ class Comparison:
                 save_json(folder / "trial.json", document)
                 for state in folder.glob("*.state"):
                     state.unlink()
+
+    def _done_elsewhere(self, seed: int, text: str, name: str) -> bool:
+        """Take over what is the same at another budget and done there."""
+        if not METHODS[name].budget_free:
+            return False
+        for other in self.searches:
+            done, folder = self._folder(seed, other, name), self._folder(seed, text, name)
+            if (done / "trial.json").exists():
+                copy_file(done / "weights.safetensors", folder / "weights.safetensors")
+                save_json(folder / "trial.json", {**load_json(done / "trial.json"), "budget": text})
+                return True
+        return False
 
     def _folder(self, seed: int, text: str, name: str) -> Path:
         return self.dir / f"seed{seed}" / text.replace("=", "-") / name

@@ -23,13 +23,16 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training stage. The learning rate warms up linearly and falls along a cosine, per iteration."""
+    """One training stage. The learning rate warms up linearly, may hold, and falls along a cosine, per iteration."""
 
     epochs: int = 10
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 1e-5
     warmup_epochs: float = 1.0
+    hold_share: float = 0.0
+    """Share of the training that stays at the peak after the warm-up: progressive training learns little once its ramp
+    is over if the learning rate is over, too."""
     opt: str = "adamw"
     """Any optimiser name of timm."""
     weight_decay: float = 0.05

@@ -146,24 +146,25 @@ class Trial:
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method. control: no rival but a yardstick, in every table."""
+    """A registered method. control: no rival but a yardstick, in every table. budget_free: the same at any budget."""
 
     name: str
     text: str
     run: Callable[[Trial], Result]
     control: bool
+    budget_free: bool
 
 
 METHODS: dict[str, Method] = {}
 
 
 def method(
-    name: str, control: bool = False
+    name: str, control: bool = False, budget_free: bool = False
 ) -> Callable[[Callable[[Trial], Result]], Callable[[Trial], Result]]:
     """Function decorator: register a method; its docstring's first line is what tables say of it."""
 
     def add(run: Callable[[Trial], Result]) -> Callable[[Trial], Result]:
-        METHODS[name] = Method(name, (run.__doc__ or "").strip().split("\n")[0], run, control)
+        METHODS[name] = Method(name, (run.__doc__ or "").strip().split("\n")[0], run, control, budget_free)
         return run
 
     return add
@@ -306,7 +307,7 @@ def channels(trial: Trial) -> Result:
     return trial.train_plain(net, trial.total_epochs()), None
 
 
-@method("longer", control=True)
+@method("longer", control=True, budget_free=True)
 def longer(trial: Trial) -> Result:
     """Control: the baseline, nothing pruned, trained on for the same epochs with the same teacher."""
     return trial.train_plain(trial.run.baseline(), trial.total_epochs()), {}

@@ -155,11 +155,17 @@ def fit(
     world, rank = accelerator.num_processes, accelerator.process_index
     epoch_batches = data.train_batches(world)
     total = config.epochs * epoch_batches
+    if not 0.0 <= config.hold_share < 1.0:
+        raise ValueError(
+            f"{stage}: hold_share is a share of the training, in [0, 1), not {config.hold_share}"
+        )
+    warmup = min(round(config.warmup_epochs * epoch_batches), max(total - 1, 0))
+    hold = min(round(config.hold_share * total), max(total - 1 - warmup, 0))
     scheduler = CosineLRScheduler(
         optimizer,
-        t_initial=max(total, 1),
+        t_initial=max(total - hold, 1),
         lr_min=config.min_lr,
-        warmup_t=min(round(config.warmup_epochs * epoch_batches), max(total - 1, 0)),
+        warmup_t=warmup,
         warmup_lr_init=config.min_lr,
         warmup_prefix=True,
         t_in_epochs=False,
@@ -222,7 +228,7 @@ def fit(
                     images, targets = mixup(images, targets, seed=seed, iteration=iteration)
                 images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
                 targets = targets.to(device, non_blocking=True)
-                scheduler.step_update(iteration)
+                scheduler.step_update(iteration if iteration < warmup else max(warmup, iteration - hold))
                 optimizer.zero_grad(set_to_none=True)
                 with accelerator.autocast():
                     loss = wrapped(images, targets, iteration / total)

@@ -1,5 +1,8 @@
 """The training loop: it learns, resumes to the same bits from any checkpoint, and stops where numbers go bad."""
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
 from nets import build
@@ -205,3 +208,16 @@ def test_top1_counts(data):
 
 def test_history_csv():
     assert history_csv([{"a": 1, "b": 2}, {"a": 3, "c": 4}]) == "a,b,c\n1,2,\n3,,4\n"
+
+
+def test_the_learning_rate_warms_up_holds_and_falls(data, accelerator):
+    config = TrainConfig(epochs=4, lr=2e-3, warmup_epochs=1.0, hold_share=0.5)
+    rows = [r for r in fit(objective("plain"), data, config, accelerator).history if "lr" in r]
+    total = rows[-1]["iteration"]
+    rates = {row["iteration"] / total: row["lr"] for row in rows}
+    assert all(rate < config.lr for share, rate in rates.items() if share < 0.25)
+    assert all(rate == config.lr for share, rate in rates.items() if 0.26 < share < 0.75)
+    falling = [rate for share, rate in sorted(rates.items()) if share > 0.76]
+    assert len(falling) > 3 and all(a > b for a, b in itertools.pairwise(falling))
+    with pytest.raises(ValueError, match=r"hold_share .* not 1\.5"):
+        fit(objective("plain"), data, dataclasses.replace(config, hold_share=1.5), accelerator)

@@ -65,9 +65,9 @@ class FinetuneConfig(TrainConfig):
     distill: float = 0.5
     """Weight of the original net's soft labels; 0 trains on labels alone."""
     temperature: float = 2.0
-    mixing: Literal["op", "block", "norm"] = "op"
+    mixing: Literal["op", "block", "norm", "random"] = "op"
     """op: lambda mixes at each activation and norm; block: outputs of whole blocks; norm: norms only, while
-    activations go at once (SLAB)."""
+    activations go at once (SLAB); random: lambda is each block's chance to be the original in a step (Theseus)."""
 
 
 @dataclass(frozen=True)

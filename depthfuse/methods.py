@@ -198,6 +198,13 @@ def direct(trial: Trial) -> Result:
     return trial.finetune(supernet, trial.search(supernet), lambda_schedule="none")
 
 
+@method("replacing")
+def replacing(trial: Trial) -> Result:
+    """As updp, but lambda is a block's chance to be the original in a step (BERT-of-Theseus, EMNLP 2020)."""
+    supernet = trial.shared_supernet()
+    return trial.finetune(supernet, trial.search(supernet), mixing="random")
+
+
 @method("slab")
 def slab(trial: Trial) -> Result:
     """The subnet of updp; only LayerNorm -> BatchNorm is progressive, linearly (SLAB, ICML 2024)."""

@@ -16,7 +16,7 @@ from depthfuse.adapters import BlockInfo, find_blocks
 from depthfuse.adapters.base import Lambda, fixed, mix
 from depthfuse.spec import KEEP, ModelSource, SpecError, SubnetSpec
 
-Mixing = Literal["op", "block", "norm"]
+Mixing = Literal["op", "block", "norm", "random"]
 
 
 class SwitchBlock(nn.Module):
@@ -30,6 +30,8 @@ class SwitchBlock(nn.Module):
     - block: lam * original(x) + (1 - lam) * pruned(x).
     - norm: LayerNorm turns into batch norm with lambda, all else is pruned at once (SLAB, Guo et al., ICML 2024). A
       block without LayerNorms then is pruned at every lambda.
+    - random: in training, each pass takes the original with probability lambda, else the pruned block (progressive
+      replacing: Xu et al., BERT-of-Theseus, EMNLP 2020). Evaluation mixes as "op".
     """
 
     def __init__(self, block: nn.Module, info: BlockInfo):
@@ -51,12 +53,14 @@ class SwitchBlock(nn.Module):
         if self.choice == KEEP:
             return self.block(x, **kwargs)
         candidate, lam = self.candidates[self.choice], self.lam
+        if self.mixing == "random" and self.training and not isinstance(lam, Tensor):
+            lam = float(torch.rand(()).item() < lam)
         if self.mixing == "norm":
             norms = {"norm_lam": lam} if candidate.layer_norms else {}
             return candidate(self.block, x, 0.0, **norms, **kwargs)
         if fixed(lam, 1.0):
             return self.block(x, **kwargs)
-        if self.mixing == "op" or fixed(lam, 0.0):
+        if self.mixing in ("op", "random") or fixed(lam, 0.0):
             return candidate(self.block, x, lam, **kwargs)
         return mix(lam, self.block(x, **kwargs), candidate(self.block, x, 0.0, **kwargs))
 

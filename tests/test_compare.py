@@ -125,6 +125,20 @@ def test_a_stopped_comparison_goes_on_to_the_same_weights(finished, tmp_path, mo
             assert got[key] == wanted[key], (name, key)
 
 
+def test_what_no_budget_changes_is_trained_once(finished, tmp_path, monkeypatch):
+    (tmp_path / "latency.json").write_bytes((finished.out / "latency.json").read_bytes())
+    trained = []
+    true_run = METHODS["longer"].run
+    counted = dataclasses.replace(METHODS["longer"], run=lambda trial: trained.append(1) or true_run(trial))
+    monkeypatch.setitem(compare_module.METHODS, "longer", counted)
+    budgets = ("macs=0.95", "macs=0.9")
+    config = dataclasses.replace(finished, out=tmp_path, methods=("updp",), seeds=(0,), budgets=budgets)
+    compare(config)
+    rows = [t for t in load_json(tmp_path / "results.json")["trials"] if t["method"] == "longer"]
+    assert len(trained) == 1 and [row.pop("budget") for row in rows] == list(budgets)
+    assert rows[0] == rows[1]
+
+
 def test_seeds_may_be_trained_apart(finished, tmp_path):
     (tmp_path / "latency.json").write_bytes((finished.out / "latency.json").read_bytes())
     config = dataclasses.replace(finished, out=tmp_path, methods=("updp",))

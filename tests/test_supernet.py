@@ -140,13 +140,36 @@ def test_norm_mixing_ramps_the_norms_alone(family):
         assert not torch.equal(block(x), with_layer_norms), (path, name)
 
 
+@pytest.mark.parametrize("family", SMALL)
+@torch.no_grad()
+def test_random_mixing_takes_the_original_with_probability_lambda(family):
+    model, size = build(family)
+    supernet = randomise_norms(Supernet(model)).eval().double()
+    path, name, block, x = next(each_candidate(supernet, torch.randn(2, *size, dtype=torch.float64)))
+    block.mixing = "op"
+    ends = []
+    for block.lam in (1.0, 0.0):
+        ends.append(block(x))
+    block.lam = 0.25
+    mixed = block(x)
+    block.mixing = "random"
+    assert torch.equal(block(x), mixed), "evaluation draws nothing"
+    block.training = True  # the switch alone: layers inside keep their statistics
+    originals = 0
+    for _ in range(200):
+        output = block(x)
+        originals += torch.equal(output, ends[0])
+        assert torch.equal(output, ends[0]) or torch.equal(output, ends[1]), (path, name)
+    assert 25 <= originals <= 75  # of 50 expected, four standard deviations
+
+
 def test_mixing_goes_with_the_subnet_and_unknown_ones_are_refused():
     model, _ = build("resnet")
     supernet = Supernet(model)
     supernet.set_mixing("block")
     subnet = supernet.subnet(SubnetSpec.from_mapping(supernet.source, {"layer1.0": "compact"}), lam=0.5)
     assert subnet.blocks["layer1.0"].mixing == "block"
-    with pytest.raises(SpecError, match="unknown mixing 'blend'; known: op, block, norm"):
+    with pytest.raises(SpecError, match="unknown mixing 'blend'; known: op, block, norm, random"):
         supernet.set_mixing("blend")
     assert supernet.blocks["layer1.0"].mixing == "block"
 

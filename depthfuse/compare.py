@@ -155,7 +155,7 @@ class Comparison:
     def train(self, seed: int) -> None:
         """All methods at all budgets for one seed."""
         run = self._seed_run(seed)
-        baseline = run.baseline().to(run.device).eval()
+        baseline_top1 = evaluate(run.baseline().to(run.device).eval(), run.data.val_loader()).top1
         for text in self.searches:
             for name in self.methods:
                 folder = self._folder(seed, text, name)
@@ -179,7 +179,7 @@ class Comparison:
                     "seed": seed,
                     "top1": score.top1,
                     "loss": score.loss,
-                    "baseline_top1": evaluate(baseline, run.data.val_loader()).top1,
+                    "baseline_top1": baseline_top1,
                     "choices": choices,
                     "channel_ratio": trial.channel_ratio if choices is None else None,
                     "macs": count_macs(net, run.size, run.device),

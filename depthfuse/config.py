@@ -42,6 +42,10 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Decay of the moving average of the weights; 0 keeps none."""
 
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.hold_share < 1.0:
+            raise ConfigError(f"hold_share is a share of the training, in [0, 1), not {self.hold_share}")
+
 
 @dataclass(frozen=True)
 class SupernetConfig(TrainConfig):

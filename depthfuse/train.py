@@ -155,10 +155,6 @@ def fit(
     world, rank = accelerator.num_processes, accelerator.process_index
     epoch_batches = data.train_batches(world)
     total = config.epochs * epoch_batches
-    if not 0.0 <= config.hold_share < 1.0:
-        raise ValueError(
-            f"{stage}: hold_share is a share of the training, in [0, 1), not {config.hold_share}"
-        )
     warmup = min(round(config.warmup_epochs * epoch_batches), max(total - 1, 0))
     hold = min(round(config.hold_share * total), max(total - 1 - warmup, 0))
     scheduler = CosineLRScheduler(

@@ -133,7 +133,7 @@ class ProgressiveObjective(TaughtObjective):
 
     net: Supernet
 
-    def __init__(self, subnet: Supernet, schedule: Schedule = "cosine", share: float = 0.7, **teaching: Any):
+    def __init__(self, subnet: Supernet, schedule: Schedule = "cosine", share: float = 0.4, **teaching: Any):
         super().__init__(subnet, **teaching)
         self.schedule, self.share = schedule, share
 

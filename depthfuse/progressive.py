@@ -8,7 +8,7 @@ from typing import Literal, get_args
 Schedule = Literal["linear", "cosine", "none"]
 
 
-def lambda_at(progress: float, schedule: Schedule = "cosine", share: float = 0.7) -> float:
+def lambda_at(progress: float, schedule: Schedule = "cosine", share: float = 0.4) -> float:
     """lambda in [0, 1] after `progress` (0 to 1, iterations done / all iterations) of subnet training.
 
     Falls from 1 (the original block) to 0 (the pruned one) over the first `share` of training and then stays at

@@ -23,6 +23,7 @@ from depthfuse.channels import prune_channels, ratio_within
 from depthfuse.checkpoint import copy_file, load_json, load_tensors, save_json, save_tensors, save_text
 from depthfuse.config import DTYPES, CompareConfig, ConfigError, PruneConfig, SearchConfig, to_dict, to_yaml
 from depthfuse.costs import CostTable
+from depthfuse.latency import conditions_of
 from depthfuse.macs import count_macs, count_parameters
 from depthfuse.merge import merged_structure
 from depthfuse.methods import METHODS, Trial, check_methods
@@ -236,11 +237,12 @@ class Comparison:
                 known[key] = times["net"].median_ms, times["net"].speedup_over(times["baseline"])
                 whole_ms.append(times["baseline"].median_ms)
             trial["latency_ms"], trial["speedup"] = known[key]
-        conditions = CostTable.load(self.dir / "latency.json").conditions
+        here = dataclasses.replace(self.config.latency, device="here")
         results = {
             "model": run.source.name,
             "model_kwargs": run.source.kwargs,
-            "conditions": conditions,
+            "conditions": conditions_of(Supernet(run.build().to(run.device)), run.size, here),
+            "chosen_by": CostTable.load(self.dir / "latency.json").conditions,
             "settings": to_dict(self.config),
             "baseline": {**self._baseline_row(run), "latency_ms": statistics.median(whole_ms)},
             "trials": trials,

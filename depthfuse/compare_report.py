@@ -99,7 +99,6 @@ def markdown(results: Mapping[str, Any]) -> str:
     """The report as text."""
     head, *rows = table_rows(results)
     seeds = sorted({t["seed"] for t in results["trials"]})
-    conditions = ", ".join(f"{k} {v}" for k, v in results["conditions"].items() if v not in (None, {}, []))
     names = dict.fromkeys(t["method"] for t in results["trials"])
     lines = [f"# {results['model']}: pruning methods under equal conditions", ""]
     lines += ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
@@ -109,8 +108,9 @@ def markdown(results: Mapping[str, Any]) -> str:
         "baseline's of the same seed. Speed-up: accelerated, over the accelerated baseline, round by round. Hours: "
         "wall time beside the baseline's training, search included.",
         "",
-        f"Measured with: {conditions}.",
+        f"Measured with: {report.in_words(results['conditions'])}.",
         "",
+        *report.chosen_by(results),
         *(f"- {name}: {METHODS[name].text}" for name in names if name in METHODS),
         "",
         "![comparison](comparison.png)",

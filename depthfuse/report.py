@@ -63,14 +63,14 @@ def markdown(results: Mapping[str, Any]) -> str:
     head, *rows = comparison_rows(results)
     lines = [f"# {results['model']}: pruned, merged, accelerated", ""]
     lines += ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
-    conditions = _in_words(results["conditions"])
+    conditions = in_words(results["conditions"])
     lines += [
         "",
         "\\* over the accelerated baseline; medians of interleaved rounds, ratio taken round by round.",
         "",
         f"Measured with: {conditions}.",
         "",
-        *_chosen_by(results),
+        *chosen_by(results),
         f"Pruned {len(results['choices'])} of {len(results['blocks'])} prunable blocks:",
         "",
         *(f"- `{block}`: {candidate}" for block, candidate in results["choices"].items()),
@@ -84,22 +84,23 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _in_words(conditions: Mapping[str, Any]) -> str:
+def in_words(conditions: Mapping[str, Any]) -> str:
+    """Conditions of a measurement as a list for a sentence."""
     told = {k: v for k, v in conditions.items() if v not in (None, {}, []) and k != "predicted"}
     return ", ".join(f"{k} {v}" for k, v in told.items())
 
 
-def _chosen_by(results: Mapping[str, Any]) -> list[str]:
+def chosen_by(results: Mapping[str, Any]) -> list[str]:
     """Said only where the subnet was chosen by other latencies than the closing comparison's."""
     table = results.get("chosen_by", results["conditions"])
     if table.get("predicted"):
         return [
-            f"The subnet was chosen by PREDICTED latencies, not by measured ones: {_in_words(table)}.",
+            f"The subnet was chosen by PREDICTED latencies, not by measured ones: {in_words(table)}.",
             "",
         ]
     if table != results["conditions"]:
         return [
-            f"The subnet was chosen by latencies measured under other conditions: {_in_words(table)}.",
+            f"The subnet was chosen by latencies measured under other conditions: {in_words(table)}.",
             "",
         ]
     return []

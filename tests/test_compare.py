@@ -23,6 +23,7 @@ from depthfuse.config import (
     TrainConfig,
 )
 from depthfuse.data import DataConfig
+from depthfuse.env import device_name
 from depthfuse.macs import count_parameters
 from depthfuse.methods import METHODS, MethodError
 from depthfuse.space import BudgetError
@@ -137,6 +138,18 @@ def test_what_no_budget_changes_is_trained_once(finished, tmp_path, monkeypatch)
     rows = [t for t in load_json(tmp_path / "results.json")["trials"] if t["method"] == "longer"]
     assert len(trained) == 1 and [row.pop("budget") for row in rows] == list(budgets)
     assert rows[0] == rows[1]
+
+
+def test_what_was_predicted_for_another_device_is_told_from_what_was_measured(finished, tmp_path):
+    latency = dataclasses.replace(finished.latency, device="mi100")
+    compare(dataclasses.replace(finished, out=tmp_path, latency=latency, methods=("updp",), seeds=(0,)))
+    results = load_json(tmp_path / "results.json")
+    assert results["conditions"]["device"] == device_name(torch.device("cpu"))
+    assert not results["conditions"]["predicted"] and results["chosen_by"]["device"] == "MI100"
+    report = (tmp_path / "report.md").read_text()
+    measured, chosen = report.index("Measured with:"), report.index("chosen by PREDICTED latencies")
+    assert measured < chosen < report.index("MI100")
+    assert results["conditions"] == load_json(finished.out / "results.json")["chosen_by"]
 
 
 def test_seeds_may_be_trained_apart(finished, tmp_path):

@@ -65,7 +65,12 @@ class SandwichObjective(Objective):
         label_smoothing: float = 0.0,
     ):
         super().__init__(supernet, label_smoothing)
-        self.options = dict(options or supernet.options())
+        own = supernet.options()
+        allowed = own if options is None else options
+        # as the family orders them: a space puts the cheapest first, and a ViT of dropped blocks can only guess
+        self.options = {
+            path: [name for name in own[path] if name in names] for path, names in allowed.items()
+        }
         self.random_subnets = random_subnets
 
     def fully_pruned(self, rng: random.Random | None = None) -> dict[str, str]:

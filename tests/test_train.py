@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import random
 
 import pytest
 import torch
@@ -221,3 +222,14 @@ def test_the_learning_rate_warms_up_holds_and_falls(data, accelerator):
     assert len(falling) > 3 and all(a > b for a, b in itertools.pairwise(falling))
     with pytest.raises(ConfigError, match=r"hold_share .* not 1\.5"):
         dataclasses.replace(config, hold_share=1.5)
+
+
+def test_fully_pruned_means_the_family_s_own_merge_first():
+    supernet = Supernet(net())
+    allowed = {path: list(reversed(names)) for path, names in supernet.options().items()}
+    sandwich = SandwichObjective(supernet, allowed)
+    assert sandwich.fully_pruned() == {path: names[0] for path, names in supernet.options().items()}
+    few = {"layer1.0": ["identity", "dense"]}
+    assert SandwichObjective(supernet, few).fully_pruned() == {"layer1.0": "dense"}
+    drawn = {SandwichObjective(supernet, few).fully_pruned(random.Random(i))["layer1.0"] for i in range(20)}
+    assert drawn == {"identity", "dense"}

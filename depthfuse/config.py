@@ -66,8 +66,8 @@ class FinetuneConfig(TrainConfig):
     hold_share: float = 0.3
     lambda_schedule: Schedule = "cosine"
     lambda_share: float = 0.4
-    """Share of the training after which lambda has reached 0. Best over while the learning rate is still high: in short
-    trainings of small nets 0.7 without `hold_share` was worse than no ramp, 0.4 with it better."""
+    """Share of the training after which lambda has reached 0. The learning rate should then still be high, see
+    `hold_share`; what was measured is in benchmarks/results/studies.md."""
     distill: float = 0.5
     """Weight of the original net's soft labels; 0 trains on labels alone."""
     temperature: float = 2.0

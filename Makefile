@@ -40,7 +40,7 @@ test-gpu: ## run the tests that need a GPU, in the environment of $(PYTHON)
 	$(PYTHON) -m pytest tests -m gpu
 
 bench-gpu: ## time operators and whole models on the GPU, in the environment of $(PYTHON)
-	$(PYTHON) -m benchmarks.micro --device cuda --dtypes fp16 --batches 1 128; operators=$$?; \
+	$(PYTHON) -m benchmarks.kernels.micro --device cuda --dtypes fp16 --batches 1 128; operators=$$?; \
 	$(PYTHON) -m benchmarks.models --device cuda --dtype fp16 --batch 1 128 && exit $$operators
 
 clean: ## remove .venv, builds and caches; runs/ stays

@@ -5,14 +5,14 @@ from depthfuse import _torchvision
 _torchvision.ensure()
 
 # timm must not be imported before the line above
-from depthfuse.accelerate import accelerate, load_accelerated  # noqa: E402
+from depthfuse.acceleration import accelerate, load_accelerated  # noqa: E402
 from depthfuse.config import PruneConfig  # noqa: E402
 from depthfuse.data import DataConfig, open_data  # noqa: E402
-from depthfuse.merge import merge  # noqa: E402
-from depthfuse.pipeline import load, prune  # noqa: E402
-from depthfuse.search import search  # noqa: E402
+from depthfuse.merging.merge import merge  # noqa: E402
+from depthfuse.merging.supernet import Supernet, recalibrate  # noqa: E402
+from depthfuse.runs.run import load, prune  # noqa: E402
+from depthfuse.searching.search import search  # noqa: E402
 from depthfuse.spec import BlockChoice, ModelSource, SubnetSpec  # noqa: E402
-from depthfuse.supernet import Supernet, recalibrate  # noqa: E402
 
 __all__ = [
     "BlockChoice",

@@ -13,15 +13,15 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from depthfuse import config, log
-from depthfuse.accelerate import AccelerationError
+from depthfuse.acceleration import AccelerationError
 from depthfuse.checkpoint import CheckpointError
-from depthfuse.costs import CostError, CostTable
+from depthfuse.costs.table import CostError, CostTable
 from depthfuse.data import DataError
-from depthfuse.merge import MergeError
-from depthfuse.methods import MethodError
-from depthfuse.space import BudgetError
+from depthfuse.merging.merge import MergeError
+from depthfuse.rivals.methods import MethodError
+from depthfuse.searching.space import BudgetError
 from depthfuse.spec import SpecError
-from depthfuse.train import TrainingDiverged
+from depthfuse.training.loop import TrainingDiverged
 
 # what a user can cause and mend: shown as one line, not as a traceback
 USER_ERRORS = (
@@ -62,7 +62,7 @@ def _prune_command(stage: str) -> Callable[[Sequence[str], str], None]:
         settings = tyro.cli(
             config.PruneConfig, args=args, prog=prog, description=description, default=default
         )
-        from depthfuse.pipeline import prune
+        from depthfuse.runs.run import prune
 
         run = prune(settings, until=stage)
         if stage == "compare" and log.is_main_process():
@@ -83,7 +83,7 @@ def _compare(args: Sequence[str], prog: str) -> None:
     given = tyro.cli(
         CompareArguments, args=args, prog=prog, description=COMMANDS["compare"][1], default=default
     )
-    from depthfuse.compare import compare
+    from depthfuse.rivals.compare import compare
 
     settings = {f.name: getattr(given, f.name) for f in dataclasses.fields(config.CompareConfig)}
     out = compare(config.CompareConfig(**settings), given.until)
@@ -96,7 +96,7 @@ def _print_comparison(directory: Path) -> None:
     from rich.table import Table
 
     from depthfuse.checkpoint import load_json
-    from depthfuse.compare_report import table_rows
+    from depthfuse.rivals.compare_report import table_rows
 
     results = load_json(directory / "results.json")
     head, *rows = table_rows(results)
@@ -111,7 +111,7 @@ def _print_results(directories: list[Path]) -> None:
     from rich.table import Table
 
     from depthfuse.checkpoint import load_json
-    from depthfuse.report import comparison_rows
+    from depthfuse.runs.report import comparison_rows
 
     console = Console()
     for directory in directories:
@@ -139,7 +139,7 @@ def _inspect(args: Sequence[str], prog: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from depthfuse.inspection import inspect_model
+    from depthfuse.costs.inspection import inspect_model
     from depthfuse.spec import ModelSource
 
     source = ModelSource.make(given.model, **config.parse_model_kwargs(given.model_kwargs))
@@ -193,11 +193,11 @@ def _latency(args: Sequence[str], prog: str) -> None:
     given = tyro.cli(LatencyArguments, args=args, prog=prog, description=COMMANDS["latency"][1])
     import torch
 
-    from depthfuse import latency
-    from depthfuse.bench import randomised
-    from depthfuse.merge import input_size
+    from depthfuse.benching.bench import randomised
+    from depthfuse.costs import latency
+    from depthfuse.merging.merge import input_size
+    from depthfuse.merging.supernet import Supernet
     from depthfuse.spec import ModelSource
-    from depthfuse.supernet import Supernet
 
     if given.check and given.device != "here":
         raise config.ConfigError(f"--check measures here: it cannot check a prediction for {given.device}")
@@ -284,8 +284,8 @@ def _bench(args: Sequence[str], prog: str) -> None:
     given = tyro.cli(BenchArguments, args=args, prog=prog, description=COMMANDS["bench"][1])
     import torch
 
-    from depthfuse import bench
-    from depthfuse.contenders import CONTENDERS
+    from depthfuse.benching import bench
+    from depthfuse.benching.engines import CONTENDERS
 
     unknown = [name for name in given.contenders if name not in CONTENDERS]
     if unknown:
@@ -312,10 +312,10 @@ def _bench(args: Sequence[str], prog: str) -> None:
 
 def _bench_model(given: BenchArguments) -> tuple[Any, list[int], Path]:
     """The model in evaluation mode, its input size (C, H, W), and the folder for results."""
-    from depthfuse import bench
+    from depthfuse.benching import bench
     from depthfuse.checkpoint import load_json
-    from depthfuse.merge import input_size
-    from depthfuse.pipeline import load
+    from depthfuse.merging.merge import input_size
+    from depthfuse.runs.run import load
     from depthfuse.spec import ModelSource
 
     directory = Path(given.model)
@@ -357,7 +357,7 @@ class DemoArguments:
 
 def _demo(args: Sequence[str], prog: str) -> None:
     given = tyro.cli(DemoArguments, args=args, prog=prog, description=COMMANDS["demo"][1])
-    from depthfuse.demo import demo
+    from depthfuse.runs.demo import demo
 
     _print_results(demo(given.out))
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from depthfuse.data import DataConfig
-from depthfuse.progressive import Schedule
+from depthfuse.training.lambda_schedule import Schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

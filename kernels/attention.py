@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from depthfuse.kernels.device.patches import join_positions
 from depthfuse.kernels.launch import (
     Launch,
     Target,
@@ -30,8 +31,7 @@ from depthfuse.kernels.launch import (
     require_rows,
     target_of,
 )
-from depthfuse.kernels.patches import join_positions
-from depthfuse.kernels.tuning import tuned
+from depthfuse.kernels.tuning.lookup import tuned
 
 MAX_TOKENS = 1024
 HEAD_DIMS = (32, 128)  # least and most

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from depthfuse.kernels.epilogue import finish, normalize
+from depthfuse.kernels.device.epilogue import finish, normalize
 from depthfuse.kernels.launch import (
     Launch,
     Target,
@@ -39,7 +39,7 @@ from depthfuse.kernels.launch import (
     require_tail,
     target_of,
 )
-from depthfuse.kernels.tuning import tuned
+from depthfuse.kernels.tuning.lookup import tuned
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 
 from depthfuse.kernels.depthwise import add_row, load_row
-from depthfuse.kernels.epilogue import activate, finish
+from depthfuse.kernels.device.epilogue import activate, finish
+from depthfuse.kernels.device.patches import join_positions
 from depthfuse.kernels.launch import (
     Launch,
     Target,
@@ -36,8 +37,7 @@ from depthfuse.kernels.launch import (
     require_tail,
     target_of,
 )
-from depthfuse.kernels.patches import join_positions
-from depthfuse.kernels.tuning import tuned
+from depthfuse.kernels.tuning.lookup import tuned
 
 MAX_OUT_CHANNELS = 256
 

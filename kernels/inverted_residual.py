@@ -22,7 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
-from depthfuse.kernels.epilogue import activate, finish
+from depthfuse.kernels.device.epilogue import activate, finish
+from depthfuse.kernels.device.patches import join_positions, split_positions
+from depthfuse.kernels.device.tile import within_reduction
 from depthfuse.kernels.launch import (
     Launch,
     Target,
@@ -37,9 +39,7 @@ from depthfuse.kernels.launch import (
     require_tail,
     target_of,
 )
-from depthfuse.kernels.patches import join_positions, split_positions
-from depthfuse.kernels.tile import within_reduction
-from depthfuse.kernels.tuning import tuned
+from depthfuse.kernels.tuning.lookup import tuned
 
 MAX_CHANNELS = 64
 

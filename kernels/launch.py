@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from depthfuse.kernels.epilogue import ACTIVATIONS
+from depthfuse.kernels.device.epilogue import ACTIVATIONS
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from depthfuse.kernels import splitk
-from depthfuse.kernels.epilogue import finish
+from depthfuse.kernels.device import splitk
+from depthfuse.kernels.device.epilogue import finish
+from depthfuse.kernels.device.splitk import part_of
+from depthfuse.kernels.device.tile import GemmConfig, gemm_config, tile_of, within_reduction
 from depthfuse.kernels.launch import (
     Launch,
     Target,
@@ -28,9 +30,7 @@ from depthfuse.kernels.launch import (
     require_tail,
     target_of,
 )
-from depthfuse.kernels.splitk import part_of
-from depthfuse.kernels.tile import GemmConfig, gemm_config, tile_of, within_reduction
-from depthfuse.kernels.tuning import tuned
+from depthfuse.kernels.tuning.lookup import tuned
 
 
 @triton.jit

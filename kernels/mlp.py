@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from depthfuse.kernels.epilogue import activate, finish, normalize
+from depthfuse.kernels.device.epilogue import activate, finish, normalize
+from depthfuse.kernels.device.tile import within_reduction
 from depthfuse.kernels.launch import (
     Launch,
     Target,
@@ -32,8 +33,7 @@ from depthfuse.kernels.launch import (
     require_tail,
     target_of,
 )
-from depthfuse.kernels.tile import within_reduction
-from depthfuse.kernels.tuning import tuned
+from depthfuse.kernels.tuning.lookup import tuned
 
 MAX_CHANNELS = 256
 

@@ -24,7 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from depthfuse.kernels.epilogue import finish
+from depthfuse.kernels.device.epilogue import finish
+from depthfuse.kernels.device.tile import tile_of
 from depthfuse.kernels.launch import (
     Launch,
     Target,
@@ -39,8 +40,7 @@ from depthfuse.kernels.launch import (
     require_tail,
     target_of,
 )
-from depthfuse.kernels.tile import tile_of
-from depthfuse.kernels.tuning import tuned
+from depthfuse.kernels.tuning.lookup import tuned
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from depthfuse import ModelSource, Supernet
-from depthfuse.variants import block_inputs
+from depthfuse.merging.variants import block_inputs
 
 # (model, kwargs, side of the image): one of each block type, with strides, channel changes and odd maps
 SMALL = {

@@ -38,7 +38,7 @@ def run_loop():
 
 def test_plain_lines_elsewhere(no_terminal, capsys, monkeypatch):
     log.setup()
-    logging.getLogger("depthfuse.train").info("started")
+    logging.getLogger("depthfuse.training.loop").info("started")
     run_loop()
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" ", 2)[1:] for line in lines] == [
@@ -53,7 +53,7 @@ def test_plain_lines_elsewhere(no_terminal, capsys, monkeypatch):
 
 def test_bar_on_a_terminal(terminal, capsys):
     log.setup()
-    logging.getLogger("depthfuse.train").info("started")
+    logging.getLogger("depthfuse.training.loop").info("started")
     run_loop()
     shown = terminal.getvalue()
     assert "started" in shown and "training" in shown and "5/5" in shown and "loss 0.1235, lam 1" in shown
@@ -62,27 +62,27 @@ def test_bar_on_a_terminal(terminal, capsys):
 
 def test_quiet_shows_warnings_only(terminal):
     log.setup(-1)
-    logging.getLogger("depthfuse.train").info("hidden")
+    logging.getLogger("depthfuse.training.loop").info("hidden")
     run_loop()
     assert terminal.getvalue() == ""
-    logging.getLogger("depthfuse.train").warning("careful")
+    logging.getLogger("depthfuse.training.loop").warning("careful")
     assert "careful" in terminal.getvalue()
 
 
 def test_other_ranks_are_silent(no_terminal, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     log.setup(1)
-    logging.getLogger("depthfuse.train").warning("hidden")
+    logging.getLogger("depthfuse.training.loop").warning("hidden")
     run_loop()
     assert capsys.readouterr().err == ""
 
 
 def test_details_on_request(no_terminal, capsys):
     log.setup(1)
-    logging.getLogger("depthfuse.train").debug("fine print")
+    logging.getLogger("depthfuse.training.loop").debug("fine print")
     assert "DEBUG fine print" in capsys.readouterr().err
     log.setup(0)  # replaces, and does not add
-    logging.getLogger("depthfuse.train").info("once")
+    logging.getLogger("depthfuse.training.loop").info("once")
     assert capsys.readouterr().err.count("once") == 1
 
 

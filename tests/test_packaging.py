@@ -62,7 +62,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         if path.suffix in (".py", ".json") or path.name == "py.typed"
     }
     # rglob does not follow the symlink
-    source |= {f"depthfuse/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    source |= {f"depthfuse/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
     data = {f"depthfuse/data/fashion_mnist/{name}" for name in ("subset.xz", "LICENSE", "README.md")}
     assert names == source | data
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cut_fashion_mnist
+from benchmarks.tools import cut_fashion_mnist
 from depthfuse.data import DataConfig, DataError, embedded, open_data
 from depthfuse.data.pixels import PixelSource
 

@@ -15,12 +15,12 @@ from depthfuse.kernels.attention import attention
 from depthfuse.kernels.conv2d import conv2d
 from depthfuse.kernels.depthwise import depthwise_conv2d, pack_weight
 from depthfuse.kernels.depthwise_pointwise import depthwise_pointwise
+from depthfuse.kernels.device.tile import GemmConfig
 from depthfuse.kernels.inverted_residual import inverted_residual
 from depthfuse.kernels.launch import INTERPRETED
 from depthfuse.kernels.linear import linear
 from depthfuse.kernels.mlp import mlp
 from depthfuse.kernels.pool_linear import PoolLinearConfig, pool_linear
-from depthfuse.kernels.tile import GemmConfig
 from tests.kernels.oracle import ACTIVATIONS, assert_within, finish, forward_error, guarded
 
 DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])

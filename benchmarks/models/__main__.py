@@ -1,0 +1,86 @@
+"""Whole-model latency of the four networks: see `depthfuse.benching.bench`, which `depthfuse bench` runs on any model.
+
+    python -m benchmarks.models --models resnet34 mobilenetv2_100 --batch 1 8 --dtype fp32
+
+Each network as it comes from timm and ("+ merged") with every second of its prunable blocks merged, in the form that
+usually pays. Weights are random: no speed depends on them. Writes a CSV and a plot to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from depthfuse import Supernet, merge
+from depthfuse.benching.bench import DTYPES, compare, machine, plot, randomised, write_csv
+from depthfuse.benching.engines import CONTENDERS
+from depthfuse.merging.merge import input_size
+from depthfuse.spec import ModelSource
+
+MODELS = ("resnet34", "mobilenetv2_100", "mobilenetv2_140", "convnext_tiny", "deit_tiny_patch16_224")
+VARIANTS = ("plain", "merged")
+# The first of these that a block has: the dense 5x5 of two 3x3 and the dense 7x7 of a ConvNeXt block lose everywhere.
+PREFERRED = ("compact", "factorised", "ffn", "dense")
+
+
+def build(name: str, variant: str) -> nn.Module:
+    """The network in evaluation mode with random weights and norms that do something."""
+    model = randomised(ModelSource.make(name).build())
+    if variant == "plain":
+        return model
+    supernet = randomised(Supernet(model))
+    options = {path: names for path, names in supernet.options().items() if names}
+    chosen = list(options)[1::2]
+    supernet.set_choices({path: min(options[path], key=PREFERRED.index) for path in chosen})
+    return merge(supernet).eval().requires_grad_(False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--round-ms", type=float, default=150.0, help="time for each contender in each round")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    facts = machine(device)
+    print(", ".join(f"{name} {value}" for name, value in facts.items() if value))
+    rows = []
+    for name, variant in itertools.product(args.models, args.variants):
+        model = build(name, variant).to(device, dtype)
+        label = name if variant == "plain" else f"{name} + merged"
+        for batch in args.batch:
+            x = torch.randn(batch, *input_size(model), device=device).to(dtype)
+            compared = compare(model, label, x, args.contenders, args.rounds, args.round_ms)
+            for row in compared:
+                _print(row)
+            rows += compared
+    place = args.out / f"models_{device.type}_{args.dtype}"
+    write_csv(rows, place.with_suffix(".csv"), facts)
+    title = f"{facts['device']}, {facts['threads']} threads, {args.dtype}, torch {facts['torch']}"
+    plot(rows, place.with_suffix(".png"), title)
+    print(f"written: {place}.csv and .png")
+
+
+def _print(row: dict) -> None:
+    print(
+        f"{row['model']:30} batch {row['batch']:<3} {row['contender']:20} {row['latency_ms']:9.3f} ms "
+        f"[{row['latency_q1_ms']:.3f}, {row['latency_q3_ms']:.3f}]   {row['ratio_to_depthfuse']:.2f}x depthfuse's "
+        f"time [{row['ratio_q1']:.2f}, {row['ratio_q3']:.2f}]",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

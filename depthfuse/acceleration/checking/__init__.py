@@ -1,0 +1,1 @@
+"""Whether a plan is right, and what each part of it costs."""

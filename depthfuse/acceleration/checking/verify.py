@@ -1,0 +1,128 @@
+"""Compare a plan with the model it was made from, and find where they part if they do."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from depthfuse.acceleration.checking.report import Entry
+from depthfuse.acceleration.errors import AccelerationError
+from depthfuse.acceleration.planning.build import trace_simplified
+from depthfuse.acceleration.planning.graph import value_name
+from depthfuse.acceleration.planning.parts import CallByCall, cast, first_inputs, parts_of, tensors_in
+from depthfuse.acceleration.running.model import AcceleratedModel
+
+# Largest allowed max |plan - model| / max |model| by the coarser of the two dtypes. Rounding alone gives
+# about eps * sqrt(operations in a row): 1e-6 in float32 for the nets of the zoo; these leave two orders of
+# magnitude.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 1e-2}
+
+
+def relative_error(result: Tensor, reference: Tensor) -> float:
+    """max |result - reference| / max |reference|, in float64; inf where one is NaN and the other is not."""
+    result, reference = result.detach().double(), reference.detach().double()
+    if result.shape != reference.shape:
+        return float("inf")
+    if reference.numel() == 0:
+        return 0.0
+    if not torch.equal(result.isfinite(), reference.isfinite()):
+        return float("inf")
+    difference = torch.nan_to_num(result - reference, nan=0.0, posinf=0.0, neginf=0.0).abs().max()
+    largest = torch.nan_to_num(reference, nan=0.0, posinf=0.0, neginf=0.0).abs().max()
+    return (difference / largest.clamp_min(torch.finfo(torch.float64).tiny)).item()
+
+
+def verify(accelerated: AcceleratedModel, model: nn.Module, inputs: tuple[Tensor, ...]) -> float:
+    """The largest relative error over the outputs.
+
+    Raises:
+        AccelerationError: it is beyond TOLERANCE, and of what the model's own rounding explains; the error names the
+            first operation of which that is true.
+    """
+    dtype = accelerated.dtype
+    with torch.no_grad():
+        # On copies: some models write over their input.
+        expected = tensors_in(model(*(x.clone() for x in inputs)))
+        given = tensors_in(accelerated(*(x.clone() for x in inputs)))
+    if len(expected) != len(given):
+        raise AccelerationError(f"the plan gives {len(given)} outputs, the model {len(expected)}")
+    tolerance = max(TOLERANCE[dtype], *(TOLERANCE[x.dtype] for x in inputs if x.dtype in TOLERANCE))
+    error = max((relative_error(g, e) for g, e in zip(given, expected, strict=True)), default=0.0)
+    entries: tuple[Entry, ...] = ()
+    if not all(e.any() for e in expected):
+        # A head whose weights start at zero hides everything before it: look behind it.
+        entries = compare_operations(accelerated, model, inputs)
+        error = max([error, *(e.error for e in entries if e.error is not None)])
+    if error <= tolerance or (not entries and _is_rounding_of_the_model(model, inputs, expected, given)):
+        return error
+    entries = entries or compare_operations(accelerated, model, inputs)
+    wrong = next((e for e in entries if (e.error or 0.0) > tolerance), None)
+    where = "each operation by itself is within that"
+    if wrong is not None:
+        where = f"first wrong operation: {wrong.path}, relative error {wrong.error:.1e}"
+    raise AccelerationError(
+        f"the accelerated model differs from the model by {error:.1e} (relative to the largest output; "
+        f"allowed {tolerance:.0e} in {dtype}); {where}"
+    )
+
+
+def _is_rounding_of_the_model(
+    model: nn.Module, inputs: tuple[Tensor, ...], expected: list[Tensor], given: list[Tensor]
+) -> bool:
+    """Whether the outputs given are about as close to those of the model in float64 as the model's own are.
+
+    Some nets amplify rounding: two correct ways to compute them in float32 then differ by more than TOLERANCE.
+    """
+    try:
+        exact_model = copy.deepcopy(model).double()
+        with torch.no_grad():
+            exact = tensors_in(
+                exact_model(*(x.double() if x.is_floating_point() else x.clone() for x in inputs))
+            )
+    except RuntimeError:  # a model that computes in one dtype only
+        return False
+    pairs = zip(given, expected, exact, strict=True)
+    return all(relative_error(g, e64) <= 4 * relative_error(e, e64) for g, e, e64 in pairs)
+
+
+def compare_operations(
+    accelerated: AcceleratedModel, model: nn.Module, inputs: tuple[Tensor, ...]
+) -> tuple[Entry, ...]:
+    """The plan's entries with the error of each operation's output, as far as the model has the same value somewhere.
+
+    Each graph of the plan and what it was traced from see what they see in a run of the whole, so that errors of
+    earlier operations go on into later ones.
+
+    Args:
+        model: what the plan was made from, or a copy of it in another dtype to compare with.
+        inputs: for the model; they are cast for the plan.
+    """
+    entries = accelerated.report().entries
+    layers = dict(model.named_modules())
+    parts = parts_of(accelerated.plan)
+    theirs = first_inputs(model, {name: layers[name] for name in parts}, cast(inputs, model))
+    ours = first_inputs(accelerated.plan, parts, cast(inputs, accelerated))
+    errors: dict[tuple[str, str], float] = {}
+    with torch.no_grad():
+        for part in parts.keys() & theirs.keys() & ours.keys():
+            wanted = {entry.nodes[-1] for entry in entries if entry.part == part and entry.nodes}
+            expected: dict[str, Tensor] = {}
+
+            def keep(node, args, kwargs, call, wanted=wanted, expected=expected):
+                value = call()
+                if node.name in wanted and isinstance(value, Tensor):
+                    expected[node.name] = value.clone()  # the next one may write over it
+                return value
+
+            def compare(node, args, kwargs, call, part=part, expected=expected):
+                value, name = call(), value_name(node)
+                if name in expected and isinstance(value, Tensor):
+                    errors[part, name] = relative_error(value, expected[name])
+                return value
+
+            CallByCall(trace_simplified(layers[part]), keep).run(*theirs[part])
+            CallByCall(parts[part], compare).run(*ours[part])
+    return tuple(replace(e, error=errors.get((e.part, e.nodes[-1])) if e.nodes else None) for e in entries)

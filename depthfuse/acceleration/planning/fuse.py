@@ -1,0 +1,350 @@
+"""Put fused modules in the place of what a graph's nodes compute together, by passes over the graph.
+
+A pass looks for one pattern and replaces each place where it finds it; what it must keep is said at `Pass`. The first
+one finds convolution and linear chains; where our kernels run, those of `accelerate/blocks.py` then put whole blocks
+together. A chain starts at a convolution or linear layer and follows its only reader, as long as what that does fits
+
+    y = scale * act(norm(conv(x) + bias) + residual) + shift
+
+Batch norm, LayerScale and constants before the residual and the activation are folded into weight and bias,
+in float64; after them they become scale and shift. A LayerNorm before a linear layer or behind a depthwise convolution
+is taken in where the kernels run, which normalise what they hold anyway: before, its affine belongs in the weight and
+the bias, behind, it is scale and shift. Permutations on the way (ConvNeXt goes from [N, H, W, C]
+back to [N, C, H, W]) are moved behind the fused module, and their inverse before the residual; in
+channels_last both are free.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from depthfuse.acceleration.planning.elements import Act, Add, Affine, Norm, layer_norm, read
+from depthfuse.acceleration.planning.fuse_blocks import KERNEL_PASSES, fuse_attention
+from depthfuse.acceleration.planning.graph import constant_of, has_hooks, insert_fused, mark_value, module_of
+from depthfuse.fused.layers import FusedConv2d, FusedLinear, FusedModule
+from depthfuse.ops import resolve_backend
+
+CONV_CHANNEL_AXIS = -3
+LINEAR_CHANNEL_AXIS = -1
+
+
+@dataclass
+class Chain:
+    """A product layer and all that was found to follow it, as the arguments of a fused module (float64)."""
+
+    start: fx.Node
+    source: fx.Node
+    geometry: (
+        dict[str, Any] | None
+    )  # stride, padding, dilation, groups of a convolution; None for a linear layer
+    weight: Tensor  # the layer's own; what is folded into it waits in row_scale and column_scale
+    bias: Tensor | None
+    channel_axis: int
+    end: fx.Node
+    nodes: list[fx.Node]
+    norm_eps: float | None = None
+    row_scale: Tensor | None = None  # of each output channel
+    column_scale: Tensor | None = None  # of each input of a linear layer
+    residual: fx.Node | None = None
+    residual_permute: tuple[int, ...] | None = None  # how the output lay where the residual was added
+    act: str | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    permute: tuple[int, ...] | None = None  # of the output, so far
+    pieces: list[str] = field(default_factory=list)
+
+    def take(self, element) -> bool:
+        """Absorb one element if it fits; says whether it did."""
+        if isinstance(element, Norm):
+            return self._take_norm(element)
+        if isinstance(element, Affine):
+            return self._take_affine(element)
+        if isinstance(element, Act):
+            if self.act is not None or self.scale is not None or self.shift is not None:
+                return False
+            self.act = element.name
+            self.pieces.append(element.name)
+            return True
+        if isinstance(element, Add):
+            if (
+                self.residual is not None
+                or self.act is not None
+                or self.scale is not None
+                or self.shift is not None
+            ):
+                return False
+            self.residual, self.residual_permute = element.other, self.permute
+            self.pieces.append("residual")
+            return True
+        ndim = len(element.dims)
+        before = self.permute or tuple(range(ndim))
+        axis = element.dims.index(ndim + self.channel_axis)
+        self.permute = tuple(before[d] for d in element.dims)
+        self.channel_axis = axis - ndim
+        return True
+
+    def _take_affine(self, element: Affine) -> bool:
+        wide = any(v is not None and v.dim() == 1 and len(v) > 1 for v in (element.scale, element.shift))
+        if wide and element.axis != self.channel_axis:
+            return False
+        channels = self.weight.shape[0]
+        scale = None if element.scale is None else element.scale.expand(channels)
+        shift = None if element.shift is None else element.shift.expand(channels)
+        if self.act is None and self.residual is None and self.norm_eps is None:
+            self._fold(scale, shift)
+        else:
+            if scale is not None:
+                self.scale = scale if self.scale is None else self.scale * scale
+                self.shift = None if self.shift is None else self.shift * scale
+            if shift is not None:
+                self.shift = shift if self.shift is None else self.shift + shift
+        self.pieces.append("affine")
+        return True
+
+    def _take_norm(self, norm: Norm) -> bool:
+        """LayerNorm behind a depthwise convolution, whose kernel holds all channels of its pixels."""
+        groups = 1 if self.geometry is None else self.geometry["groups"]
+        fits = groups > 1 and self.weight.shape[:2] == (groups, 1)
+        taken = (self.norm_eps, self.act, self.residual, self.scale, self.shift)
+        if not fits or any(value is not None for value in taken) or norm.axis != self.channel_axis:
+            return False
+        self.norm_eps, self.scale, self.shift = norm.eps, norm.weight, norm.bias
+        self.pieces.append("norm")
+        return True
+
+    def take_norm_before(self, node: fx.Node, norm: Norm) -> None:
+        """Absorb the LayerNorm at `node` that this chain's linear layer reads, alone."""
+        self.norm_eps = norm.eps
+        if norm.bias is not None:
+            shift = self._scaled(self.weight) @ norm.bias
+            self.bias = shift if self.bias is None else self.bias + shift
+        if norm.weight is not None:
+            self.column_scale = norm.weight
+        self.source = node.args[0]
+        self.nodes.insert(0, node)
+
+    def _fold(self, scale: Tensor | None, shift: Tensor | None) -> None:
+        if scale is not None:
+            self.row_scale = scale if self.row_scale is None else self.row_scale * scale
+            self.bias = None if self.bias is None else self.bias * scale
+        if shift is not None:
+            self.bias = shift if self.bias is None else self.bias + shift
+
+    def _scaled(self, weight: Tensor, first: int = 0) -> Tensor:
+        """Rows of the layer's weight, from row `first` on, with all that was folded into them; float64."""
+        weight = weight.double()
+        if self.row_scale is not None:
+            scale = self.row_scale[first : first + len(weight)]
+            weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+        return weight if self.column_scale is None else weight * self.column_scale
+
+    @torch.no_grad()
+    def write_weight(self, target: Tensor) -> None:
+        """Write the folded weight into `target`, rounded once.
+
+        A few rows at a time: float64 copies of every layer would leave as many holes in the heap, and planning a net
+        would need twice its memory.
+        """
+        if self.row_scale is None and self.column_scale is None:
+            return
+        for first in range(0, len(target), 64):
+            rows = slice(first, first + 64)
+            target[rows].copy_(self._scaled(self.weight[rows], first))
+
+
+_LINEAR_FUNCTIONS = (F.linear,)
+_CONV_FUNCTIONS = (F.conv2d, torch.conv2d)
+
+
+def start_chain(node: fx.Node) -> Chain | None:
+    """A chain that holds only the layer of `node`, or None if that is no convolution or linear that we can run."""
+    if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+        return _start_at_layer(node, module_of(node))
+    if node.op == "call_function" and node.target in _LINEAR_FUNCTIONS + _CONV_FUNCTIONS:
+        return _start_at_function(node)
+    return None
+
+
+def _start_at_layer(node: fx.Node, layer: nn.Module) -> Chain | None:
+    if has_hooks(layer):
+        return None
+    if type(layer) is nn.Linear:
+        return _chain(node, None, layer.weight, layer.bias)
+    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+        return _chain(node, geometry, layer.weight, layer.bias)
+    return None
+
+
+def _start_at_function(node: fx.Node) -> Chain | None:
+    """Where weight and bias are constants, as in layers that compute their weight from others."""
+    names: tuple[str, ...] = ("input", "weight", "bias")
+    defaults: dict[str, Any] = {"bias": None}
+    if node.target in _CONV_FUNCTIONS:
+        names += ("stride", "padding", "dilation", "groups")
+        defaults |= {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    given = defaults | dict(zip(names, node.args, strict=False)) | node.kwargs
+    weight, bias = constant_of(given["weight"]), constant_of(given["bias"])
+    known = weight is not None and (bias is not None or given["bias"] is None)
+    if not known or given.keys() != set(names) or not isinstance(given["input"], fx.Node):
+        return None
+    if node.target in _LINEAR_FUNCTIONS:
+        return _chain(node, None, weight, bias, given["input"])
+    geometry = {name: given[name] for name in names[3:]}
+    pairs = {name: (n, n) if isinstance(n, int) else n for name, n in geometry.items() if name != "groups"}
+    if weight.dim() != 4 or not all(isinstance(n, tuple | list) for n in pairs.values()):
+        return None
+    return _chain(node, geometry | pairs, weight, bias, given["input"])
+
+
+def _chain(
+    node: fx.Node, geometry, weight: Tensor, bias: Tensor | None, source: fx.Node | None = None
+) -> Chain:
+    axis = LINEAR_CHANNEL_AXIS if geometry is None else CONV_CHANNEL_AXIS
+    bias = None if bias is None else bias.detach().double()
+    source = source or node.args[0]
+    return Chain(node, source, geometry, weight.detach(), bias, axis, node, [node])
+
+
+def look_back(chain: Chain) -> None:
+    """Absorb the LayerNorm before a linear layer, where nothing else reads its values."""
+    if chain.geometry is not None:
+        return
+    _choose_token_first(chain)
+    before = chain.source
+    norm = _norm_of_tokens(before)
+    questions = [user for user in before.users if user.target is getattr and user.args[1] == "shape"]
+    if norm is None or set(before.users) != {chain.start, *questions}:
+        return
+    for question in questions:  # its input has the same shape
+        question.replace_input_with(before, before.args[0])
+    chain.take_norm_before(before, norm)
+
+
+def _norm_of_tokens(node: fx.Node) -> Norm | None:
+    """The LayerNorm over the last axis that a node calls, or None."""
+    if node.op != "call_module" or len(node.args) != 1 or has_hooks(module_of(node)):
+        return None
+    norm = layer_norm(module_of(node))
+    return norm if norm is not None and norm.axis == LINEAR_CHANNEL_AXIS else None
+
+
+def _choose_token_first(chain: Chain) -> None:
+    """Of norm(x)[:, 0], what the head of a ViT reads, make norm(x[:, 0]): the other tokens need no norm."""
+    choice = chain.source
+    if choice.target is not operator.getitem or choice.args[1] != (slice(None), 0) or len(choice.users) != 1:
+        return
+    norm = choice.args[0]
+    if _norm_of_tokens(norm) is None or len(norm.users) != 1:
+        return
+    plan = norm.graph
+    with plan.inserting_before(norm):
+        token = plan.call_function(operator.getitem, (norm.args[0], choice.args[1]))
+    norm.args = (token,)
+    mark_value(norm, choice)
+    choice.replace_all_uses_with(norm)
+    plan.erase_node(choice)
+    chain.source = norm
+
+
+def grow(chain: Chain, norms: bool) -> None:
+    """Follow the only reader as far as the fused module's schema goes; `norms`: LayerNorm is part of that."""
+    while len(chain.end.users) == 1:
+        (user,) = chain.end.users
+        if user.op == "call_module" and has_hooks(module_of(user)):
+            return
+        longer = copy.copy(chain)
+        longer.pieces = list(chain.pieces)
+        elements = read(user, chain.end)
+        if elements is not None and not norms and any(isinstance(e, Norm) for e in elements):
+            return
+        if elements is None or not all(longer.take(element) for element in elements):
+            return
+        longer.end, longer.nodes = user, [*chain.nodes, user]
+        vars(chain).update(vars(longer))
+
+
+def fuse_chains(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
+    """Replace every chain of `plan` by a fused module."""
+    norms = runs_triton_kernels(plan, backend)
+    for node in list(plan.graph.nodes):
+        chain = start_chain(node)
+        if chain is None:
+            continue
+        if norms:
+            look_back(chain)
+        grow(chain, norms)
+        emit(plan, chain, build(chain, dtype, backend))
+
+
+# Changes a plan in place: (plan, dtype of the fused modules, backend). A pass puts each fused module in with
+# `graph.insert_fused`, which writes down for which nodes it stands; the node whose value is that of the pattern's last
+# one says so with `graph.mark_value`. Shapes stay on the nodes for the passes after it.
+Pass = Callable[[fx.GraphModule, torch.dtype, str], None]
+
+
+def runs_triton_kernels(plan: fx.GraphModule, backend: str) -> bool:
+    """Whether our kernels run the plan where its weights are."""
+    tensor = next(iter([*plan.parameters(), *plan.buffers()]), None)
+    return tensor is not None and resolve_backend(backend, tensor.device)[0] == "triton"
+
+
+def fuse(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
+    """Run all passes over `plan`, in place."""
+    passes: tuple[Pass, ...] = (
+        fuse_chains,
+        fuse_attention,
+        *(KERNEL_PASSES if runs_triton_kernels(plan, backend) else ()),
+    )
+    for run in passes:
+        run(plan, dtype, backend)
+        plan.graph.eliminate_dead_code()
+
+
+def build(chain: Chain, dtype: torch.dtype, backend: str) -> FusedModule:
+    """The fused module of a chain."""
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype)
+
+    tensors = (cast(chain.weight), cast(chain.bias), cast(chain.scale), cast(chain.shift))
+    act = chain.act or "none"
+    module: FusedLinear | FusedConv2d
+    if chain.geometry is None:
+        module = FusedLinear(*tensors, act=act, norm_eps=chain.norm_eps, backend=backend)
+    else:
+        module = FusedConv2d(*tensors, **chain.geometry, act=act, norm_eps=chain.norm_eps, backend=backend)
+    chain.write_weight(module.weight)
+    return module
+
+
+def emit(plan: fx.GraphModule, chain: Chain, module: FusedModule) -> None:
+    """Put a call of the fused module where the chain ended, with the permutations around it."""
+    graph = plan.graph
+    with graph.inserting_before(chain.end):
+        arguments = [chain.source]
+        if chain.residual is not None:
+            residual = chain.residual
+            if chain.residual_permute is not None:
+                inverse = tuple(chain.residual_permute.index(d) for d in range(len(chain.residual_permute)))
+                residual = graph.call_method("permute", (residual, *inverse))
+            arguments.append(residual)
+        result = insert_fused(plan, module, tuple(arguments), chain.nodes)
+        shape, permute = chain.end.meta["shape"], chain.permute
+        if permute is not None:
+            result.meta["shape"] = tuple(shape[permute.index(d)] for d in range(len(permute)))
+            result = graph.call_method("permute", (result, *permute))
+        else:
+            result.meta["shape"] = shape
+        mark_value(result, chain.end)
+    chain.end.replace_all_uses_with(result)
+    for node in reversed(chain.nodes):
+        graph.erase_node(node)

@@ -1,0 +1,1 @@
+"""How a plan runs: the choice of implementations, of an executor, and the finished model."""

@@ -1,0 +1,1 @@
+"""An accelerated model as a file, and back."""

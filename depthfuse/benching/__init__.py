@@ -1,0 +1,1 @@
+"""The accelerated model beside every engine that a user could pick instead."""

@@ -1,0 +1,171 @@
+"""Whole-model latency: `depthfuse.accelerate` against what its user would pick instead.
+
+Every contender is verified against the eager model first. Then all are timed in turn, A B C A B C ..., and the ratios
+are taken round by round: a shared machine's speed drifts, and the ratio of two runs made minutes apart means nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from depthfuse.acceleration import AcceleratedModel, accelerate
+from depthfuse.acceleration.checking.verify import TOLERANCE, relative_error
+from depthfuse.benching.engines import CONTENDERS, OURS, Run, available
+from depthfuse.config import DTYPES
+from depthfuse.env import collect
+from depthfuse.measuring.timing import Timing, quartiles, time_interleaved
+
+__all__ = ["DTYPES", "compare", "machine", "operations", "plot", "randomised", "write_csv"]
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """The model in evaluation mode, in place, with weights that do something, unlike fresh ones; seeded.
+
+    timm starts the last norm of a residual branch, LayerScale and other gains at zero or close to it: a mistake behind
+    them would not show in the output.
+    """
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.8, 1.25)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1 or not parameter.is_floating_point():
+                continue
+            if name == "bias":
+                nn.init.normal_(parameter, 0, 0.1)
+            elif parameter.abs().max() < 1e-2 or isinstance(module, _BatchNorm | nn.LayerNorm):
+                nn.init.uniform_(parameter, 0.5, 1.0)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def compare(
+    model: nn.Module,
+    label: str,
+    x: Tensor,
+    contenders: Sequence[str] = tuple(CONTENDERS),
+    rounds: int = 15,
+    round_ms: float = 150.0,
+    backend: str = "auto",
+) -> list[Row]:
+    """Time the contenders on one model and input: one row each, ours first.
+
+    Those that are not installed or do not run in this dtype are left out; those that fail on this model, or compute
+    something else, too, with a warning.
+
+    Args:
+        model: in evaluation mode, of x's dtype and device. x: [N, C, H, W].
+        contenders: names in `CONTENDERS`; ours takes part in any case.
+        rounds: interleaved. round_ms: time for each contender in each round.
+        backend: of ours, see `depthfuse.ops.resolve_backend`.
+    """
+    reference = model(x)
+    runs: dict[str, Run] = {}
+    errors: dict[str, float] = {}
+    for name in [OURS, *(name for name in available(contenders, x.dtype, x.device) if name != OURS)]:
+        try:
+            run = accelerate(model, x, backend=backend) if name == OURS else CONTENDERS[name].make(model, x)
+            error = relative_error(run(x), reference)
+        except Exception as failure:  # whatever another project's compiler raises
+            if name == OURS:
+                raise
+            logger.warning("%s does not run %s: %s", name, label, str(failure).splitlines()[:1])
+            continue
+        if not error <= TOLERANCE[x.dtype]:
+            logger.warning("%s is wrong on %s: relative error %.1e; it is left out", name, label, error)
+            continue
+        runs[name], errors[name] = run, error
+    calls = {name: (lambda run=run: run(x)) for name, run in runs.items()}
+    timings = time_interleaved(calls, rounds, round_ms)
+    return [_row(label, x, name, timing, timings[OURS], errors[name]) for name, timing in timings.items()]
+
+
+def _row(label: str, x: Tensor, name: str, timing: Timing, ours: Timing, error: float) -> Row:
+    low, middle, high = quartiles(timing.rounds_ms)
+    ratio_low, ratio, ratio_high = quartiles(timing.ratios_to(ours))
+    return {
+        "model": label,
+        "batch": x.shape[0],
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "contender": name,
+        "latency_ms": round(middle, 3),
+        "latency_q1_ms": round(low, 3),
+        "latency_q3_ms": round(high, 3),
+        "ratio_to_depthfuse": round(ratio, 3),
+        "ratio_q1": round(ratio_low, 3),
+        "ratio_q3": round(ratio_high, 3),
+        "max_relative_error": f"{error:.1e}",
+    }
+
+
+def operations(model: nn.Module, x: Tensor, backend: str = "auto") -> tuple[AcceleratedModel, list[Row]]:
+    """`model` accelerated for x, and what each of its operations costs: latency before and after, MACs, roofline."""
+    fast = accelerate(model, x, backend=backend)
+    report = fast.profile(x, model=model)
+    fast.set_report(report)
+    return fast, report.rows()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What every figure is quoted with: device, threads, versions."""
+    facts = collect()
+    name = f"{facts['cpu']['name']} {facts['cpu']['capability']}"
+    if device.type == "cuda":
+        name = facts["gpus"][device.index or 0]["name"]
+    packages = ("torch", "timm", "triton", "onnxruntime", "openvino")
+    return {"device": name, "threads": torch.get_num_threads(), "input_layout": "NCHW"} | {
+        package: facts["versions"][package] or "" for package in packages
+    }
+
+
+def write_csv(rows: Sequence[Row], path: Path, machine: dict[str, Any]) -> None:
+    """Rows of equal keys, with the machine's facts on each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=[*rows[0], *machine])
+        writer.writeheader()
+        writer.writerows({**row, **machine} for row in rows)
+
+
+def plot(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Grouped bars: each contender's time over ours, with quartiles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = list(dict.fromkeys((row["model"], row["batch"]) for row in rows))
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    figure, axes = pyplot.subplots(figsize=(1.6 * len(cases) + 3, 4.5), layout="constrained")
+    width = 0.8 / len(contenders)
+    for index, contender in enumerate(contenders):
+        chosen = {(row["model"], row["batch"]): row for row in rows if row["contender"] == contender}
+        present = [case for case in cases if case in chosen]
+        ratios = [chosen[case]["ratio_to_depthfuse"] for case in present]
+        spread = [
+            [max(0.0, ratio - chosen[case]["ratio_q1"]) for case, ratio in zip(present, ratios, strict=True)],
+            [max(0.0, chosen[case]["ratio_q3"] - ratio) for case, ratio in zip(present, ratios, strict=True)],
+        ]
+        places = [cases.index(case) + (index - len(contenders) / 2 + 0.5) * width for case in present]
+        axes.bar(places, ratios, width, yerr=spread, label=contender, capsize=2)
+    axes.set_xticks(range(len(cases)), [f"{model}\nbatch {batch}" for model, batch in cases], fontsize=8)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_ylabel("time / depthfuse's time (higher is slower)")
+    axes.set_title(title, fontsize=9)
+    axes.legend(fontsize=8, ncols=3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

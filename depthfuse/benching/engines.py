@@ -1,0 +1,120 @@
+"""What a user could run a model with instead, each as one call of an image batch, for fair comparisons with ours.
+
+Each contender is given the same weights and an input in the same layout and dtype. Optional packages take part where
+they are installed: ONNX Runtime and OpenVINO go through torch.onnx.export, which needs onnxscript.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from depthfuse.acceleration import accelerate
+
+OURS = "depthfuse"
+
+Run = Callable[[Tensor], Tensor]
+
+
+def _ours(model: nn.Module, x: Tensor) -> Run:
+    return accelerate(model, x)
+
+
+def _eager(model: nn.Module, x: Tensor) -> Run:
+    return model
+
+
+def _eager_channels_last(model: nn.Module, x: Tensor) -> Run:
+    twin: Any = copy.deepcopy(model)
+    return twin.to(memory_format=torch.channels_last)
+
+
+def _compiled(model: nn.Module, x: Tensor) -> Run:
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(model), mode="max-autotune" if x.is_cuda else None)
+
+    def run(x: Tensor) -> Tensor:
+        # Another grad mode than at the first call would compile again, and then without freezing.
+        with torch.inference_mode():
+            return compiled(x)
+
+    with config.patch(freezing=not x.is_cuda):
+        run(x)
+    return run
+
+
+def _onnx(model: nn.Module, x: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.onnx about itself
+        torch.onnx.export(model, (x,), buffer, dynamo=True, verbose=False)
+    return buffer.getvalue()
+
+
+def _onnxruntime(model: nn.Module, x: Tensor) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(_onnx(model, x), options, providers=["CPUExecutionProvider"])
+    (argument,) = session.get_inputs()
+    return lambda x: torch.from_numpy(session.run(None, {argument.name: x.numpy()})[0])
+
+
+def _openvino(model: nn.Module, x: Tensor) -> Run:
+    """In bfloat16 by its own way to it: a hint on a float32 graph, whose inputs and outputs stay float32."""
+    import openvino
+
+    core = openvino.Core()
+    options = {
+        "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[x.dtype],
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    graph = _onnx(copy.deepcopy(model).float(), x.float())
+    network = core.compile_model(core.read_model(graph), "CPU", options)
+    request = network.create_infer_request()
+    return lambda x: torch.from_numpy(request.infer([x.float().numpy()])[network.output(0)])
+
+
+@dataclass(frozen=True)
+class Contender:
+    """make: from a model and an example input to what runs it. packages: what it needs. dtypes: None for all."""
+
+    make: Callable[[nn.Module, Tensor], Run]
+    packages: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] | None = None
+    on_gpu: bool = True
+
+
+CONTENDERS: dict[str, Contender] = {
+    OURS: Contender(_ours),
+    "eager": Contender(_eager),
+    "eager channels_last": Contender(_eager_channels_last),
+    "torch.compile": Contender(_compiled),
+    "onnxruntime": Contender(_onnxruntime, ("onnxruntime", "onnxscript"), (torch.float32,), on_gpu=False),
+    "openvino": Contender(
+        _openvino, ("openvino", "onnxscript"), (torch.float32, torch.bfloat16), on_gpu=False
+    ),
+}
+
+
+def available(names: Sequence[str], dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Those of `names` that are installed and can run in `dtype` on `device`."""
+
+    def can_run(contender: Contender) -> bool:
+        installed = all(importlib.util.find_spec(package) for package in contender.packages)
+        fits = contender.dtypes is None or dtype in contender.dtypes
+        return installed and fits and (contender.on_gpu or device.type == "cpu")
+
+    return [name for name in names if can_run(CONTENDERS[name])]

@@ -1,0 +1,1 @@
+"""What each merge saves: measured, predicted or counted."""

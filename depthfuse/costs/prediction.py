@@ -1,0 +1,125 @@
+"""A latency table for a GPU that is not there: the roofline's time of each operation, plus its launch.
+
+A lower bound, not a measurement: no kernel reaches its roofline, and small ones less than large ones. The plan is the
+one of the plain backend, which fuses no whole blocks as Triton's kernels on a GPU do.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from depthfuse.acceleration import accelerate
+from depthfuse.acceleration.checking.profile import count_operations
+from depthfuse.costs.table import CostError, CostTable
+from depthfuse.log import progress
+from depthfuse.measuring.roofline import DEVICES, Device, Peaks
+from depthfuse.merging.supernet import Supernet
+from depthfuse.merging.variants import kept_copy, merged_model, variants_of
+from depthfuse.spec import ModelSource
+
+log = logging.getLogger(__name__)
+
+TARGETS = {"mi100": "gfx908", "mi210": "gfx90a", "mi300x": "gfx942", "a100": "sm_80", "h100": "sm_90"}
+LAUNCH_US = 2.0  # assumed: what an operation of a replayed graph takes beside its work
+
+
+def predict_latencies(
+    supernet: Supernet,
+    input_size: tuple[int, int, int],
+    device: str,
+    dtype: torch.dtype = torch.float16,
+    batch_size: int = 1,
+) -> CostTable:
+    """Predict what each candidate of each block saves, in milliseconds; the same each time.
+
+    Args:
+        input_size: (C, H, W). device: one of `TARGETS`. dtype: float32, float16 or bfloat16.
+
+    Raises CostError for an unknown device, or a dtype whose peak is not known.
+    """
+    conditions = predicted_conditions(supernet.source, input_size, device, dtype, batch_size)
+    peaks = _peaks(device, dtype)
+    net = kept_copy(supernet).cpu().float()
+    x = torch.zeros(1, *input_size)
+    variants = variants_of(net, x)
+
+    def predict_ms(choices: dict[str, str]) -> float:
+        return _sum_ms(merged_model(net, choices), x, peaks, dtype.itemsize, batch_size)
+
+    with progress("predicted latency table", total=len(variants) + 1) as bar:
+        whole_ms = predict_ms({})
+        bar.advance()
+        saved: dict[str, dict[str, float]] = {path: {} for path in net.blocks}
+        for variant in variants:
+            saved_ms = (whole_ms - predict_ms(variant.choices())) / len(variant.paths)
+            for path in variant.paths:
+                saved[path][variant.candidate] = saved_ms
+            bar.advance()
+    return CostTable(conditions, "ms", whole_ms, saved)
+
+
+def predict_model_ms(
+    model: nn.Module, input_size: tuple[int, int, int], device: str, dtype: torch.dtype, batch_size: int
+) -> float:
+    """The same for one model of any making. Raises CostError like `predict_latencies`."""
+    x = torch.zeros(1, *input_size)
+    return _sum_ms(model.cpu().float().eval(), x, _peaks(device, dtype), dtype.itemsize, batch_size)
+
+
+def predicted_conditions(
+    source: ModelSource, input_size: Iterable[int], device: str, dtype: torch.dtype, batch_size: int
+) -> dict[str, Any]:
+    """What a predicted table holds for. Raises CostError like `predict_latencies`."""
+    return {
+        "device": _target(device).name,
+        "threads": None,
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch_size": batch_size,
+        "input_size": list(input_size),
+        "backend": "reference",
+        "torch": torch.__version__,
+        "model": source.name,
+        "model_kwargs": json.loads(json.dumps(source.kwargs)),
+        "predicted": True,
+        "source": f"roofline, {_peaks(device, dtype).source}, and {LAUNCH_US:g} us assumed for each operation",
+    }
+
+
+def _target(device: str) -> Device:
+    if device not in TARGETS:
+        raise CostError(
+            f"no peaks of {device!r} are known: latencies can be predicted for {', '.join(TARGETS)}"
+        )
+    return DEVICES[TARGETS[device]]
+
+
+def _peaks(device: str, dtype: torch.dtype) -> Peaks:
+    peaks = _target(device).peaks(dtype)
+    if peaks is None:
+        raise CostError(f"no peak of {device} in {dtype} is known: take float32, float16 or bfloat16")
+    return peaks
+
+
+def _sum_ms(model: nn.Module, x: Tensor, peaks: Peaks, width_bytes: int, batch_size: int) -> float:
+    """The roofline of `model` on a batch like the one image x, operation by operation, in a dtype of `width_bytes`."""
+    fast = accelerate(model, x, backend="reference", verify=False, tune="off")
+    entries = fast.report().entries
+    one = count_operations(fast.plan, entries, (x,))
+    # Arithmetic and bytes are straight lines in the batch size: two points give them for any.
+    two = count_operations(fast.plan, entries, (torch.cat([x, x]),)) if batch_size > 1 else one
+    if len(one) < len(entries):
+        log.warning("%d of %d operations cannot be counted: left out", len(entries) - len(one), len(entries))
+    total_ms = 0.0
+    for first, second in zip(one, two, strict=True):
+        more = batch_size - 1
+        macs = first.macs + more * (second.macs - first.macs)
+        bytes_moved = first.bytes_moved + more * (second.bytes_moved - first.bytes_moved)
+        scaled_bytes = bytes_moved * width_bytes / x.element_size()
+        total_ms += peaks.least_ms(2 * macs, scaled_bytes, first.matrix) + LAUNCH_US / 1e3
+    return total_ms

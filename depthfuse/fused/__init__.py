@@ -1,0 +1,1 @@
+"""Autograd-free modules that stand for chains of layers and for whole blocks."""

@@ -1,0 +1,1 @@
+"""Times, peaks, counts, and a cache of what was measured."""

@@ -1,0 +1,176 @@
+"""The registry of merge candidates: for each block type, the ways in which such a block can be pruned.
+
+A candidate is one class: its switch in the supernet and its path over lambda (`forward`), and its merge (`merge`). It
+holds the parameters that only the pruned block has (separate norms); the shared convolutions and linears stay in the
+original block, which is passed in.
+
+lambda is a number or, for a learned gate, a 0-dim float tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from depthfuse.merging.merged_blocks import TokenBatchNorm
+
+Lambda = float | Tensor
+
+
+class Candidate(nn.Module):
+    """One way to prune one block."""
+
+    name: ClassVar[str]
+    alone: ClassVar[bool] = True  # may be the default; otherwise offered last, and only beside another one
+    layer_norms: ClassVar[bool] = False  # `forward` takes `norm_lam`, the lambda of LayerNorm -> BatchNorm
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+
+    @classmethod
+    @abstractmethod
+    def refusal(cls, block: nn.Module) -> str | None:
+        """Why this block cannot be pruned in this way, or None where it can."""
+
+    @abstractmethod
+    def forward(self, block: nn.Module, x: Tensor, lam: Lambda) -> Tensor:
+        """The block at 0 <= lam <= 1: lam = 0 is the pruned block; towards 1 it becomes the original one."""
+
+    def share_norms(self, block: nn.Module) -> None:
+        """For an ablation: use the weights and biases of the block's own norms, where it has norms alike."""
+
+    def drop_border_remedy(self) -> None:
+        """For an ablation: pad with zeros between convolutions, which a merge cannot follow at the border."""
+
+    @abstractmethod
+    def merge(self, block: nn.Module) -> nn.Module:
+        """The merged module, equal to `forward(block, x, 0)` in eval mode. Computed in float64, cast once."""
+
+
+_CANDIDATES: dict[type[nn.Module], list[type[Candidate]]] = {}
+
+
+def register(*block_types: type[nn.Module]) -> Callable[[type[Candidate]], type[Candidate]]:
+    """Class decorator: offer a candidate for these block types. The first one registered is the default."""
+
+    def add(candidate: type[Candidate]) -> type[Candidate]:
+        for block_type in block_types:
+            _CANDIDATES.setdefault(block_type, []).append(candidate)
+        return candidate
+
+    return add
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """What depthfuse knows of one block of a model."""
+
+    path: str
+    block_type: str
+    candidates: tuple[type[Candidate], ...]  # empty: not prunable
+    reason: str  # why not prunable, or why some candidates are missing
+
+
+def find_blocks(model: nn.Module) -> list[BlockInfo]:
+    """All blocks of a model in order, by type, prunable or not, each with the reason.
+
+    A block of unknown type is one of a numbered row (element of an `nn.Sequential` or `nn.ModuleList`, or "b1", "b2",
+    ...) whose class is defined by timm's models and that holds no smaller such block. A model without any
+    gives an empty list.
+    """
+    found: list[BlockInfo] = []
+
+    def visit(module: nn.Module, path: str, numbered: bool) -> bool:
+        known = sorted(_CANDIDATES.get(type(module), ()), key=lambda c: not c.alone)
+        if known:
+            refusals = {c.name: c.refusal(module) for c in known}
+            usable = tuple(c for c in known if refusals[c.name] is None)
+            if not any(c.alone for c in usable):
+                usable = ()
+            reasons = [f"{name}: {why}" if usable else why for name, why in refusals.items() if why]
+            found.append(BlockInfo(path, type(module).__name__, usable, "; ".join(dict.fromkeys(reasons))))
+            return True
+        container = isinstance(module, nn.Sequential | nn.ModuleList)
+        children = module.named_children()
+        inner = [visit(m, f"{path}.{n}" if path else n, container or n[-1:].isdigit()) for n, m in children]
+        if any(inner):
+            return True
+        if numbered and type(module).__module__.startswith("timm.models."):
+            found.append(BlockInfo(path, type(module).__name__, (), "unknown block type"))
+            return True
+        return False
+
+    visit(model, "", False)
+    return found
+
+
+def fixed(lam: Lambda, value: float) -> bool:
+    """Whether lam is the number `value`, so that one side of a mix need not be computed.
+
+    A tensor never is: a learned gate needs its gradient at 0 and 1 too.
+    """
+    return not isinstance(lam, Tensor) and lam == value
+
+
+def mix(lam: Lambda, original: Tensor, pruned: Tensor) -> Tensor:
+    """lam * original + (1 - lam) * pruned; exactly the one or the other at 1 and 0."""
+    dtype = torch.promote_types(original.dtype, pruned.dtype)  # autocast leaves some layers in float32
+    original, pruned = original.to(dtype), pruned.to(dtype)
+    return pruned.lerp(original, lam.to(pruned) if isinstance(lam, Tensor) else lam)
+
+
+def shrink(lam: Lambda, weight: Tensor, tap: Tensor) -> Tensor:
+    """A kernel [O, I, k, k] (k odd) on its way to the 1x1 `tap` [O, I, 1, 1] at its centre."""
+    return mix(lam, weight, F.pad(tap, (weight.shape[-1] // 2,) * 4))
+
+
+def centre_tap(conv: nn.Conv2d) -> Tensor:
+    """[O, I / groups, 1, 1]"""
+    centre = conv.kernel_size[0] // 2
+    return conv.weight[:, :, centre : centre + 1, centre : centre + 1]
+
+
+def centre_tap_refusal(conv: nn.Conv2d) -> str | None:
+    """Why the centre tap alone would not read the pixels that lie under the convolution's outputs, or None."""
+    for size, padding, dilation in zip(conv.kernel_size, conv.padding, conv.dilation, strict=True):
+        if size % 2 == 0 or padding != dilation * (size // 2):
+            return f"a {size}x{size} kernel with padding {padding} does not lie centred on its output"
+    return None
+
+
+def own_activation(act: nn.Module) -> nn.Module:
+    """A copy that leaves its input alone: a mixed block still needs the value before the activation."""
+    act = copy.deepcopy(act)
+    if hasattr(act, "inplace"):
+        act.inplace = False
+    return act
+
+
+def batch_norm_like(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    """A plain batch norm with the state of `norm`, for the second position of a switch."""
+    own = nn.BatchNorm2d(
+        norm.num_features,
+        eps=norm.eps,
+        momentum=norm.momentum,
+        affine=norm.affine,
+        device=norm.running_mean.device,
+        dtype=norm.running_mean.dtype,
+    )
+    own.load_state_dict({key: value for key, value in norm.state_dict().items() if key in own.state_dict()})
+    return own
+
+
+def new_batch_norm(channels: int, like: Tensor) -> nn.BatchNorm2d:
+    """The batch norm that a pruned CNN block gets after its new non-linearity."""
+    return nn.BatchNorm2d(channels, device=like.device, dtype=like.dtype)
+
+
+def new_token_norm(channels: int, like: Tensor) -> TokenBatchNorm:
+    return TokenBatchNorm(channels, device=like.device, dtype=like.dtype)

@@ -1,0 +1,1 @@
+"""Other pruning methods, under conditions equal to ours."""

@@ -1,0 +1,290 @@
+"""`depthfuse compare`: pruning methods on one model, under equal conditions, over several seeds and budgets.
+
+Three steps, each restartable. prepare: the latency table, and how many channels to remove for each budget. train: for
+each seed a baseline and a supernet, then every method at every budget. measure: latencies of all that came out, and the
+tables. The first and the last want a quiet machine; the middle one may be split over processes or machines by seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from depthfuse.acceleration import accelerate
+from depthfuse.checkpoint import copy_file, load_json, load_tensors, save_json, save_tensors, save_text
+from depthfuse.config import DTYPES, CompareConfig, ConfigError, PruneConfig, SearchConfig, to_dict, to_yaml
+from depthfuse.costs.latency import conditions_of
+from depthfuse.costs.prediction import predict_model_ms
+from depthfuse.costs.table import CostTable
+from depthfuse.measuring.counting import count_macs, count_parameters
+from depthfuse.measuring.timing import Timing, time_interleaved
+from depthfuse.merging.merge import merged_structure
+from depthfuse.merging.supernet import Supernet
+from depthfuse.rivals import compare_report
+from depthfuse.rivals.channels import prune_channels, ratio_within
+from depthfuse.rivals.methods import METHODS, Trial, check_methods
+from depthfuse.runs.run import Run, load_strictly
+from depthfuse.searching.space import BudgetError, SearchSpace, check_one_budget
+from depthfuse.spec import SubnetSpec
+from depthfuse.training.loop import evaluate
+
+log = logging.getLogger(__name__)
+
+STEPS = ("prepare", "train", "measure")
+
+
+def parse_budget(config: SearchConfig, text: str) -> SearchConfig:
+    """The search's settings with one budget, written name=value. Raises ConfigError for anything else."""
+    name, _, value = text.partition("=")
+    names = {"blocks": int, "budget_ms": float, "speedup": float, "macs": float, "parameters": float}
+    try:
+        budget = {name: names[name](value)}
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"a budget is written name=value with one of {', '.join(names)}; got {text!r}"
+        ) from error
+    config = dataclasses.replace(config, **{**dict.fromkeys(names), **budget})
+    check_one_budget(config)
+    return config
+
+
+class Comparison:
+    """One output folder: OUT/latency.json, OUT/seed0/..., OUT/results.csv, OUT/report.md."""
+
+    def __init__(self, config: CompareConfig):
+        check_methods(config.methods)
+        self.config = config
+        controls = [name for name, method in METHODS.items() if method.control]
+        self.methods = list(dict.fromkeys([*config.methods, *controls]))
+        self.searches = {text: parse_budget(config.search, text) for text in config.budgets}
+        self.dir = config.out
+
+    def run(self, until: str = "measure") -> None:
+        """Do the steps up to `until`; what is done is skipped."""
+        steps = STEPS[: STEPS.index(until) + 1]
+        self.prepare()
+        if "train" in steps:
+            for seed in self.config.seeds:
+                self.train(seed)
+        if "measure" in steps:
+            self.measure()
+
+    def _seed_run(self, seed: int) -> Run:
+        """The baseline, supernet and data of a seed; the first seed's folder also serves to prepare."""
+        latency = self.config.latency
+        if (self.dir / "latency.json").exists():
+            # made for this comparison, though maybe on more threads than train
+            latency = dataclasses.replace(latency, table=self.dir / "latency.json", foreign_table=True)
+        return self._run(out=self.dir / f"seed{seed}", seed=seed, latency=latency)
+
+    def _run(self, **changes: Any) -> Run:
+        settings = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(PruneConfig)}
+        return Run(PruneConfig(**settings | changes), until="search")
+
+    # prepare
+
+    def prepare(self) -> None:
+        """Measure what every seed shares."""
+        path = self.dir / "latency.json"
+        if not path.exists():
+            run = self._run(out=self.dir / "prepare")
+            run.latency(Supernet(run.build())).save(path)
+        ratios_path = self.dir / "channels.json"
+        ratios = load_json(ratios_path) if ratios_path.exists() else {}
+        missing = [text for text in self.searches if text not in ratios]
+        if "channels" in self.methods and missing:
+            run = self._seed_run(self.config.seeds[0])
+            for text in missing:
+                try:
+                    ratios[text] = self._channel_ratio(run, text)
+                except BudgetError as error:
+                    log.warning("%s: %s", text, error)
+                    ratios[text] = None
+                save_json(ratios_path, ratios)
+
+    def _channel_ratio(self, run: Run, text: str) -> float:
+        model = run.build().to(run.device).eval()
+        costs, latency = self._tables(run, text)
+        space = SearchSpace(Supernet(model).options(), self.searches[text], costs, latency)
+        if (
+            space.blocks is not None
+        ):  # as fast as the cheapest subnet with so many blocks would be unfair: the mean
+            cheapest = sorted(max(s.values()) for p, s in costs.saved.items() if p in space.options)
+            limit = costs.whole - statistics.mean(cheapest) * space.blocks
+        else:
+            assert space.limit is not None
+            limit = space.limit
+        x = torch.randn(self.config.latency.batch_size, *run.size, device=run.device)
+        # a dozen nets are tried and dropped: their implementations are chosen by rule, and not by measurement
+        options: dict[str, Any] = {
+            "backend": self.config.latency.backend,
+            "tune": "heuristic",
+            "verify": False,
+        }
+        whole = accelerate(model, x, **options)
+
+        def cost(ratio: float) -> float:
+            pruned = prune_channels(model, run.size, ratio)
+            if costs.unit == "MACs":
+                return count_macs(pruned, run.size, run.device)
+            if costs.unit == "parameters":
+                return count_parameters(pruned)
+            settings = self.config.latency
+            if settings.device != "here":
+                dtype = DTYPES[settings.dtype]
+                return predict_model_ms(pruned, run.size, settings.device, dtype, settings.batch_size)
+            fast = accelerate(pruned.eval(), x, **options)
+            times = _time({"whole": whole, "pruned": fast}, x, self.config.latency.rounds)
+            return costs.whole / times["pruned"].speedup_over(times["whole"])
+
+        return ratio_within(cost, limit)
+
+    def _tables(self, run: Run, text: str) -> tuple[CostTable, CostTable]:
+        """(costs in the unit of a budget, latency)."""
+        run.config = dataclasses.replace(run.config, search=self.searches[text])
+        return run.costs(Supernet(run.build()))
+
+    # train
+
+    def train(self, seed: int) -> None:
+        """All methods at all budgets for one seed."""
+        run = self._seed_run(seed)
+        baseline_top1 = evaluate(run.baseline().to(run.device).eval(), run.data.val_loader()).top1
+        for text in self.searches:
+            for name in self.methods:
+                folder = self._folder(seed, text, name)
+                if (folder / "trial.json").exists() or self._done_elsewhere(seed, text, name):
+                    continue
+                costs, latency = self._tables(run, text)  # and sets the run's budget
+                trial = Trial(run, costs, latency, folder, self._ratio(text))
+                log.info("seed %d, %s, %s", seed, text, name)
+                try:
+                    net, choices = METHODS[name].run(trial)
+                except BudgetError as error:  # not every method reaches every budget
+                    log.warning("%s cannot reach %s: %s", name, text, error)
+                    unreachable = {"method": name, "budget": text, "seed": seed, "unreachable": str(error)}
+                    save_json(folder / "trial.json", unreachable)
+                    continue
+                score = evaluate(net, run.data.val_loader())
+                save_tensors(folder / "weights.safetensors", net.state_dict(), {"model": run.source.name})
+                document = {
+                    "method": name,
+                    "budget": text,
+                    "seed": seed,
+                    "top1": score.top1,
+                    "loss": score.loss,
+                    "baseline_top1": baseline_top1,
+                    "choices": choices,
+                    "channel_ratio": trial.channel_ratio if choices is None else None,
+                    "macs": count_macs(net, run.size, run.device),
+                    "parameters": count_parameters(net),
+                    "seconds": trial.seconds,
+                    **trial.facts,
+                }
+                save_json(folder / "trial.json", document)
+                for state in folder.glob("*.state"):
+                    state.unlink()
+
+    def _done_elsewhere(self, seed: int, text: str, name: str) -> bool:
+        """Take over what is the same at another budget and done there."""
+        if not METHODS[name].budget_free:
+            return False
+        for other in self.searches:
+            done, folder = self._folder(seed, other, name), self._folder(seed, text, name)
+            if (done / "trial.json").exists():
+                copy_file(done / "weights.safetensors", folder / "weights.safetensors")
+                save_json(folder / "trial.json", {**load_json(done / "trial.json"), "budget": text})
+                return True
+        return False
+
+    def _folder(self, seed: int, text: str, name: str) -> Path:
+        return self.dir / f"seed{seed}" / text.replace("=", "-") / name
+
+    def _ratio(self, text: str) -> float | None:
+        path = self.dir / "channels.json"
+        return load_json(path).get(text) if path.exists() else None
+
+    # measure
+
+    def measure(self) -> None:
+        """Latency of every net that came out, accelerated, beside the accelerated baseline; then the tables."""
+        run = self._seed_run(self.config.seeds[0])
+        trials = [
+            load_json(self._folder(seed, text, name) / "trial.json")
+            for text in self.searches
+            for name in self.methods
+            for seed in self.config.seeds
+        ]
+        x = torch.randn(self.config.latency.batch_size, *run.size, device=run.device)
+        baseline = accelerate(run.baseline().to(run.device).eval(), x, backend=self.config.latency.backend)
+        unreachable = [trial for trial in trials if "unreachable" in trial]
+        trials = [trial for trial in trials if "unreachable" not in trial]
+        known: dict[str, tuple[float, float]] = {}
+        whole_ms = []
+        for trial in trials:
+            key = f"{trial['choices']} {trial['channel_ratio']}"  # equal architectures run equally fast
+            if key not in known:
+                net = self._rebuild(run, trial).to(run.device).eval()
+                fast = accelerate(net, x, backend=self.config.latency.backend)
+                times = _time({"baseline": baseline, "net": fast}, x, max(15, self.config.latency.rounds))
+                known[key] = times["net"].median_ms, times["net"].speedup_over(times["baseline"])
+                whole_ms.append(times["baseline"].median_ms)
+            trial["latency_ms"], trial["speedup"] = known[key]
+        here = dataclasses.replace(self.config.latency, device="here")
+        results = {
+            "model": run.source.name,
+            "model_kwargs": run.source.kwargs,
+            "conditions": conditions_of(Supernet(run.build().to(run.device)), run.size, here),
+            "chosen_by": CostTable.load(self.dir / "latency.json").conditions,
+            "settings": to_dict(self.config),
+            "baseline": {**self._baseline_row(run), "latency_ms": statistics.median(whole_ms)},
+            "trials": trials,
+            "unreachable": unreachable,
+        }
+        save_json(self.dir / "results.json", results)
+        save_text(self.dir / "config.yaml", to_yaml(self.config))
+        compare_report.write(self.dir, results)
+
+    def _baseline_row(self, run: Run) -> dict[str, Any]:
+        net = run.build()
+        seconds = [
+            load_json(self.dir / f"seed{seed}" / "seconds_baseline.json")
+            for seed in self.config.seeds
+            if (self.dir / f"seed{seed}" / "seconds_baseline.json").exists()
+        ]
+        return {
+            "macs": count_macs(net.to(run.device), run.size, run.device),
+            "parameters": count_parameters(net),
+            "seconds": statistics.mean(seconds) if seconds else 0.0,
+        }
+
+    def _rebuild(self, run: Run, trial: Mapping[str, Any]) -> nn.Module:
+        folder = self._folder(trial["seed"], trial["budget"], trial["method"])
+        if trial["choices"] is None:
+            seed_run = self._seed_run(trial["seed"])  # which channels go depends on the baseline's weights
+            net = prune_channels(seed_run.baseline(), run.size, trial["channel_ratio"])
+        elif trial["choices"]:
+            net = merged_structure(SubnetSpec.from_mapping(run.source, trial["choices"]))
+        else:
+            net = run.build()
+        load_strictly(net, load_tensors(folder / "weights.safetensors")[0], folder)
+        return net
+
+
+def _time(nets: Mapping[str, nn.Module], x: torch.Tensor, rounds: int) -> dict[str, Timing]:
+    return time_interleaved({name: (lambda net=net: net(x)) for name, net in nets.items()}, rounds=rounds)
+
+
+def compare(config: CompareConfig, until: str = "measure") -> Path:
+    """Run a comparison up to a step; returns its folder."""
+    if until not in STEPS:
+        raise ConfigError(f"unknown step {until!r}; known: {', '.join(STEPS)}")
+    Comparison(config).run(until)
+    return config.out

@@ -1,0 +1,331 @@
+"""Pruning methods under equal conditions: ours, rivals after their papers, and controls.
+
+A method is a function of a `Trial` (one model, seed and budget) and returns a trained net in its final, merged form.
+All start from the same baseline and have the same data, teacher and epochs: those of the supernet stage for choosing,
+those of the fine-tuning stage for training. A new method is one function with the decorator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from depthfuse.checkpoint import load_json, save_json
+from depthfuse.config import TrainConfig
+from depthfuse.costs.table import CostTable
+from depthfuse.data import DataBundle
+from depthfuse.data.bundle import Batches
+from depthfuse.merging.supernet import Supernet
+from depthfuse.rivals.channels import prune_channels
+from depthfuse.rivals.gates import FoldingObjective, GatedNet, TopGatesObjective
+from depthfuse.runs.run import Run
+from depthfuse.searching.search import search
+from depthfuse.searching.space import BudgetError, Choices, SearchSpace
+from depthfuse.searching.strategies import best_additive
+from depthfuse.spec import SubnetSpec
+from depthfuse.training.loop import calibrate, fit, top1
+from depthfuse.training.objectives import Objective, ProgressiveObjective, TaughtObjective
+
+
+class MethodError(ValueError):
+    """An unknown method, or one that cannot do what it is asked to."""
+
+
+# the net in its final form, and what is pruned, where that is blocks
+Result = tuple[nn.Module, Choices | None]
+
+
+@dataclass
+class Trial:
+    """One method on one model, seed and budget.
+
+    run: holds the baseline, the supernet and the data of this seed. channel_ratio: the share of channels to remove that
+    meets the budget. seconds: wall time that the method has used beside the baseline's.
+    """
+
+    run: Run
+    costs: CostTable
+    latency: CostTable
+    folder: Path
+    channel_ratio: float | None = None
+    seconds: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def space(self) -> SearchSpace:
+        """The subnets within the budget."""
+        options = self.baseline_supernet().options()
+        return SearchSpace(options, self.run.config.search, self.costs, self.latency)
+
+    def baseline_supernet(self) -> Supernet:
+        """A supernet that knows no more than the baseline."""
+        return self.run.switched(self.run.baseline())
+
+    def shared_supernet(self) -> Supernet:
+        """The trained supernet of this seed, which several methods share; each is charged for its training."""
+        net = self.run.supernet()
+        self.seconds += self.run.stage_seconds("supernet")
+        return net
+
+    def fit(
+        self, objective: Objective, stage: str, settings: TrainConfig, data: DataBundle | None = None
+    ) -> None:
+        """Train `objective.net` in place; goes on after an interruption."""
+        config = self.run.config
+        result = fit(
+            objective,
+            data or self.run.data,
+            settings,
+            self.run.accelerator,
+            stage=stage,
+            seed=config.seed,
+            checkpoint=self.folder / f"{stage}.state",
+            checkpoint_seconds=config.checkpoint_seconds,
+            calibration_images=config.search.calibration_images,
+        )
+        self.seconds += result.seconds
+
+    def search(self, supernet: Supernet, name: str = "all", **changes: Any) -> Choices:
+        """The best subnet of the trained supernet within the budget; searched once, and charged to each that asks.
+
+        name: of the search, where `changes` make it another one.
+        """
+        found, journal = (
+            self.folder.parent / file for file in (f"subnet_{name}.json", f"search_{name}.jsonl")
+        )
+        if not found.exists():
+            started = time.monotonic()
+            config = self.run.config
+            settings = dataclasses.replace(config.search, **changes)
+            result = search(
+                supernet,
+                self.run.data,
+                settings,
+                self.latency,
+                costs=self.costs,
+                seed=config.seed,
+                journal=journal,
+            )
+            assert result.spec is not None
+            seconds = time.monotonic() - started
+            save_json(found, {"choices": result.spec.mapping(), "seconds": seconds, "scored": result.scored})
+        answer = load_json(found)
+        self.seconds += answer["seconds"]
+        return answer["choices"]
+
+    def finetune(self, net: Supernet, choices: Choices, **changes: Any) -> Result:
+        """Train a subnet as configured (but for `changes`), with the baseline as its teacher, and merge it."""
+        settings = dataclasses.replace(self.run.config.finetune, **changes)
+        subnet = net.subnet(SubnetSpec.from_mapping(net.source, choices))
+        subnet.set_mixing(settings.mixing)
+        schedule = settings.lambda_schedule, settings.lambda_share
+        objective = ProgressiveObjective(subnet, *schedule, **self.run.teaching(settings))
+        self.fit(objective, "finetune", settings)
+        subnet.set_lambda(0.0)
+        self.run.calibrate(subnet)
+        return self.run.merged(subnet), choices
+
+    def train_plain(self, net: nn.Module, epochs: int) -> nn.Module:
+        """Train a net without switches, with the same teacher and settings as subnets."""
+        settings = dataclasses.replace(self.run.config.finetune, epochs=epochs)
+        net = net.to(self.run.device)
+        self.fit(TaughtObjective(net, **self.run.teaching(settings)), "finetune", settings)
+        return net.eval()
+
+    def total_epochs(self) -> int:
+        """Epochs that every method has beside the baseline's."""
+        return self.run.config.supernet.epochs + self.run.config.finetune.epochs
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method. control: no rival but a yardstick, in every table. budget_free: the same at any budget."""
+
+    name: str
+    text: str
+    run: Callable[[Trial], Result]
+    control: bool
+    budget_free: bool
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(
+    name: str, control: bool = False, budget_free: bool = False
+) -> Callable[[Callable[[Trial], Result]], Callable[[Trial], Result]]:
+    """Function decorator: register a method; its docstring's first line is what tables say of it."""
+
+    def add(run: Callable[[Trial], Result]) -> Callable[[Trial], Result]:
+        METHODS[name] = Method(name, (run.__doc__ or "").strip().split("\n")[0], run, control, budget_free)
+        return run
+
+    return add
+
+
+def check_methods(names: tuple[str, ...]) -> None:
+    """Raise MethodError for an unknown name; the message lists the known."""
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise MethodError(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")
+
+
+@method("updp")
+def updp(trial: Trial) -> Result:
+    """Supernet, search, progressive training (lambda as configured): ours, after UPDP (AAAI 2024)."""
+    supernet = trial.shared_supernet()
+    return trial.finetune(supernet, trial.search(supernet))
+
+
+@method("updp-baseline-start")
+def updp_baseline_start(trial: Trial) -> Result:
+    """As updp, but progressive training starts from the baseline's weights, and not from the supernet's."""
+    choices = trial.search(trial.shared_supernet())
+    return trial.finetune(trial.baseline_supernet(), choices)
+
+
+@method("direct")
+def direct(trial: Trial) -> Result:
+    """The subnet of updp, its blocks pruned at once (lambda = 0 throughout)."""
+    supernet = trial.shared_supernet()
+    return trial.finetune(supernet, trial.search(supernet), lambda_schedule="none")
+
+
+@method("replacing")
+def replacing(trial: Trial) -> Result:
+    """As updp, but lambda is a block's chance to be the original in a step (BERT-of-Theseus, EMNLP 2020)."""
+    supernet = trial.shared_supernet()
+    return trial.finetune(supernet, trial.search(supernet), mixing="random")
+
+
+@method("slab")
+def slab(trial: Trial) -> Result:
+    """The subnet of updp; only LayerNorm -> BatchNorm is progressive, linearly (SLAB, ICML 2024)."""
+    supernet = trial.shared_supernet()
+    return trial.finetune(supernet, trial.search(supernet), lambda_schedule="linear", mixing="norm")
+
+
+@method("drop")
+def drop(trial: Trial) -> Result:
+    """Whole blocks dropped, chosen by the same search, trained directly."""
+    supernet = trial.shared_supernet()
+    others = [f"{p}={n}" for p, names in supernet.options().items() for n in names if n != "drop"]
+    excluded = (*trial.run.config.search.exclude, *others)
+    return trial.finetune(supernet, trial.search(supernet, "drop", exclude=excluded), lambda_schedule="none")
+
+
+def _default_candidates(trial: Trial) -> Choices:
+    """The family's own merge of each block: what the gates lead to."""
+    options = trial.baseline_supernet().options()
+    space = trial.space
+    return {path: next(n for n in options[path] if n in names) for path, names in space.options.items()}
+
+
+@method("depthshrinker")
+def depthshrinker(trial: Trial) -> Result:
+    """Learned 0/1 gates of blocks, the top ones kept, straight-through; then direct training (ICML 2022)."""
+    net = GatedNet(trial.baseline_supernet(), _default_candidates(trial)).to(trial.run.device)
+    settings = trial.run.config.supernet
+    trial.fit(TopGatesObjective(net, trial.space, settings.label_smoothing), "gates", settings)
+    return trial.finetune(net.supernet, net.pruned(trial.space), lambda_schedule="none")
+
+
+@method("layer-folding")
+def layer_folding(trial: Trial) -> Result:
+    """Learned alpha of activations with the penalty |1 - alpha^2|; then direct training (2021)."""
+    net = GatedNet(trial.baseline_supernet(), _default_candidates(trial)).to(trial.run.device)
+    settings = trial.run.config.supernet
+    trial.fit(FoldingObjective(net, label_smoothing=settings.label_smoothing), "gates", settings)
+    return trial.finetune(net.supernet, net.pruned(trial.space), lambda_schedule="none")
+
+
+@method("layermerge")
+def layermerge(trial: Trial) -> Result:
+    """Importance of each merge measured by a short training of its own, exact optimum of the sum; direct (ICML 2024).
+
+    The paper solves the sum by dynamic programming over discretised latencies; the integer programme has the same
+    optimum without rounding them. The epochs of the other methods' supernet are shared out among the merges.
+    """
+    space, supernet = trial.space, trial.baseline_supernet()
+    merges = [(path, name) for path, names in space.options.items() for name in names]
+    settings = trial.run.config.supernet
+    iterations = settings.epochs * trial.run.data.train_batches() // len(merges)
+    short = dataclasses.replace(trial.run.config.finetune, epochs=1, warmup_epochs=0.0)
+    whole = top1(supernet, trial.run.data.holdout_loader())
+    lost: dict[str, dict[str, float]] = {}
+    for path, name in merges:
+        subnet = supernet.subnet(SubnetSpec.from_mapping(supernet.source, {path: name}))
+        if iterations:
+            objective = Objective(subnet, short.label_smoothing)
+            trial.fit(
+                objective, f"importance_{path}_{name}", short, _FirstBatches(trial.run.data, iterations)
+            )
+        calibrate(subnet, trial.run.data, trial.run.config.search.calibration_images)
+        lost.setdefault(path, {})[name] = whole - top1(subnet, trial.run.data.holdout_loader())
+    trial.facts["importance"] = lost
+    (level,) = space.levels(1)
+    (choices,) = best_additive(space, lost, level)
+    return trial.finetune(supernet, choices, lambda_schedule="none")
+
+
+class _FirstBatches(DataBundle):
+    """The same data, with epochs of `batches` batches."""
+
+    def __init__(self, data: DataBundle, batches: int):
+        self._data, self._batches = data, min(batches, data.train_batches())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
+
+    def train_batches(self, world_size: int = 1) -> int:
+        return self._batches
+
+    def train_loader(self, **arguments: Any) -> Batches:
+        loader = self._data.train_loader(**arguments)
+        left = self._batches - arguments.get("start_batch", 0)
+        return Batches(lambda: itertools.islice(iter(loader), left), left)
+
+    def val_loader(self) -> Batches:
+        return self._data.val_loader()
+
+    def holdout_loader(self) -> Batches:
+        return self._data.holdout_loader()
+
+    def calibration_loader(self, num_images: int) -> Batches:
+        return self._data.calibration_loader(num_images)
+
+    def mixup(self, label_smoothing: float = 0.0) -> Any:
+        return self._data.mixup(label_smoothing)
+
+
+@method("channels")
+def channels(trial: Trial) -> Result:
+    """Channel pruning by magnitude with the library torch-pruning, to the same budget; all epochs for training."""
+    if trial.channel_ratio is None:
+        raise BudgetError("channel pruning does not reach this budget")
+    net = prune_channels(trial.run.baseline(), trial.run.size, trial.channel_ratio)
+    return trial.train_plain(net, trial.total_epochs()), None
+
+
+@method("longer", control=True, budget_free=True)
+def longer(trial: Trial) -> Result:
+    """Control: the baseline, nothing pruned, trained on for the same epochs with the same teacher."""
+    return trial.train_plain(trial.run.baseline(), trial.total_epochs()), {}
+
+
+@method("scratch", control=True)
+def scratch(trial: Trial) -> Result:
+    """Control: the subnet of updp from random weights, for all epochs, the baseline's included."""
+    choices = trial.search(trial.shared_supernet())
+    trial.seconds = 0.0  # it is given its architecture
+    fresh = trial.run.switched(trial.run.build())
+    config = trial.run.config
+    settings = {"epochs": trial.total_epochs() + config.baseline.epochs, "lr": config.baseline.lr}
+    return trial.finetune(fresh, choices, lambda_schedule="none", **settings)

@@ -1,0 +1,1 @@
+"""The whole job as one folder of restartable stages."""

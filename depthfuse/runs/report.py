@@ -1,0 +1,199 @@
+"""What a run leaves for people: report.md, metrics.csv and plots."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from depthfuse.costs.table import CostTable
+from depthfuse.merging.merge import MergeReport
+from depthfuse.searching.search import SearchResult
+from depthfuse.training.loop import history_csv
+
+Row = Mapping[str, Any]
+
+
+def merge_document(merged: MergeReport) -> dict[str, Any]:
+    """A merge report as JSON."""
+    blocks = [
+        {"block": b.path, "candidate": b.candidate, "border": b.border, "interior": b.interior}
+        for b in merged.blocks
+    ]
+    return {
+        "summary": str(merged),
+        "output": merged.output,
+        "folded_norms": merged.folded_norms,
+        "blocks": blocks,
+    }
+
+
+def write(directory: Path, results: Mapping[str, Any], history: Sequence[Row]) -> None:
+    """Write report.md, metrics.csv and the PNG plots into `directory`."""
+    (directory / "metrics.csv").write_text(history_csv(list(history)))
+    plots = directory / "plots"
+    plots.mkdir(exist_ok=True)
+    _plot_comparison(results, plots / "comparison.png")
+    _plot_blocks(results, plots / "blocks.png")
+    if history:
+        _plot_training(history, plots / "training.png")
+    (directory / "report.md").write_text(markdown(results))
+
+
+def comparison_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """The closing table, first row its head."""
+    head = ["net", "top-1 %", "parameters", "MACs", "latency ms", "speed-up*"]
+    rows = [
+        [
+            row["net"],
+            f"{row['top1']:.2f}",
+            f"{row['parameters']:,}",
+            f"{row['macs'] / 1e6:.2f} M",
+            f"{row['latency_ms']:.3f}",
+            f"{row['speedup']:.2f}x",
+        ]
+        for row in results["rows"]
+    ]
+    return [head, *rows]
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The report as text."""
+    head, *rows = comparison_rows(results)
+    lines = [f"# {results['model']}: pruned, merged, accelerated", ""]
+    lines += ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    conditions = in_words(results["conditions"])
+    lines += [
+        "",
+        "\\* over the accelerated baseline; medians of interleaved rounds, ratio taken round by round.",
+        "",
+        f"Measured with: {conditions}.",
+        "",
+        *chosen_by(results),
+        f"Pruned {len(results['choices'])} of {len(results['blocks'])} prunable blocks:",
+        "",
+        *(f"- `{block}`: {candidate}" for block, candidate in results["choices"].items()),
+        "",
+        *([f"Check of the merge: {results['merge']}.", ""] if results.get("merge") else []),
+        "![comparison](plots/comparison.png)",
+        "![training](plots/training.png)",
+        "![blocks](plots/blocks.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def in_words(conditions: Mapping[str, Any]) -> str:
+    """Conditions of a measurement as a list for a sentence."""
+    told = {k: v for k, v in conditions.items() if v not in (None, {}, []) and k != "predicted"}
+    return ", ".join(f"{k} {v}" for k, v in told.items())
+
+
+def chosen_by(results: Mapping[str, Any]) -> list[str]:
+    """Said only where the subnet was chosen by other latencies than the closing comparison's."""
+    table = results.get("chosen_by", results["conditions"])
+    if table.get("predicted"):
+        return [
+            f"The subnet was chosen by PREDICTED latencies, not by measured ones: {in_words(table)}.",
+            "",
+        ]
+    if table != results["conditions"]:
+        return [
+            f"The subnet was chosen by latencies measured under other conditions: {in_words(table)}.",
+            "",
+        ]
+    return []
+
+
+def new_figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    path.write_bytes(buffer.getvalue())
+
+
+def _plot_comparison(results: Mapping[str, Any], path: Path) -> None:
+    rows = results["rows"]
+    figure = new_figure(7.5, 4.5)
+    axes = figure.add_subplot()
+    for i, row in enumerate(rows):
+        low, high = row["latency_quartiles_ms"]
+        middle = row["latency_ms"]
+        spread = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
+        axes.errorbar(
+            middle, row["top1"], xerr=spread, fmt="o", ms=9, color=f"C{i}", capsize=3, label=row["net"]
+        )
+    axes.set_xlabel("latency (ms), median and quartiles")
+    axes.set_ylabel("top-1 (%)")
+    axes.set_title(f"{results['model']} on {results['conditions']['device']}")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)
+
+
+def plot_front(directory: Path, result: SearchResult, table: CostTable, model: str) -> None:
+    """plots/front.png: held-out accuracy of the supernet's best subnets over what they cost."""
+    figure = new_figure(7.0, 4.5)
+    axes = figure.add_subplot()
+    axes.plot([p.cost for p in result.front], [p.top1 for p in result.front], "o-", label="best subnets")
+    axes.axvline(table.whole, color="grey", ls="--", label="baseline")
+    predicted = " (predicted)" if table.conditions.get("predicted") else ""
+    axes.set_xlabel(f"{'latency' if table.unit == 'ms' else 'cost'} ({table.unit}){predicted}")
+    axes.set_ylabel("top-1 on held-out images (%), before fine-tuning")
+    axes.set_title(f"{model} on {table.conditions.get('device')}: {result.scored} subnets scored")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    plots = directory / "plots"
+    plots.mkdir(exist_ok=True)
+    save_figure(figure, plots / "front.png")
+
+
+def _plot_training(history: Sequence[Row], path: Path) -> None:
+    stages = list(dict.fromkeys(row["stage"] for row in history))
+    figure = new_figure(4.5 * len(stages), 4.0)
+    for i, stage in enumerate(stages):
+        rows = [row for row in history if row["stage"] == stage]
+        axes = figure.add_subplot(1, len(stages), i + 1)
+        losses = [(row["iteration"], row["loss"]) for row in rows if "loss" in row]
+        axes.plot(*zip(*losses, strict=True), color="C0", lw=1, label="loss")
+        axes.set_xlabel("iteration")
+        axes.set_ylabel("loss")
+        axes.set_title(stage)
+        other = axes.twinx()
+        lams = [(row["iteration"], 100 * row["lambda"]) for row in rows if "lambda" in row]
+        if lams:
+            other.plot(*zip(*lams, strict=True), color="C1", ls="--", label="lambda x 100")
+        for j, key in enumerate(sorted({k for row in rows for k in row if k.startswith("top1")})):
+            points = [(row["iteration"], row[key]) for row in rows if key in row]
+            other.plot(*zip(*points, strict=True), color=f"C{j + 2}", marker=".", label=key)
+        other.set_ylim(0, 100)
+        other.set_ylabel("top-1 (%), lambda x 100")
+        handles = [h for a in (axes, other) for h in a.get_legend_handles_labels()[0]]
+        other.legend(handles, [h.get_label() for h in handles], fontsize=8, loc="lower center")
+    save_figure(figure, path)
+
+
+def _plot_blocks(results: Mapping[str, Any], path: Path) -> None:
+    blocks = list(results["blocks"])
+    chosen = results["choices"]
+    figure = new_figure(max(5.0, 0.45 * len(blocks) + 2), 2.6)
+    axes = figure.add_subplot()
+    forms = ["keep", *dict.fromkeys(chosen.values())]
+    for i, block in enumerate(blocks):
+        form = chosen.get(block, "keep")
+        axes.bar(i, 1, color="lightgrey" if form == "keep" else f"C{forms.index(form)}", edgecolor="black")
+        axes.text(i, 0.5, form, rotation=90, ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(len(blocks)), blocks, rotation=90, fontsize=7)
+    axes.set_yticks([])
+    axes.set_title(f"{len(chosen)} of {len(blocks)} prunable blocks merged")
+    save_figure(figure, path)

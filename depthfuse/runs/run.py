@@ -1,0 +1,420 @@
+"""The whole job as restartable stages: baseline, supernet, search, finetune, merge, compare.
+
+Each stage writes one artefact atomically when it is done, and reads those of the stages before it from the disk. A
+run that was stopped anywhere is started again with the same command: finished stages are skipped, a stage under way
+goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from depthfuse.acceleration import accelerate
+from depthfuse.checkpoint import (
+    CheckpointError,
+    copy_file,
+    load_json,
+    load_tensors,
+    save_json,
+    save_tensors,
+    save_text,
+)
+from depthfuse.config import (
+    DTYPES,
+    ConfigError,
+    FinetuneConfig,
+    PruneConfig,
+    load_yaml,
+    parse_model_kwargs,
+    to_dict,
+    to_yaml,
+)
+from depthfuse.costs.latency import conditions_of, make_latencies
+from depthfuse.costs.table import CostError, CostTable
+from depthfuse.data import DataBundle, open_data
+from depthfuse.measuring.counting import count_costs, count_macs, count_parameters
+from depthfuse.measuring.timing import time_interleaved
+from depthfuse.merging.merge import fixed_image_size, input_size, merge, merged_structure
+from depthfuse.merging.supernet import Supernet
+from depthfuse.runs import report
+from depthfuse.searching.search import front_csv, search
+from depthfuse.searching.space import SearchSpace, budget_unit, check_one_budget
+from depthfuse.searching.strategies import find_strategy
+from depthfuse.spec import ModelSource, SpecError, SubnetSpec
+from depthfuse.training.loop import calibrate, fit, make_accelerator, seed_iteration, top1
+from depthfuse.training.objectives import Objective, ProgressiveObjective, SandwichObjective
+
+log = logging.getLogger(__name__)
+
+STAGES = ("baseline", "supernet", "search", "finetune", "merge", "compare")
+
+
+class Run:
+    """One output folder and its stages. Create it with a config; `run` does all stages up to a given one."""
+
+    def __init__(self, config: PruneConfig, until: str = "compare"):
+        self.config = config
+        self.dir = config.out
+        if STAGES.index(until) > STAGES.index("search"):
+            check_one_budget(config.search)
+        budget_unit(config.search)  # raises for several
+        find_strategy(config.search.strategy)
+        self._claim()
+        self.accelerator = make_accelerator(config.amp, config.cpu)
+        self.device = self.accelerator.device
+        self.data, self.source = self._open()
+
+    def _claim(self) -> None:
+        """Take the folder: write the resolved config, or check that the one there is the same."""
+        path = self.dir / "config.yaml"
+        if path.exists():
+            here, there = to_dict(self.config), to_dict(load_yaml(path))
+            ignored = ("out", "checkpoint_seconds")
+            differing = [k for k in here if k not in ignored and here[k] != there.get(k)]
+            if differing:
+                raise ConfigError(
+                    f"{self.dir} holds a run with another configuration ({', '.join(differing)} differ): "
+                    "choose another --out, or delete that folder to start over"
+                )
+
+    def _open(self) -> tuple[DataBundle, ModelSource]:
+        """Open the data and settle the model; nothing is written before both are known to be good."""
+        kwargs = parse_model_kwargs(self.config.model_kwargs)
+        probe = ModelSource.make(self.config.model, **kwargs).build()
+        Supernet(probe)  # raises where there is nothing to prune
+        channels = input_size(probe)[0]
+        fixed = fixed_image_size(probe)
+        wanted = self.config.data
+        if fixed is not None and wanted.img_size is None:
+            wanted = dataclasses.replace(wanted, img_size=fixed[0])
+        if fixed is not None and fixed != (wanted.img_size,) * 2:
+            raise ConfigError(
+                f"{self.config.model} takes images of {fixed[0]}x{fixed[1]} pixels, the data gives {wanted.img_size}: "
+                f"set --model-kwargs img_size={wanted.img_size} or --data.img-size {fixed[0]}"
+            )
+        model_cfg = getattr(probe, "pretrained_cfg", None)
+        data = open_data(
+            wanted, num_classes=kwargs.get("num_classes"), in_chans=channels, model_cfg=model_cfg
+        )
+        source = ModelSource.make(self.config.model, **{**kwargs, "num_classes": data.num_classes})
+        if not (self.dir / "config.yaml").exists() and self.accelerator.is_main_process:
+            self._take_over()
+            save_text(self.dir / "config.yaml", to_yaml(self.config))
+        return data, source
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        return self.data.in_chans, self.data.img_size, self.data.img_size
+
+    def run(self, until: str = "compare") -> None:
+        """Do all stages up to `until`, skipping those that are done."""
+        for stage in STAGES[: STAGES.index(until) + 1]:
+            seed_iteration(self.config.seed, STAGES.index(stage))
+            getattr(self, stage)()
+            self.accelerator.wait_for_everyone()
+
+    # Each stage returns what later ones need; the artefact on the disk is the only thing passed on.
+
+    def _take_over(self) -> None:
+        """Copy what another run (`start_from`) has already worked out. Raises ConfigError where that run differs."""
+        start = self.config.start_from
+        if start is None:
+            return
+        here, there = to_dict(self.config), to_dict(load_yaml(start / "config.yaml"))
+        names = ("model", "model_kwargs", "pretrained", "weights", "data", "baseline", "supernet", "seed")
+        differing = [name for name in names if here[name] != there[name]]
+        if here["search"]["calibration_images"] != there["search"]["calibration_images"]:
+            differing.append("search.calibration_images")
+        if differing:
+            raise ConfigError(
+                f"cannot start from {start}: {', '.join(differing)} differ there. Give the same settings, or leave "
+                "start_from out"
+            )
+        for name in ("latency.json", "baseline.safetensors", "supernet.safetensors", "search.jsonl"):
+            if (start / name).exists() and not (self.dir / name).exists():
+                copy_file(start / name, self.dir / name)
+
+    def baseline(self) -> nn.Module:
+        path = self.dir / "baseline.safetensors"
+        model = self.build(pretrained=self.config.pretrained and not path.exists())
+        if path.exists():
+            return self._load_weights(model, path)
+        if self.config.weights is not None:
+            model.load_state_dict(read_weights(self.config.weights, model))
+        elif not self.config.pretrained:
+            self._fit(
+                Objective(model, self.config.baseline.label_smoothing), "baseline", self.config.baseline
+            )
+        self._save_weights(model, path)
+        return model
+
+    def supernet(self) -> Supernet:
+        path = self.dir / "supernet.safetensors"
+        supernet = self.switched(self.baseline())
+        if path.exists():
+            return self._load_weights(supernet, path)
+        settings = self.config.supernet
+        # the search space is checked before hours of training are spent on a budget that nothing meets
+        space = self.space(supernet)
+        objective = SandwichObjective(
+            supernet, space.options, settings.random_subnets, settings.label_smoothing
+        )
+        self._fit(objective, "supernet", settings)
+        supernet.set_choices({})
+        self._save_weights(supernet, path)
+        return supernet
+
+    def latency(self, supernet: Supernet) -> CostTable:
+        path, settings = self.dir / "latency.json", self.config.latency
+        with self.accelerator.main_process_first():  # one process measures, the others read
+            if path.exists():  # what the run has been planned with stays, whatever the machine does today
+                table = CostTable.load(path)
+                if not table.lacking(supernet.options()):
+                    return table
+            if settings.table is None:  # also goes on with a table that was cut short
+                return make_latencies(supernet, self.size, settings, cache=path)
+            table = CostTable.load(settings.table)
+            if table.unit != "ms":
+                raise CostError(f"the cost table {settings.table} counts {table.unit}: give one in ms")
+            table.check_covers(supernet.options(), settings.table)
+            if not settings.foreign_table:
+                table.check_conditions(conditions_of(supernet, self.size, settings), settings.table)
+            table.save(path)
+            return table
+
+    def costs(self, supernet: Supernet) -> tuple[CostTable, CostTable]:
+        """(in the budget's unit, in milliseconds)."""
+        latency = self.latency(supernet)
+        unit = budget_unit(self.config.search)
+        if unit in ("MACs", "parameters"):
+            return count_costs(supernet, self.size, unit), latency
+        return latency, latency
+
+    def space(self, supernet: Supernet) -> SearchSpace:
+        return SearchSpace(supernet.options(), self.config.search, *self.costs(supernet))
+
+    def search(self) -> SubnetSpec:
+        path = self.dir / "subnet.json"
+        if path.exists():
+            return SubnetSpec.load(path)
+        supernet = self.supernet()
+        costs, latency = self.costs(supernet)
+        settings, journal = self.config.search, self.dir / "search.jsonl"
+        with self.accelerator.main_process_first():  # one process searches, the others read its answer
+            if path.exists():
+                return SubnetSpec.load(path)
+            result = search(
+                supernet, self.data, settings, latency, costs=costs, seed=self.config.seed, journal=journal
+            )
+            save_text(self.dir / "front.csv", front_csv(result, latency))
+            report.plot_front(self.dir, result, latency, self.source.name)
+            if result.spec is not None:
+                result.spec.save(path)
+            return result.spec
+
+    def finetune(self) -> Supernet:
+        path = self.dir / "finetune.safetensors"
+        spec, supernet, settings = self.search(), self.supernet(), self.config.finetune
+        subnet = supernet.subnet(spec, lam=0.0)
+        if path.exists():
+            return self._load_weights(subnet, path)
+        subnet.set_mixing(settings.mixing)
+        teaching = self.teaching(settings)
+        objective = ProgressiveObjective(subnet, settings.lambda_schedule, settings.lambda_share, **teaching)
+        self._fit(objective, "finetune", settings)
+        subnet.set_lambda(0.0)
+        self.calibrate(subnet)
+        self._save_weights(subnet, path)
+        return subnet
+
+    def teaching(self, settings: FinetuneConfig) -> dict[str, Any]:
+        """What `TaughtObjective` needs to be taught by this run's baseline."""
+        return {
+            "teacher": self.baseline().to(self.device) if settings.distill > 0 else None,
+            "distill": settings.distill,
+            "temperature": settings.temperature,
+            "label_smoothing": settings.label_smoothing,
+        }
+
+    def switched(self, model: nn.Module) -> Supernet:
+        """A supernet of a model, with this run's ablations."""
+        settings = self.config.supernet
+        return Supernet(model, settings.separate_norms, settings.border_remedy).to(self.device)
+
+    def merged(self, subnet: Supernet) -> nn.Module:
+        """A trained subnet, merged."""
+        if self.config.supernet.border_remedy:
+            return merge(subnet.eval(), self.size)
+        return merge(subnet.eval(), self.size, tolerance=float("inf"))  # wrong at the border, as asked
+
+    def calibrate(self, net: nn.Module) -> None:
+        """Re-estimate the statistics of a net that is trained, from more images than the search takes."""
+        images = self.config.search.calibration_images
+        calibrate(net, self.data, max(images, 2048) if images else 0)
+
+    def merge(self) -> nn.Module:
+        path = self.dir / "merged.safetensors"
+        if path.exists():
+            return load(self.dir).to(self.device)
+        merged = self.merged(self.finetune())
+        if self.accelerator.is_main_process:
+            save_json(self.dir / "merge.json", report.merge_document(merged.merge_report))
+        self._save_weights(merged, path)
+        return merged
+
+    def compare(self) -> None:
+        """Accuracy and latency of all forms, side by side; then report.md, metrics.csv and the plots."""
+        if not self.accelerator.is_main_process:
+            return
+        path = self.dir / "results.json"
+        if not path.exists():
+            save_json(path, self._measure())
+        report.write(self.dir, load_json(path), self._history())
+
+    def _measure(self) -> dict[str, Any]:
+        settings = dataclasses.replace(self.config.latency, device="here")
+        options: dict[str, Any] = {"dtype": DTYPES[settings.dtype], "backend": settings.backend}
+        x = torch.randn(settings.batch_size, *self.size, device=self.device)
+        baseline, merged = self.baseline().to(self.device).eval(), self.merge().eval()
+        nets: dict[str, nn.Module] = {
+            "baseline": baseline,
+            "baseline accelerated": accelerate(baseline, x, **options),
+            "pruned": self.finetune().to(self.device).eval(),
+            "merged": merged,
+            "merged accelerated": accelerate(merged, x, **options),
+        }
+        timed = {name: _in_dtype(net, DTYPES[settings.dtype]) for name, net in nets.items()}
+        given = x.to(DTYPES[settings.dtype])
+        calls: dict[str, Callable[[], object]] = {
+            name: functools.partial(net, given) for name, net in timed.items()
+        }
+        times = time_interleaved(calls, rounds=max(settings.rounds, 15))
+        supernet = Supernet(baseline)
+        rows = []
+        for name, net in nets.items():
+            counted = nets[name.removesuffix(" accelerated")]
+            rows.append(
+                {
+                    "net": name,
+                    "top1": top1(net, self.data.val_loader()),
+                    "parameters": count_parameters(counted),
+                    "macs": count_macs(counted, self.size, self.device),
+                    "latency_ms": times[name].median_ms,
+                    "latency_quartiles_ms": list(times[name].quartiles_ms),
+                    "speedup": times[name].speedup_over(times["baseline accelerated"]),
+                }
+            )
+        return {
+            "model": self.source.name,
+            "model_kwargs": self.source.kwargs,
+            "conditions": conditions_of(supernet, self.size, settings),
+            "chosen_by": CostTable.load(self.dir / "latency.json").conditions,
+            "rows": rows,
+            "choices": self.search().mapping(),
+            "blocks": supernet.options(),
+            "merge": load_json(self.dir / "merge.json")["summary"],
+        }
+
+    def build(self, pretrained: bool = False) -> nn.Module:
+        seed_iteration(self.config.seed, 0)
+        return self.source.build(pretrained=pretrained)
+
+    def _fit(self, objective: Objective, stage: str, settings: Any) -> None:
+        checkpoint = self.dir / f"{stage}.state"
+        result = fit(
+            objective,
+            self.data,
+            settings,
+            self.accelerator,
+            stage=stage,
+            seed=self.config.seed,
+            checkpoint=checkpoint,
+            checkpoint_seconds=self.config.checkpoint_seconds,
+            calibration_images=self.config.search.calibration_images,
+        )
+        if self.accelerator.is_main_process:
+            save_json(self.dir / f"history_{stage}.json", result.history)
+            save_json(self.dir / f"seconds_{stage}.json", result.seconds)
+
+    def stage_seconds(self, stage: str) -> float:
+        """Wall time of a training stage that is done."""
+        return load_json(self.dir / f"seconds_{stage}.json")
+
+    def _history(self) -> list[dict[str, Any]]:
+        paths = [self.dir / f"history_{stage}.json" for stage in ("baseline", "supernet", "finetune")]
+        return [row for path in paths if path.exists() for row in load_json(path)]
+
+    def _save_weights(self, net: nn.Module, path: Path) -> None:
+        """The artefact of a stage; its training checkpoint is then of no more use."""
+        if self.accelerator.is_main_process:
+            save_tensors(path, net.state_dict(), {"model": self.source.name})
+            path.with_suffix(".state").unlink(missing_ok=True)
+
+    def _load_weights(self, net: nn.Module, path: Path) -> Any:
+        tensors, _ = load_tensors(path)
+        load_strictly(net, tensors, path)
+        return net
+
+
+def _in_dtype(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The net itself where it is in that dtype, else a copy that is."""
+    own = next(t.dtype for t in [*net.parameters(), *net.buffers()] if t.is_floating_point())
+    return net if own == dtype else copy.deepcopy(net).to(dtype)
+
+
+def load_strictly(net: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Load a state dict. Raises CheckpointError that names the file where it is of another model."""
+    try:
+        net.load_state_dict(tensors)
+    except RuntimeError as error:
+        first = str(error).splitlines()[:3]
+        raise CheckpointError(f"{path} holds the weights of another model: {' '.join(first)}") from error
+
+
+def read_weights(path: Path, model: nn.Module) -> dict[str, torch.Tensor]:
+    """A state dict from anybody's safetensors file. Raises CheckpointError for any other or damaged file."""
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot read weights from {path} (a safetensors file is expected): {error}"
+        ) from error
+    load_strictly(copy.deepcopy(model), tensors, path)
+    return tensors
+
+
+def prune(config: PruneConfig, until: str = "compare") -> Run:
+    """Run the whole job, or the stages up to `until`; see `depthfuse.config.PruneConfig`."""
+    if until not in STAGES:
+        raise ConfigError(f"unknown stage {until!r}; known: {', '.join(STAGES)}")
+    run = Run(config, until)
+    run.run(until)
+    return run
+
+
+def load(directory: str | Path) -> nn.Module:
+    """Rebuild the merged model of a finished run, in eval mode on the CPU, from subnet.json and merged.safetensors.
+
+    Raises CheckpointError for files that are missing, damaged or of another model, SpecError for a spec that does not
+    fit the model it names.
+    """
+    directory = Path(directory)
+    spec = SubnetSpec.load(directory / "subnet.json")
+    tensors, _ = load_tensors(directory / "merged.safetensors")
+    model = merged_structure(spec)
+    load_strictly(model, tensors, directory / "merged.safetensors")
+    return model
+
+
+__all__ = ["STAGES", "Run", "SpecError", "load", "prune"]

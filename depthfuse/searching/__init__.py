@@ -1,0 +1,1 @@
+"""From a trained supernet and a table of costs to a subnet."""

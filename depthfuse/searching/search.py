@@ -1,0 +1,165 @@
+"""From a trained supernet to a subnet within a budget, and to the Pareto front of accuracy over cost.
+
+A strategy (`strategies.py`) proposes subnets of a space (`space.py`); each is scored on held-out training images after
+re-calibration. Scores go to a journal as they come, and all draws are seeded, so a search that was killed repeats its
+steps from the journal and goes on to the same answer.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from depthfuse.config import SearchConfig
+from depthfuse.costs.table import CostTable
+from depthfuse.data import DataBundle
+from depthfuse.log import progress
+from depthfuse.merging.supernet import Supernet
+from depthfuse.searching.space import BudgetError, Choices, SearchSpace
+from depthfuse.searching.strategies import find_strategy, key_of, pareto
+from depthfuse.spec import SubnetSpec
+from depthfuse.training.loop import Score, calibrate, evaluate
+
+log = logging.getLogger(__name__)
+
+
+class Journal:
+    """Scores by subnet, appended to a file as they come. A line cut short by a crash is dropped."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.rows: dict[str, tuple[Choices, Score]] = {}
+        if path is not None and path.exists():
+            text = path.read_text()
+            whole = text[: text.rfind("\n") + 1]
+            if whole != text:
+                os.truncate(path, len(whole.encode()))
+            for line in whole.splitlines():
+                row = json.loads(line)
+                score = Score(row["top1"], row["loss"])
+                self.rows[key_of(row["choices"])] = row["choices"], score
+
+    def get(self, choices: Choices) -> Score | None:
+        row = self.rows.get(key_of(choices))
+        return None if row is None else row[1]
+
+    def add(self, choices: Choices, score: Score) -> None:
+        self.rows[key_of(choices)] = choices, score
+        if self.path is not None:
+            line = json.dumps({"choices": choices, "top1": score.top1, "loss": score.loss})
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class Point:
+    """One subnet on the front. cost: in the unit of the cost table. top1 (percent), loss: on held-out images."""
+
+    choices: Choices
+    cost: float
+    top1: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """spec: the best subnet within the budget; None without one. front: what nothing scored beats in both score and
+    cost, cheapest first. scored: how many subnets were."""
+
+    spec: SubnetSpec | None
+    front: tuple[Point, ...]
+    scored: int
+
+
+def search(
+    supernet: Supernet,
+    data: DataBundle | None,
+    config: SearchConfig,
+    latency: CostTable | None = None,
+    *,
+    costs: CostTable | None = None,
+    seed: int = 0,
+    journal: Path | None = None,
+    judge: Callable[[Choices], Score] | None = None,
+) -> SearchResult:
+    """The best subnet found within the budget of `config`, and the front.
+
+    A subnet is scored on the held-out training images of `data` after re-calibration, unless `judge` is given.
+
+    Args:
+        latency: decides which merges pay, and is the cost axis of the front.
+        costs: in the unit of the budget, where that is not milliseconds or blocks.
+        journal: with it, an interrupted search goes on where it was.
+
+    Raises BudgetError for a budget below the cheapest subnet (the message names that one) and an unknown strategy.
+    """
+    strategy = find_strategy(config.strategy)
+    space = SearchSpace(supernet.options(), config, costs or latency, latency)
+    left_out = [path for path in supernet.options() if path not in space.options]
+    if left_out:
+        log.info("excluded, or merging is no faster than keeping: %s", ", ".join(left_out))
+    book = Journal(journal)
+
+    def value(score: Score) -> float:
+        return score.top1 if config.metric == "top1" else -score.loss
+
+    def measure(choices: Choices) -> Score:
+        supernet.set_choices(choices)
+        calibrate(supernet, data, config.calibration_images)
+        return evaluate(supernet, data.holdout_loader())
+
+    judge = judge or measure
+    with progress("search", total=strategy.count(space, config)) as bar:
+
+        def score(choices: Choices) -> float:
+            known = book.get(choices)
+            if known is None:
+                known = judge(choices)
+                book.add(choices, known)
+                bar.advance(top1=known.top1)
+            return value(known)
+
+        strategy.run(space, score, config, random.Random(seed))
+    axis = latency or costs
+    rows = list(book.rows.values())
+    points = [
+        Point(choices, axis.cost(choices) if axis else len(choices), score.top1, score.loss)
+        for choices, score in rows
+    ]
+    front = pareto([(p.cost, value(Score(p.top1, p.loss)), p) for p in points])
+    spec = None
+    if space.unit is not None:
+        feasible = [(-value(s), space.cost(c), key_of(c), c) for c, s in rows if c and space.allows(c)]
+        if not feasible:
+            raise BudgetError(
+                f"none of the {len(rows)} scored subnets meets the budget: search with another strategy than "
+                f"{config.strategy!r}"
+            )
+        best = min(feasible)[3]
+        supernet.set_choices(best)
+        spec = supernet.spec()
+        log.info("search: %d subnets scored, best top-1 %.2f %%", len(rows), book.get(best).top1)
+    return SearchResult(spec, tuple(front), len(rows))
+
+
+def front_csv(result: SearchResult, table: CostTable | None) -> str:
+    """The front as CSV, one subnet a line."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    unit = table.unit if table else "blocks"
+    writer.writerow([f"cost_{unit}", "speedup", "top1_holdout", "loss_holdout", "blocks", "choices"])
+    for p in result.front:
+        ratio = f"{table.whole / p.cost:.4f}" if table else ""
+        choices = " ".join(f"{path}={name}" for path, name in p.choices.items())
+        writer.writerow([f"{p.cost:.6g}", ratio, f"{p.top1:.3f}", f"{p.loss:.5f}", len(p.choices), choices])
+    return out.getvalue()

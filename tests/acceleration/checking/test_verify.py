@@ -1,0 +1,161 @@
+"""Verification: the error of every operation against float64, and the one that is wrong by name."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from depthfuse.acceleration import AccelerationError, accelerate
+from depthfuse.acceleration.checking.verify import compare_operations, relative_error
+from depthfuse.acceleration.planning import elements
+from tests.nets import SMALL, build
+
+FAMILIES = ("resnet_d", "mobilenet", "convnext", "vit_scaled")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_operation_is_compared(family):
+    model, size = build(family)
+    x = torch.randn(2, *size)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = accelerate(model, x, verify="blocks", tune="heuristic").report()
+    # Also those whose sum with a skip, or whose permutation, is no layer of the model.
+    assert all(entry.error is not None for entry in report.entries if entry.fused)
+    assert 0 < report.worst.error < 1e-4
+    assert report.worst.error == max(entry.error for entry in report.entries if entry.error is not None)
+    text = str(report)
+    assert f"worst against float64: {report.worst.path}, relative error {report.worst.error:.1e}" in text
+    assert text.splitlines()[0].split() == ["path", "op", "implementation", "error", "epilogue", "absorbed"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_errors_are_those_of_the_dtype():
+    model, size = build("mobilenet")
+    x = torch.randn(2, *size)
+    worst = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        worst[dtype] = accelerate(model, x, dtype, verify="blocks", tune="off").report().worst.error
+        # Rounding of one operation at least, of all that came before it at most, some times over.
+        assert torch.finfo(dtype).eps / 16 < worst[dtype] < 300 * torch.finfo(dtype).eps
+
+
+def test_the_last_operation_has_the_error_of_the_output():
+    model, size = build("resnet")
+    x = torch.randn(2, *size)
+    fast = accelerate(model, x, verify="blocks", tune="heuristic")
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(x.double())
+        assert fast.report().entries[-1].error == relative_error(fast(x), expected)
+
+
+def test_the_wrong_operation_stands_out():
+    model, size = build("convnext")
+    x = torch.randn(1, *size)
+    fast = accelerate(model, x, tune="off")
+    by_path = {entry.path: entry for entry in fast.report().entries}
+    path = "stages.2.blocks.0.mlp.fc2"  # followed by a permutation and the skip
+    with torch.no_grad():
+        fast.plan.get_submodule(by_path[path].module).bias[3] += 0.01
+    errors = {e.path: e.error for e in compare_operations(fast, model, (x,)) if e.error is not None}
+    paths = list(errors)
+    at = paths.index(path)
+    assert max(errors[p] for p in paths[:at]) < 1e-5
+    assert min(errors[p] for p in paths[at:]) > 1e-5
+
+
+def test_the_first_wrong_one_is_named_where_verification_fails(monkeypatch):
+    model, size = build("mobilenet")
+    right = elements.batch_norm_affine
+    wrong_norm = model.blocks[3][1].bn2
+
+    def wrong(norm, axis):
+        affine = right(norm, axis)
+        return (
+            elements.Affine(affine.scale * 3, affine.shift, axis)
+            if norm.running_mean is wrong_norm.running_mean
+            else affine
+        )
+
+    monkeypatch.setattr(elements, "batch_norm_affine", wrong)
+    with pytest.raises(
+        AccelerationError, match=r"first wrong operation: blocks\.3\.1\.conv_dw, relative error"
+    ):
+        accelerate(model, torch.randn(2, *size), tune="off")
+
+
+class Partly(nn.Module):
+    """Its own control flow depends on values, one child is called twice, one is a layer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+        self.twice = nn.Sequential(nn.Conv2d(6, 6, 1), nn.GELU())
+        self.never = nn.Conv2d(6, 6, 1)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        y = self.stem(x)
+        y = self.twice(self.twice(y)) if y.mean() > -1e9 else self.never(y)
+        return self.head(y.mean((2, 3)))
+
+
+def test_plans_of_children_are_compared_part_by_part():
+    model = Partly().eval()
+    report = accelerate(model, torch.randn(2, 3, 5, 5), verify="blocks", tune="heuristic").report()
+    errors = {entry.path: entry.error for entry in report.entries}
+    assert errors.keys() == {"stem.0", "twice.0", "head"}
+    assert all(0 < error < 1e-5 for error in errors.values())
+
+
+def test_blocks_inside_a_watched_module_are_compared():
+    model, size = build("resnet")
+    model.layer2.register_forward_hook(lambda module, args, output: None)
+    report = accelerate(model, torch.randn(1, *size), verify="blocks", tune="heuristic").report()
+    errors = {entry.path: entry.error for entry in report.entries if entry.fused}
+    assert any(path.startswith("layer2.") for path in errors)
+    assert all(error is not None and error < 1e-5 for error in errors.values())
+
+
+def test_unknown_ways_to_verify_are_refused():
+    with pytest.raises(ValueError, match=r"verify is 'layers', expected True, False or 'blocks'"):
+        accelerate(nn.Linear(2, 2).eval(), torch.randn(1, 2), verify="layers")
+
+
+def test_relative_error():
+    nan, inf = float("nan"), float("inf")
+    one = torch.tensor([1.0, 2.0])
+    assert relative_error(one * 1.5, one) == 0.5
+    assert relative_error(one[:1], one) == inf
+    assert relative_error(one[:0], one[:0]) == 0.0
+    assert relative_error(torch.tensor([nan, 2.0]), torch.tensor([nan, 2.0])) == 0.0
+    assert relative_error(torch.tensor([nan, 2.0]), one) == inf
+    assert relative_error(torch.tensor([inf, 3.0]), torch.tensor([inf, 2.0])) == 0.5
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0.0
+    assert math.isfinite(relative_error(one, torch.zeros(2))) and relative_error(one, torch.zeros(2)) > 1e100
+
+
+def test_a_functional_model_is_compared_at_its_functions():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            return F.relu(self.conv(x) + x).flatten(1)
+
+    report = accelerate(Functional().eval(), torch.randn(2, 3, 5, 5), verify="blocks", tune="off").report()
+    (entry,) = report.entries
+    assert entry.nodes[0] == "conv" and len(entry.nodes) == 3
+    assert 0 < entry.error < 1e-6
+
+
+def test_all_small_nets_have_paths_of_the_model():
+    for family in SMALL:
+        model, size = build(family)
+        report = accelerate(model, torch.randn(1, *size), tune="off", verify=False).report()
+        modules = dict(model.named_modules())
+        assert all(entry.path.partition(":")[0] in modules for entry in report.entries if entry.fused)

@@ -1,0 +1,381 @@
+"""Saved accelerated models: the same bits after loading, no model needed, nothing executed, every refusal."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from depthfuse import ModelSource, Supernet, load_accelerated, merge
+from depthfuse.acceleration import AccelerationError, accelerate
+from depthfuse.acceleration.checking.verify import relative_error
+from depthfuse.acceleration.running import choose as executor
+from depthfuse.acceleration.running import implementations as tune
+from depthfuse.acceleration.saving import saved
+from depthfuse.acceleration.saving.describe import DescriptionError, IndescribableError, describe, rebuild
+from depthfuse.acceleration.saving.functions import FUNCTIONS, METHODS
+from depthfuse.checkpoint import CheckpointError, load_tensors, save_tensors
+from depthfuse.fused.layers import FusedModule
+from depthfuse.measuring.timing import Timing
+from tests.nets import build, randomise_norms
+
+FAMILIES = ("resnet", "mobilenet", "convnext", "vit_scaled")
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "fast.safetensors"
+
+
+def subnet(family):
+    model, size = build(family)
+    supernet = Supernet(model).eval()
+    chosen = {path: next(iter(b.candidates)) for path, b in supernet.blocks.items() if b.candidates}
+    supernet.set_choices(dict(list(chosen.items())[::2]))
+    return merge(randomise_norms(supernet), size).eval(), size
+
+
+@pytest.mark.parametrize("make", [build, subnet])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_bits_without_the_model(family, make, file, monkeypatch):
+    model, size = make(family)
+    x = torch.randn(2, *size)
+    fast = accelerate(model, x, tune="heuristic")
+    fast.save(file)
+
+    def refuse(self, pretrained=False):
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(ModelSource, "build", refuse)
+    loaded = load_accelerated(file)
+    assert loaded.report() == fast.report()
+    for batch in (2, 1, 0):
+        assert torch.equal(loaded(x[:batch]), fast(x[:batch]))
+    assert {name: t.dtype for name, t in loaded.state_dict().items()} == {
+        name: t.dtype for name, t in fast.state_dict().items()
+    }
+    assert not any(p.requires_grad for p in loaded.parameters())
+    with pytest.raises(ValueError, match=r"expected \[N, 3, H, W\]"):
+        loaded(x[:, :2])
+    again = file.with_name("again.safetensors")
+    loaded.save(again)
+    assert again.read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loaded_models_compile_to_one_graph_and_export(family, file):
+    model, size = build(family)
+    x = torch.randn(2, *size)
+    accelerate(model, x, tune="heuristic").save(file)
+    loaded = load_accelerated(file)
+    with torch.no_grad():
+        expected = model(x)
+        torch._dynamo.reset()
+        assert relative_error(torch.compile(loaded, fullgraph=True, backend="eager")(x), expected) < 1e-5
+        assert relative_error(torch.export.export(loaded, (x,)).module()(x), expected) < 1e-5
+
+
+def test_in_a_fresh_process(file):
+    model, size = build("vit")
+    x = torch.randn(1, *size)
+    fast = accelerate(model, x, dtype=torch.bfloat16, tune="heuristic")
+    fast.save(file)
+    save_tensors(file.with_name("x.safetensors"), {"x": x, "y": fast(x)})
+    code = f"""
+import torch, depthfuse
+from depthfuse.checkpoint import load_tensors
+torch.set_num_threads({torch.get_num_threads()})
+tensors, _ = load_tensors({str(file.with_name("x.safetensors"))!r})
+assert torch.equal(depthfuse.load_accelerated({str(file)!r})(tensors["x"]), tensors["y"])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def refuse_to_measure(*args, **kwargs):
+    raise AssertionError("something was measured")
+
+
+@pytest.mark.parametrize("eager_ms", [2.0, 0.5])
+def test_what_was_measured_is_kept(file, tmp_path, monkeypatch, eager_ms):
+    monkeypatch.setenv("DEPTHFUSE_CACHE_DIR", str(tmp_path / "cache"))
+
+    def timings(runs, *args, **kwargs):
+        return {name: Timing((1.0 if name == executor.OURS else eager_ms,)) for name in runs}
+
+    monkeypatch.setattr(executor, "time_interleaved", timings)
+    model, size = build("mobilenet")
+    x = torch.randn(3, *size)
+    fast = accelerate(model, x)
+    fast.save(file)
+    for module in (tune, executor):
+        monkeypatch.setattr(module, "time_interleaved", refuse_to_measure)
+    loaded = load_accelerated(file)
+    chosen = [
+        {name: m.implementation() for name, m in each.named_modules() if isinstance(m, FusedModule)}
+        for each in (fast, loaded)
+    ]
+    assert chosen[0] == chosen[1]
+    assert loaded.chunk == fast.chunk
+    assert loaded.report().latency_ms == fast.report().latency_ms
+    assert loaded.report().executor.startswith("eager") is False  # the model itself is not saved
+    assert relative_error(loaded(x), fast(x)) < 1e-5
+
+
+def test_another_environment_tunes_anew(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEPTHFUSE_CACHE_DIR", str(tmp_path / "cache"))
+    model, size = build("mobilenet")
+    x = torch.randn(1, *size)
+    accelerate(model, x, tune="off").save(file)
+    plain = {"plain"}
+    assert {
+        m.implementation() for m in load_accelerated(file).modules() if isinstance(m, FusedModule)
+    } == plain
+    here = saved.environment
+
+    monkeypatch.setattr(saved, "environment", lambda device: {**here(device), "threads": 99})
+    for level in ("off", "heuristic", "measure"):
+        loaded = load_accelerated(file, tune=level)
+        found = {m.implementation() for m in loaded.modules() if isinstance(m, FusedModule)}
+        assert (found == plain) == (level == "off")
+        assert not loaded.report().latency_ms  # there is no model to compare with
+        with torch.no_grad():
+            assert relative_error(loaded(x), model(x)) < 1e-5
+
+
+def test_what_only_timm_can_build_is_built_by_timm(file):
+    model = randomise_norms(ModelSource.make("test_nfnet", num_classes=7, in_chans=1).build().eval())
+    nn.init.normal_(model.head.fc.weight)
+    x = torch.randn(1, 1, 64, 64)
+    fast = accelerate(model, x, tune="heuristic")
+    assert "NormFreeBlock" in {entry.kind for entry in fast.report().entries}
+    fast.save(file)
+    loaded = load_accelerated(file)
+    assert loaded.source == ModelSource.make("test_nfnet", num_classes=7, in_chans=1)
+    assert torch.equal(loaded(x), fast(x))
+    assert fast(x).any()
+
+
+class Branching(nn.Module):
+    """Its control flow depends on values, so that only its own code can run it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU())
+
+    def forward(self, x):
+        return self.stem(x) if x.mean() > -1e9 else x
+
+
+def test_what_nobody_else_can_build_is_refused_and_named(file):
+    inner = nn.Sequential(nn.Conv2d(3, 3, 1), Branching()).eval()
+    x = torch.randn(1, 3, 8, 8)
+    for model, named in ((Branching().eval(), "the model as a whole"), (inner, "the model as a whole")):
+        fast = accelerate(model, x, tune="off")
+        with pytest.raises(AccelerationError, match=rf"cannot save this model: {named} .*ModelSource"):
+            fast.save(file)
+    # timm would build another one than this: its arguments are not known
+    model = ModelSource.make("test_nfnet").build().eval()
+    del model.depthfuse_source
+    model.stages[1][0].beta = 7.0
+    nn.init.normal_(model.head.fc.weight)
+    with pytest.raises(AccelerationError, match=r"stages\.1\.0.*timm builds it otherwise"):
+        accelerate(model, torch.randn(1, 3, 64, 64), tune="off").save(file)
+    assert not file.exists()
+
+
+def test_hooks_are_refused(file):
+    model, size = build("resnet")
+    model.layer2.register_forward_hook(lambda *args: None)
+    with pytest.raises(AccelerationError, match=r"layer2 has hooks or parametrizations"):
+        accelerate(model, torch.randn(1, *size), tune="off").save(file)
+
+
+def test_functions_that_are_not_listed_are_refused_and_named(file):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return torch.special.bessel_j0(self.conv(x))
+
+    with pytest.raises(AccelerationError, match=r"its plan holds the function .*bessel_j0"):
+        accelerate(Odd().eval(), torch.randn(1, 3, 4, 4), tune="off").save(file)
+
+
+def edited(file, change):
+    """The file with its document changed, and a right checksum over that."""
+    tensors, metadata = load_tensors(file)
+    document = json.loads(metadata["document"])
+    change(document)
+    save_tensors(file, tensors, {**metadata, "document": json.dumps(document)})
+
+
+def node(document, op):
+    return next(node for node in document["plan"]["nodes"] if node["op"] == op)
+
+
+EVIL = "x):\n    import os; os.abort()\n    return (x"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: node(d, "call_function").update(target="os.system"), "unknown function 'os.system'"),
+        (lambda d: node(d, "call_function").update(target="torch.load"), "unknown function"),
+        (
+            lambda d: node(d, "call_function").update(target="getattr", args=[{"node": "x"}, "__class__"]),
+            "unknown attribute",
+        ),
+        (lambda d: node(d, "call_method").update(target="backward"), "unknown method 'backward'"),
+        (lambda d: node(d, "call_method").update(target=EVIL), "unknown method"),
+        (lambda d: node(d, "call_module").update(target=EVIL), "is no name"),
+        (lambda d: node(d, "call_module").update(target="nothing"), "nothing"),
+        (lambda d: node(d, "placeholder").update(target=EVIL), "is no name"),
+        (lambda d: node(d, "placeholder").update(name=EVIL), "is no name for a node"),
+        (lambda d: node(d, "call_module").update(name="x"), "names two"),
+        (lambda d: node(d, "call_module").update(op="call_python"), "unknown operation"),
+        (lambda d: node(d, "call_module").update(args=[{"node": "later"}]), "later"),
+        (lambda d: node(d, "call_module").update(args=[{"pickle": "gASV"}]), "unknown kind of value"),
+        (lambda d: node(d, "call_method").update(kwargs={EVIL: 1}), "is no name of an argument"),
+        (lambda d: node(d, "output").update(args=[{"dtype": "load"}]), "unknown kind of value"),
+        (lambda d: next(iter(d["plan"]["modules"].values())).update(fused="Evil"), "Evil"),
+        (lambda d: next(iter(d["plan"]["modules"].values()))["config"].update(evil=1), "evil"),
+        (
+            lambda d: d["plan"]["modules"].update({EVIL: next(iter(d["plan"]["modules"].values()))}),
+            "is no path",
+        ),
+        (
+            lambda d: d["plan"]["modules"].update(norm={"layer": "Popen", "arguments": {}}),
+            "Popen",
+        ),
+        (lambda d: d["plan"]["modules"].update(norm={"source": "norm", "inside": {}}), "no timm model"),
+        (lambda d: d.pop("plan"), "plan"),
+        (lambda d: d.update(dtype="torch.load"), "no dtype"),
+        (lambda d: d["tuned"].update(implementations={}), "fused"),
+        (lambda d: d["report"].update(evil=1), "evil"),
+    ],
+)
+def test_nothing_in_a_file_is_executed(file, change, message):
+    model, size = build("vit")
+    accelerate(model, torch.randn(1, *size), tune="off").save(file)
+    edited(file, change)
+    with pytest.raises(CheckpointError, match=rf"holds no plan that this version understands.*{message}"):
+        load_accelerated(file)
+
+
+def test_damaged_and_foreign_files(file):
+    model, size = build("resnet")
+    accelerate(model, torch.randn(1, *size), tune="off").save(file)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_accelerated(file)
+    file.write_bytes(data[:1000])
+    with pytest.raises(CheckpointError, match="cut short or damaged"):
+        load_accelerated(file)
+    save_tensors(file, {"x": torch.zeros(1)}, {"model": "resnet18"})
+    with pytest.raises(CheckpointError, match=r"format None, expected 'depthfuse.accelerated/1'"):
+        load_accelerated(file)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_accelerated(file.with_name("nothing"))
+
+
+def test_a_write_that_fails_leaves_the_old_file(file, monkeypatch):
+    model, size = build("resnet")
+    fast = accelerate(model, torch.randn(1, *size), tune="off")
+    fast.save(file)
+    before = file.read_bytes()
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(CheckpointError, match="No space left"):
+        fast.double().save(file)
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
+class ToDevice(nn.Module):
+    def forward(self, x):
+        return x.to(torch.device("cpu"))
+
+
+def test_arguments_of_all_kinds_come_back():
+    class Arguments(nn.Module):
+        def forward(self, x, scale=2.0):
+            y = x[..., :2, None].to(torch.float64, memory_format=torch.contiguous_format)
+            y = torch.clamp(y, min=-float("inf"), max=float("inf"))
+            y = F.pad(y, [0, 0, 1, 1], value=-1.5)
+            shape = x.shape
+            y = torch.cat([y, y], dim=-1).reshape(shape[0], -1)
+            return {"sum": y.sum((0, 1), keepdim=True), "parts": [y, (scale, None, True, "name")]}
+
+    graph = fx.symbolic_trace(Arguments())
+    description = json.loads(json.dumps(describe(graph)))
+    twin = rebuild(description, {}, None)
+    x = torch.randn(3, 4)
+    ours, theirs = graph(x), twin(x)
+    assert torch.equal(ours["sum"], theirs["sum"]) and torch.equal(ours["parts"][0], theirs["parts"][0])
+    assert theirs["parts"][1] == (2.0, None, True, "name")
+    assert str(twin.graph) == str(graph.graph)
+    with pytest.raises(IndescribableError, match=r"the argument device\(type='cpu'\)"):
+        describe(fx.symbolic_trace(ToDevice()))
+    with pytest.raises(DescriptionError, match="the plan: KeyError"):
+        rebuild({"layer": "Nothing", "arguments": {}}, {}, None)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, (3, 1), stride=2, padding="valid", groups=2, bias=False, padding_mode="reflect"),
+        nn.ConvTranspose2d(4, 6, 3, output_padding=1, stride=2),
+        nn.BatchNorm2d(4, eps=1e-3, momentum=None, affine=False),
+        nn.LayerNorm((4, 5), eps=1e-3, bias=False),
+        nn.GroupNorm(2, 4),
+        nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False),
+        nn.MaxPool2d((2, 3), stride=(1, 2), padding=(1, 0), dilation=2),
+        nn.AdaptiveAvgPool2d((None, 3)),
+        nn.Upsample(scale_factor=2.0, mode="bilinear", align_corners=False),
+        nn.GELU(approximate="tanh"),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Softmax(-1),
+        nn.PReLU(4),
+        nn.Flatten(1, 2),
+        nn.Unflatten(1, (2, 2)),
+        nn.Embedding(5, 3, padding_idx=1),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_pytorchs_layers_come_back(layer):
+    twin = rebuild(json.loads(json.dumps(describe(layer.eval()))), {}, None)
+    assert repr(twin) == repr(layer)
+    twin.load_state_dict(copy.deepcopy(layer.state_dict()))
+
+
+def test_the_lists_hold_nothing_that_reaches_outside():
+    names = {name.rpartition(".")[2] for name in FUNCTIONS} | METHODS
+    assert not names & {
+        "load",
+        "save",
+        "eval",
+        "exec",
+        "compile",
+        "open",
+        "system",
+        "tofile",
+        "numpy",
+        "apply_",
+        "map_",
+    }
+    allowed = ("_operator", "operator", "builtins", "torch", "timm")
+    assert all((f.__module__ or "torch").partition(".")[0] in allowed for f in FUNCTIONS.values())
+    assert all(hasattr(torch.Tensor, name) for name in METHODS)
+    assert [name for name, f in FUNCTIONS.items() if f.__module__ == "builtins"] == ["getattr"]

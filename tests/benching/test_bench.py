@@ -1,0 +1,167 @@
+"""Comparing with what a user would run instead: who takes part, on what terms, and what is written down."""
+
+import copy
+import csv
+import importlib.util
+import shutil
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from depthfuse.benching import bench
+from depthfuse.benching import engines as contenders
+from depthfuse.benching.bench import compare, operations, plot, randomised, write_csv
+from depthfuse.benching.engines import CONTENDERS, OURS, Contender, available
+from depthfuse.cli import main
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def small_net():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)
+    ).eval()
+
+
+def image(batch=2):
+    return torch.randn(batch, 3, 6, 6)
+
+
+def test_who_can_take_part(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert available(list(CONTENDERS), torch.float32, CPU) == list(CONTENDERS)
+    assert "openvino" in available(list(CONTENDERS), torch.bfloat16, CPU)
+    assert "onnxruntime" not in available(list(CONTENDERS), torch.bfloat16, CPU)
+    assert available(["openvino", "eager", "onnxruntime"], torch.float32, GPU) == ["eager"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
+    assert available(["openvino", "onnxruntime"], torch.float32, CPU) == []
+
+
+def test_rows():
+    model = small_net()
+    state = copy.deepcopy(model.state_dict())
+    rows = compare(model, "small", image(), ["eager", "eager channels_last"], rounds=3, round_ms=0.1)
+    assert [row["contender"] for row in rows] == [OURS, "eager", "eager channels_last"]
+    for row in rows:
+        assert (row["model"], row["batch"], row["dtype"]) == ("small", 2, "float32")
+        assert row["latency_q1_ms"] <= row["latency_ms"] <= row["latency_q3_ms"]
+        assert row["ratio_q1"] <= row["ratio_to_depthfuse"] <= row["ratio_q3"]
+        assert float(row["max_relative_error"]) < 1e-5
+    assert rows[0]["ratio_to_depthfuse"] == 1
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model[0].weight.is_contiguous()
+
+
+def test_the_wrong_and_the_failing_are_left_out(monkeypatch, caplog):
+    def fail(model, x):
+        raise RuntimeError("no such operator\nand more")
+
+    monkeypatch.setitem(CONTENDERS, "wrong", Contender(lambda model, x: lambda x: model(x) * 1.1))
+    monkeypatch.setitem(CONTENDERS, "nan", Contender(lambda model, x: lambda x: model(x) / 0))
+    monkeypatch.setitem(CONTENDERS, "failing", Contender(fail))
+    rows = compare(small_net(), "small", image(), ["wrong", "nan", "failing"], rounds=2, round_ms=0.1)
+    assert [row["contender"] for row in rows] == [OURS]
+    assert "wrong is wrong on small" in caplog.text
+    assert "nan is wrong on small" in caplog.text
+    assert "failing does not run small" in caplog.text and "no such operator" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_openvino_runs_bfloat16_by_a_hint_on_a_float32_graph(monkeypatch, dtype):
+    seen = {}
+
+    class Core:
+        def read_model(self, graph):
+            return graph
+
+        def compile_model(self, graph, device, options):
+            seen["options"] = options
+            network = types.SimpleNamespace(output=lambda index: "output")
+            infer = lambda inputs: {"output": graph(torch.from_numpy(inputs[0])).numpy()}  # noqa: E731
+            network.create_infer_request = lambda: types.SimpleNamespace(infer=infer)
+            return network
+
+    monkeypatch.setitem(sys.modules, "openvino", types.SimpleNamespace(Core=Core))
+    monkeypatch.setattr(contenders, "_onnx", lambda model, x: seen.update(x=x) or model)
+    model, x = small_net().to(dtype).requires_grad_(False), image().to(dtype)
+    result = CONTENDERS["openvino"].make(model, x)(x)
+    assert seen["x"].dtype == result.dtype == torch.float32
+    assert (
+        seen["options"]["INFERENCE_PRECISION_HINT"] == {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    )
+    torch.testing.assert_close(result, model(x).float(), rtol=3e-2, atol=3e-2)
+    assert model[0].weight.dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_engines_compute_the_same(name):
+    if not available([name], torch.float32, CPU):
+        pytest.skip(f"{name} or onnxscript is not installed")
+    model, x = small_net().requires_grad_(False), image()
+    torch.testing.assert_close(CONTENDERS[name].make(model, x)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_torch_compile_is_frozen_and_compiles_once():
+    model, x = small_net().requires_grad_(False), image()
+    run = CONTENDERS["torch.compile"].make(model, x)
+    counters = torch._dynamo.utils.counters
+    graphs = counters["stats"]["unique_graphs"]
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert counters["inductor"]["binary_folding_conv"] > 0  # the batch norm: only frozen weights can take it
+
+
+def test_operations_tell_what_each_costs():
+    model, x = small_net(), image()
+    fast, rows = operations(model, x)
+    assert [row["path"] for row in rows] == ["0", "3", "4"]
+    assert rows[0]["MACs"] == 2 * 16 * 4 * 27 and rows[0]["before_ms"] > 0
+    assert "roofline_%" in str(fast.report())
+
+
+def test_tables_and_plots(tmp_path):
+    facts = {"device": "abacus", "threads": 2}
+    rows = [
+        row
+        for batch in (1, 2)
+        for row in compare(small_net(), "small", image(batch), ["eager"], rounds=2, round_ms=0.1)
+    ]
+    write_csv(rows, tmp_path / "new" / "table.csv", facts)
+    with open(tmp_path / "new" / "table.csv", newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [(row["batch"], row["contender"], row["device"]) for row in read] == [
+        (batch, name, "abacus") for batch in "12" for name in (OURS, "eager")
+    ]
+    plot(rows, tmp_path / "plot.png", "title")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    assert bench.machine(CPU)["torch"] == torch.__version__
+
+
+def test_random_norms_do_something():
+    model = randomised(small_net().train())
+    assert not model.training and not model[1].running_mean.eq(0).any()
+    again = randomised(small_net())
+    assert torch.equal(again[1].running_var, model[1].running_var)
+
+
+def test_command_line(tmp_path, capsys):
+    arguments = ["bench", "test_resnet", "--model-kwargs", "num_classes=3", "--batch", "1", "2"]
+    arguments += ["--contenders", "eager", "--rounds", "2", "--round-ms", "1", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "layer1.0.conv1" in out and "roofline_ms" in out and "time / ours" in out
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "bench_cpu_fp32.csv",
+        "bench_cpu_fp32.png",
+        "operations_cpu_fp32.csv",
+    }
+    assert main(["bench", "test_resnet", "--contenders", "magic"]) == 1
+    assert "unknown contender 'magic'; known: depthfuse, eager" in capsys.readouterr().err
+    assert main(["bench", "no_such_model"]) == 1
+    assert "timm has no model 'no_such_model'" in capsys.readouterr().err

@@ -1,0 +1,298 @@
+"""Cost tables: savings that add up, measurements that go on where they were cut short, and predictions.
+
+Nothing is timed: a model "takes" as many milliseconds as it has parameters.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from nets import SMALL, build, random_subnet
+
+from depthfuse import Supernet
+from depthfuse.cli import main
+from depthfuse.config import LatencyConfig
+from depthfuse.costs import latency
+from depthfuse.costs.latency import (
+    check_prediction,
+    conditions_of,
+    make_latencies,
+    measure_latencies,
+    relative_errors,
+)
+from depthfuse.costs.prediction import predict_latencies
+from depthfuse.costs.table import CostError, CostTable
+from depthfuse.measuring.counting import count_costs, count_macs, count_parameters
+from depthfuse.measuring.timing import Timing
+from depthfuse.merging.variants import kept_copy, merged_model, variants_of
+from depthfuse.spec import ModelSource
+
+CONFIG = LatencyConfig(rounds=3)
+
+
+class Clock:
+    """In the place of `accelerate` and `time_interleaved`. measured: what was timed beside the whole, in order."""
+
+    def __init__(self):
+        self.measured, self.dies_after, self.before = [], None, lambda: None
+
+    def accelerate(self, model, x, **_):
+        latency_ms = float(count_parameters(model))
+        return lambda given: latency_ms
+
+    def time_interleaved(self, calls, rounds):
+        if "variant" in calls:
+            if len(self.measured) == self.dies_after:
+                raise KeyboardInterrupt
+            self.before()
+            self.measured.append(calls["variant"]())
+        # the machine gets slower from round to round: only ratios taken round by round are exact
+        return {
+            name: Timing(tuple(call() * (1 + r) / 2 for r in range(rounds))) for name, call in calls.items()
+        }
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(latency, "accelerate", clock.accelerate)
+    monkeypatch.setattr(latency, "time_interleaved", clock.time_interleaved)
+    return clock
+
+
+def small(family):
+    model, size = build(family)
+    return Supernet(model).eval(), size
+
+
+@pytest.mark.parametrize("family", ["resnet", "mobilenet", "convnext", "vit"])
+def test_savings_add_up_to_the_subnet(family, clock):
+    supernet, size = small(family)
+    table = measure_latencies(supernet, size, CONFIG)
+    assert table.unit == "ms" and table.conditions["predicted"] is False
+    table.check_covers(supernet.options(), "the table")
+    counted = count_costs(supernet, size, "parameters")
+    assert table.whole == pytest.approx(counted.whole)
+    for path, names in counted.saved.items():
+        for name, saved in names.items():
+            # measured with all alike merged, where a norm may also fold into the next block: a saving of the pair
+            assert 0 <= table.saved[path][name] - saved + 1e-6 <= 0.02 * table.whole
+
+
+def test_equal_blocks_share_one_measurement(clock):
+    supernet, size = small("vit")
+    table = measure_latencies(supernet, size, CONFIG)
+    candidates = next(iter(supernet.options().values()))
+    assert len(clock.measured) == len(candidates)  # three blocks of one kind
+    assert len({tuple(names.items()) for names in table.saved.values()}) == 1
+    model = ModelSource.make("resnet18", channels=(8, 12, 12, 12), layers=(3, 1, 1, 1)).build()
+    supernet = Supernet(model)
+    net = kept_copy(supernet)
+    variants = variants_of(net, torch.zeros(1, 3, 45, 45))
+    assert sorted((p, v.candidate) for v in variants for p in v.paths) == sorted(
+        (p, name) for p, names in supernet.options().items() for name in names
+    )
+    together = {
+        ("layer1.1", "layer1.2"),
+        *((path,) for path in ("layer1.0", "layer2.0", "layer3.0", "layer4.0")),
+    }
+    assert {v.paths for v in variants} == together  # the maps of layer3 and layer4 differ in size
+    assert set(net.choices().values()) == {"keep"}
+
+
+def test_rates_that_only_training_uses_do_not_tell_blocks_apart(clock):
+    name, kwargs, side = SMALL["vit"]
+    model = ModelSource.make(name, **kwargs, drop_path_rate=0.3).build().eval()
+    measure_latencies(Supernet(model), (3, side, side), CONFIG)
+    first = len(clock.measured)
+    measure_latencies(small("vit")[0], (3, side, side), CONFIG)
+    # block 0 has no stochastic depth at all: an identity in its place
+    assert first == 2 * (len(clock.measured) - first)
+
+
+@pytest.mark.parametrize("killed_after", [0, 1, 3])
+def test_a_killed_measurement_goes_on(killed_after, clock, tmp_path):
+    supernet, size = small("resnet")
+    wanted = measure_latencies(supernet, size, CONFIG)
+    once = list(clock.measured)
+    clock.measured.clear()
+    cache, clock.dies_after = tmp_path / "latency.json", killed_after
+    with pytest.raises(KeyboardInterrupt):
+        measure_latencies(supernet, size, CONFIG, cache)
+    if killed_after:
+        assert CostTable.load(cache).lacking(supernet.options())
+        with pytest.raises(CostError, match="lacks layer"):
+            CostTable.load(cache).check_covers(supernet.options(), cache)
+    clock.dies_after = None
+    assert measure_latencies(supernet, size, CONFIG, cache) == wanted == CostTable.load(cache)
+    assert clock.measured == once  # nothing twice
+    assert measure_latencies(supernet, size, CONFIG, cache) == wanted
+    assert clock.measured == once
+    assert [p.name for p in tmp_path.iterdir()] == ["latency.json"]
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 2}, {"dtype": "fp16"}, {"backend": "reference"}])
+def test_other_conditions_are_measured_anew(change, clock, tmp_path):
+    supernet, size = small("vit")
+    cache = tmp_path / "latency.json"
+    first = measure_latencies(supernet, size, CONFIG, cache)
+    count = len(clock.measured)
+    again = measure_latencies(supernet, size, dataclasses.replace(CONFIG, **change), cache)
+    assert len(clock.measured) == 2 * count
+    assert again.conditions != first.conditions and CostTable.load(cache) == again
+
+
+def test_the_same_cache_under_another_measurement(clock, tmp_path):
+    """While one measures, another does it all: both end with the whole table, and so does the file."""
+    supernet, size = small("resnet")
+    cache, others = tmp_path / "latency.json", []
+
+    def meddle():
+        if len(clock.measured) == 2 and not others:
+            others.append(None)
+            others[0] = measure_latencies(supernet, size, CONFIG, cache)
+
+    clock.before = meddle
+    table = measure_latencies(supernet, size, CONFIG, cache)
+    assert others[0] == table == CostTable.load(cache)
+    assert not table.lacking(supernet.options())
+
+
+def test_two_processes_with_one_cache(tmp_path):
+    code = (
+        "import sys, pathlib, test_latency\n"
+        "from depthfuse.costs import latency\n"
+        "clock = test_latency.Clock()\n"
+        "latency.accelerate, latency.time_interleaved = clock.accelerate, clock.time_interleaved\n"
+        "supernet, size = test_latency.small('resnet')\n"
+        "table = latency.measure_latencies(supernet, size, test_latency.CONFIG, pathlib.Path(sys.argv[1]))\n"
+        "assert not table.lacking(supernet.options())"
+    )
+    cache, here = tmp_path / "latency.json", Path(__file__).parent
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), os.environ["PYTHONPATH"]]),
+        "OMP_NUM_THREADS": "1",
+    }
+    both = [subprocess.Popen([sys.executable, "-c", code, cache], env=env) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    supernet, _ = small("resnet")
+    CostTable.load(cache).check_covers(supernet.options(), cache)
+
+
+def test_check_of_the_sums(clock):
+    supernet, size = small("resnet")
+    table = measure_latencies(supernet, size, CONFIG)
+    checked = check_prediction(supernet, size, CONFIG, table, subnets=4)
+    assert len(checked) == 4 and all(choices for choices, _, _ in checked)
+    assert max(relative_errors(checked)) < 1e-12  # parameters are additive
+    again = check_prediction(supernet, size, CONFIG, table, subnets=4)
+    assert again == checked
+    wrong = dataclasses.replace(table, whole=2 * table.whole)  # the savings are not doubled with it
+    assert min(relative_errors(check_prediction(supernet, size, CONFIG, wrong, subnets=4))) > 0
+    with pytest.raises(CostError, match="batch_size 1 there, 2 here"):
+        check_prediction(supernet, size, dataclasses.replace(CONFIG, batch_size=2), table)
+    with pytest.raises(CostError, match="only be checked on its own device"):
+        check_prediction(supernet, size, CONFIG, predict_latencies(supernet, size, "mi100"))
+
+
+def test_foreign_tables_are_refused_by_name(clock):
+    supernet, size = small("vit")
+    table = measure_latencies(supernet, size, CONFIG)
+    here = conditions_of(supernet, size, CONFIG)
+    table.check_conditions(here, "latency.json")
+    away = dataclasses.replace(table, conditions=here | {"device": "a toaster", "torch": "1.0"})
+    with pytest.raises(
+        CostError, match=r"device 'a toaster' there, .* torch '1.0' there.*--latency.foreign-table"
+    ):
+        away.check_conditions(here, "latency.json")
+
+
+@pytest.mark.parametrize("family", ["resnet", "convnext", "vit"])
+def test_predictions_repeat_and_follow_the_device(family):
+    supernet, size = small(family)
+    tables = {
+        device: predict_latencies(supernet, size, device, torch.float16, 32)
+        for device in ("mi100", "mi210", "mi300x")
+    }
+    assert predict_latencies(supernet, size, "mi100", torch.float16, 32) == tables["mi100"]
+    assert tables["mi100"].whole > tables["mi210"].whole > tables["mi300x"].whole > 0
+    for table in tables.values():
+        table.check_covers(supernet.options(), "the table")
+        assert table.conditions["predicted"] is True and "us assumed" in table.conditions["source"]
+        json.dumps(table.conditions)
+    assert predict_latencies(supernet, size, "mi100", torch.float32, 32).whole > tables["mi100"].whole
+    assert set(tables["mi100"].conditions) - {"source"} == set(conditions_of(supernet, size, CONFIG))
+
+
+def test_a_prediction_counts_any_batch_exactly(monkeypatch):
+    """Straight lines through one and two images give what 5 images give."""
+    from depthfuse.acceleration import accelerate
+    from depthfuse.acceleration.checking.profile import count_operations
+    from depthfuse.costs import prediction
+    from depthfuse.measuring.roofline import DEVICES
+
+    supernet, size = small("mobilenet")
+    whole = merged_model(kept_copy(supernet), {})
+    fast = accelerate(whole, torch.zeros(1, *size), backend="reference", verify=False, tune="off")
+    peaks = DEVICES["gfx908"].peaks(torch.float16)
+    counts = count_operations(fast.plan, fast.report().entries, (torch.zeros(5, *size),))
+    wanted = sum(
+        peaks.least_ms(2 * c.macs, c.bytes_moved / 2, c.matrix) + prediction.LAUNCH_US / 1e3 for c in counts
+    )
+    assert predict_latencies(supernet, size, "mi100", torch.float16, 5).whole == pytest.approx(
+        wanted, rel=1e-12
+    )
+    assert sum(c.macs for c in counts) == 5 * count_macs(whole, size)
+
+
+def test_unknown_devices_and_dtypes_list_the_known():
+    supernet, size = small("vit")
+    with pytest.raises(CostError, match="'abacus' are known: .* mi100, mi210, mi300x, a100, h100"):
+        predict_latencies(supernet, size, "abacus")
+    with pytest.raises(CostError, match="float32, float16 or bfloat16"):
+        predict_latencies(supernet, size, "mi100", torch.float64)
+    table = make_latencies(supernet, size, LatencyConfig(device="h100", dtype="bf16"))
+    assert table.conditions["device"] == "H100 SXM" and table.conditions["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_counts_hold_for_whole_merged_models(family, seed):
+    model, size = build(family)
+    supernet = random_subnet(model, seed=seed, everything=seed == 1)
+    choices = supernet.choices()
+    merged = merged_model(kept_copy(supernet), choices)
+    count = {"MACs": functools.partial(count_macs, input_size=size), "parameters": count_parameters}
+    for unit, counted in count.items():
+        table = count_costs(supernet, size, unit)
+        if unit == "MACs":
+            assert table.cost(choices) == counted(merged)
+        else:  # a norm that folds into the next block is a saving of the pair: the sum is a bound from above
+            assert counted(merged) <= table.cost(choices) <= 1.02 * counted(merged)
+        assert table.whole == counted(merged_model(kept_copy(supernet), {}))
+        assert table.unit == unit
+    assert supernet.choices() == choices  # left alone
+    with pytest.raises(CostError, match="'bytes'; known: MACs, parameters"):
+        count_costs(supernet, size, "bytes")
+
+
+def test_command_line(clock, tmp_path, capsys):
+    name, kwargs, side = SMALL["resnet"]
+    pairs = [f"{key}={value}".replace(" ", "") for key, value in kwargs.items()]
+    command = ["latency", name, "--model-kwargs", *pairs, "--input-size", "3", str(side), str(side), "--out"]
+    out = tmp_path / "latency.json"
+    assert main([*command, str(out), "--check", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "measured" in text and "layer1.0" in text and "relative error of the sums" in text
+    assert CostTable.load(out).conditions["input_size"] == [3, side, side]
+    assert main([*command, str(out), "--device", "mi300x", "--dtype", "fp16"]) == 0
+    assert "PREDICTED" in capsys.readouterr().out
+    assert CostTable.load(out).conditions["device"] == "MI300X"
+    assert main([*command, str(out), "--device", "mi100", "--check", "2"]) == 1
+    assert "--check measures here" in capsys.readouterr().err

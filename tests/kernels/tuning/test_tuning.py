@@ -1,0 +1,202 @@
+"""Launch configurations: what is looked up where, which candidates are tried, what is kept, all without a GPU."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import asdict, astuple
+
+import pytest
+import torch
+
+from depthfuse.kernels.device.tile import GemmConfig
+from depthfuse.kernels.launch import INTERPRETER, TARGETS
+from depthfuse.kernels.tuning import lookup as tuning
+from depthfuse.kernels.tuning import measure as tuner
+from depthfuse.kernels.tuning import space
+from depthfuse.kernels.tuning.lookup import Entry, Request, cache_for, remember, session, tuned
+
+CPU = torch.device("cpu")
+SHAPE = {"rows": 197, "channels": 192, "out_channels": 576, "norm": 0}
+FACTS = ("a card", {"torch": "2", "triton": "3"}, "source")
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    """No memory of earlier lookups, a user cache of the test's own for every device, and no packaged tables."""
+    monkeypatch.setenv("DEPTHFUSE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "_found", {})
+    monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "configs")
+    monkeypatch.setattr(tuning, "user_cache", lambda device: cache_for(*FACTS))
+    tuning.packaged.cache_clear()
+    tuning.enabled.cache_clear()
+    yield
+    tuning.packaged.cache_clear()
+    tuning.enabled.cache_clear()
+
+
+def request(op="linear", arch="sm_90", dtype=torch.float16, **changed) -> Request:
+    return Request(op, dtype, tuple((SHAPE | changed).items()), TARGETS[arch], GemmConfig, CPU)
+
+
+def look_up(arch="sm_90", **changed):
+    x = torch.empty(0, dtype=torch.float16)
+    return tuned("linear", GemmConfig, x, TARGETS[arch], **(SHAPE | changed))
+
+
+def forget(monkeypatch):
+    """As in a new process."""
+    monkeypatch.setattr(tuning, "_found", {})
+    monkeypatch.setattr(tuning, "_known", {})
+
+
+CONFIG = GemmConfig(64, 32, 32, 8, 2, 3)
+ENTRY = Entry(asdict(CONFIG), 5.0, 7.0)
+
+
+def test_the_heuristic_decides_what_was_never_measured_and_in_the_interpreter():
+    assert look_up() is None
+    remember(request(), ENTRY)
+    x = torch.empty(0, dtype=torch.float16)
+    assert tuned("linear", GemmConfig, x, INTERPRETER, **SHAPE) is None
+
+
+def test_measurements_outlive_the_process(monkeypatch):
+    remember(request(), ENTRY)
+    forget(monkeypatch)
+    assert look_up() == CONFIG
+    assert look_up(rows=198) is None
+    remember(request(rows=198), Entry(None, 3.0, 3.0))  # there the heuristic won
+    forget(monkeypatch)
+    assert look_up(rows=198) is None
+
+
+def test_those_of_other_versions_cards_and_sources_do_not_count(monkeypatch):
+    remember(request(), ENTRY)
+    for facts in (
+        ("another", *FACTS[1:]),
+        ("a card", {"torch": "3", "triton": "3"}, "source"),
+        (*FACTS[:2], "new"),
+    ):
+        forget(monkeypatch)
+        monkeypatch.setattr(tuning, "user_cache", lambda device, facts=facts: cache_for(*facts))
+        assert look_up() is None
+
+
+def test_a_damaged_file_is_measured_anew(monkeypatch, caplog):
+    remember(request(), ENTRY)
+    path = cache_for(*FACTS).path(request())
+    for text in (
+        "{",
+        "[]",
+        '{"key": "x"}',
+        json.dumps({"key": request().key()} | asdict(Entry({"a": 1}, 1.0, 1.0))),
+    ):
+        path.write_text(text)
+        forget(monkeypatch)
+        with caplog.at_level(logging.WARNING):
+            caplog.clear()
+            assert look_up() is None
+        assert "measured anew" in caplog.text
+    remember(request(), ENTRY)
+    forget(monkeypatch)
+    assert look_up() == CONFIG
+
+
+def test_packaged_tables_serve_where_the_user_measured_nothing(monkeypatch):
+    tuning.PACKAGED.mkdir()
+    table = {"configs": {request().key(): asdict(ENTRY), "broken": {"config": 1}}}
+    (tuning.PACKAGED / "sm_90.json").write_text(json.dumps(table))
+    assert look_up() == CONFIG
+    assert look_up("gfx908") is None
+    own = GemmConfig(32, 32, 32, 8, 2, 2)
+    remember(request(), Entry(asdict(own), 4.0, 7.0))
+    assert look_up() == own
+
+
+def test_measurements_can_be_ignored(monkeypatch):
+    remember(request(), ENTRY)
+    monkeypatch.setenv("DEPTHFUSE_TUNE", "0")
+    tuning.enabled.cache_clear()
+    forget(monkeypatch)
+    assert look_up() is None
+    monkeypatch.setenv("DEPTHFUSE_TUNE", "yes")
+    tuning.enabled.cache_clear()
+    forget(monkeypatch)
+    with pytest.raises(ValueError, match="DEPTHFUSE_TUNE is 'yes', expected 0 or 1"):
+        look_up()
+
+
+def test_processes_that_write_at_once_leave_one_whole_entry(tmp_path):
+    script = """
+import dataclasses, torch
+from depthfuse.kernels.tuning import lookup as tuning
+from depthfuse.kernels.launch import TARGETS
+from depthfuse.kernels.device.tile import GemmConfig
+cache = tuning.cache_for("a card", {"torch": "2", "triton": "3"}, "source")
+request = tuning.Request("linear", torch.float16, (("rows", 1),), TARGETS["sm_90"], GemmConfig, torch.device("cpu"))
+for number in range(50):
+    cache.put(request, tuning.Entry(dataclasses.asdict(GemmConfig(32, 32, 32)), float(number), 1.0))
+    assert cache.get(request) is not None
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", script], env=os.environ) for _ in range(2)]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    (folder,) = (tmp_path / "cache" / "tuning").iterdir()
+    assert len(list(folder.iterdir())) == 1
+
+
+class Operator:
+    """A call with two launches, whose result and time depend on the first's configuration."""
+
+    def __init__(self, time_of, wrong=(), failing=()):
+        self.time_of, self.wrong, self.failing = time_of, wrong, failing
+        self.config, self.calls = None, 0
+
+    def __call__(self):
+        self.calls += 1
+        self.config = look_up()
+        look_up(rows=1, channels=7, out_channels=5)
+        if self.config in self.failing:
+            raise RuntimeError("out of resource: shared memory")
+        return torch.full((4,), float("nan") if self.config in self.wrong else 1.0)
+
+    def timer(self, call):
+        call()
+        return self.time_of(self.config)
+
+
+def test_the_fastest_that_runs_and_is_right_is_kept(monkeypatch):
+    options = space.candidates(request())
+    assert len(options) > 8
+    wrong, failing, best, second = options[:4]
+    times = {wrong: 1.0, failing: 1.0, best: 5.0, second: 6.0}
+    operator = Operator(lambda config: times.get(config, 10.0), {wrong}, {failing})
+    entries = tuner.tune(operator, timer=operator.timer)
+    assert [entry.config for entry in entries.values()] == [asdict(best), None]
+    assert astuple(entries[request()])[1:] == (5.0, 10.0)
+    forget(monkeypatch)
+    assert look_up() == best
+    calls = operator.calls
+    assert tuner.tune(operator, timer=operator.timer) == entries
+    assert operator.calls == calls + 1  # only to see what it launches
+    times[best] = 20.0
+    assert tuner.tune(operator, timer=operator.timer, again=True)[request()].config == asdict(second)
+
+
+def test_a_gain_within_noise_is_none():
+    operator = Operator(lambda config: 10.0 if config is None else 9.9)
+    entries = tuner.tune(operator, timer=operator.timer)
+    assert entries[request()] == Entry(None, 10.0, 10.0)
+
+
+def test_sessions_are_seen_by_their_own_thread_alone():
+    with session() as outer:
+        look_up()
+        with session() as inner:
+            inner.forced[request()] = CONFIG
+            assert look_up() == CONFIG
+        assert look_up() is None
+    assert list(outer.seen) == [request()]
+    assert list(inner.seen) == []

@@ -1,0 +1,391 @@
+"""The whole job: it leaves what it promises, survives SIGKILL anywhere, and refuses bad input before it writes."""
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from depthfuse import PruneConfig, Supernet, load, open_data
+from depthfuse.checkpoint import CheckpointError, load_tensors
+from depthfuse.cli import main
+from depthfuse.config import (
+    ConfigError,
+    FinetuneConfig,
+    LatencyConfig,
+    SearchConfig,
+    SupernetConfig,
+    TrainConfig,
+    to_yaml,
+)
+from depthfuse.costs.table import CostError, CostTable
+from depthfuse.data import DataConfig, DataError
+from depthfuse.runs import report
+from depthfuse.runs.run import STAGES, Run, prune
+from depthfuse.searching.space import BudgetError
+from depthfuse.spec import SpecError, SubnetSpec
+from depthfuse.training.loop import top1
+
+CONFIG = PruneConfig(
+    model="resnet18",
+    model_kwargs=("channels=(8,12,16,24)", "layers=(1,1,1,1)", "in_chans=1"),
+    data=DataConfig(max_train_images=640, batch_size=64, holdout=0.1),
+    baseline=TrainConfig(epochs=1, lr=2e-3, warmup_epochs=0.0),
+    supernet=SupernetConfig(epochs=1, warmup_epochs=0.0),
+    # losing merges: on nets this small what pays is chance
+    search=SearchConfig(
+        blocks=2, population=4, parents=2, generations=1, calibration_images=64, losing_merges=True
+    ),
+    finetune=FinetuneConfig(epochs=2, warmup_epochs=0.0),
+    latency=LatencyConfig(rounds=3),
+    cpu=True,
+    checkpoint_seconds=0.0,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    prune(dataclasses.replace(CONFIG, out=out))
+    return out
+
+
+def test_it_leaves_what_it_promises(finished):
+    spec = SubnetSpec.load(finished / "subnet.json")
+    assert len(spec.choices) == 2 and spec.source.name == "resnet18"
+    rows = {row["net"]: row for row in json.loads((finished / "results.json").read_text())["rows"]}
+    assert set(rows) == {"baseline", "baseline accelerated", "pruned", "merged", "merged accelerated"}
+    assert rows["merged"]["top1"] == rows["pruned"]["top1"] == rows["merged accelerated"]["top1"]
+    assert rows["baseline"]["top1"] == rows["baseline accelerated"]["top1"]
+    assert all(row["latency_ms"] > 0 for row in rows.values())
+    report = (finished / "report.md").read_text()
+    assert all(name in report for name in rows) and all(choice.block in report for choice in spec.choices)
+    for plot in ("comparison", "training", "blocks"):
+        assert (finished / "plots" / f"{plot}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    stages = [row["stage"] for row in csv.DictReader((finished / "metrics.csv").open())]
+    assert list(dict.fromkeys(stages)) == ["baseline", "supernet", "finetune"]
+    assert not list(finished.glob("*.state")) and not list(finished.glob(".*"))
+
+
+def test_load_rebuilds_the_model_in_a_fresh_process(finished):
+    code = (
+        "import sys, torch, depthfuse\n"
+        "net = depthfuse.load(sys.argv[1])\n"
+        "torch.manual_seed(0)\n"
+        "print(type(net).__name__, net(torch.randn(2, 1, 28, 28)).double().sum().item())"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, finished], capture_output=True, text=True, check=True
+    ).stdout
+    name, value = out.split()
+    net = load(finished)
+    torch.manual_seed(0)
+    assert name == "ResNet" and not net.training
+    with torch.no_grad():
+        assert float(value) == pytest.approx(net(torch.randn(2, 1, 28, 28)).double().sum().item(), rel=1e-5)
+    rows = json.loads((finished / "results.json").read_text())["rows"]
+    data = open_data(CONFIG.data, num_classes=10, in_chans=1)
+    assert top1(net, data.val_loader()) == next(row["top1"] for row in rows if row["net"] == "merged")
+
+
+def test_a_finished_run_is_not_repeated(finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.glob("*.safetensors")}
+    prune(dataclasses.replace(CONFIG, out=finished))
+    assert {p: p.stat().st_mtime_ns for p in finished.glob("*.safetensors")} == before
+
+
+# What must be on the disk when the process is killed: a moment inside each stage.
+MOMENTS = {
+    "baseline": "baseline.state",
+    "supernet": "supernet.state",
+    "search": "search.jsonl",
+    "finetune": "finetune.state",
+    "merge": "finetune.safetensors",
+    "compare": "merged.safetensors",
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sigkill_in_each_stage_changes_nothing(stage, finished, tmp_path):
+    """Killed in the stage and started again: the same spec and the same weights, bit for bit."""
+    out, config = tmp_path / "run", tmp_path / "config.yaml"
+    # the same latency table in both: two measurements never agree to the last digit
+    latency = dataclasses.replace(CONFIG.latency, table=finished / "latency.json")
+    config.write_text(to_yaml(dataclasses.replace(CONFIG, latency=latency)))
+    command = [sys.executable, "-m", "depthfuse.cli", "prune", "--config", config, "--out", out]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        command, env=os.environ | threads, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 300
+    while not (out / MOMENTS[stage]).exists():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "results.json").exists()
+    prune(dataclasses.replace(CONFIG, latency=latency, out=out))
+    assert (out / "subnet.json").read_text() == (finished / "subnet.json").read_text()
+    for name in ("baseline", "supernet", "finetune", "merged"):
+        got, wanted = (
+            load_tensors(out / f"{name}.safetensors")[0],
+            load_tensors(finished / f"{name}.safetensors")[0],
+        )
+        assert set(got) == set(wanted)
+        assert all(torch.equal(got[key], wanted[key]) for key in wanted), name
+
+
+def refused(tmp_path, error, message, until="compare", **changes):
+    out = tmp_path / "run"
+    with pytest.raises(error, match=message):
+        prune(dataclasses.replace(CONFIG, out=out, **changes), until)
+    assert not out.exists() or not list(out.glob("*.tmp"))
+    return out
+
+
+def test_bad_models_are_refused_before_anything_is_written(tmp_path):
+    out = refused(
+        tmp_path, SpecError, "timm has no model 'resnet1888'; similar names: .*resnet18", model="resnet1888"
+    )
+    assert not out.exists()
+    refused(tmp_path, SpecError, "no block that can be pruned", model="convnextv2_atto", model_kwargs=())
+    refused(tmp_path, SpecError, "timm refused the arguments", model_kwargs=("colour=1",))
+    refused(tmp_path, ConfigError, "name=value", model_kwargs=("colour",))
+    refused(
+        tmp_path,
+        ConfigError,
+        "takes images of 224x224 pixels, the data gives 28",
+        model="deit_tiny_patch16_224",
+        model_kwargs=(),
+        data=DataConfig(img_size=28),
+    )
+    assert not out.exists()
+
+
+def test_a_missing_budget_is_noticed_before_any_training(tmp_path):
+    out = refused(tmp_path, BudgetError, r"exactly one budget: .* got none", search=SearchConfig())
+    refused(
+        tmp_path,
+        BudgetError,
+        r"got blocks=1, speedup=1.2: several",
+        search=SearchConfig(blocks=1, speedup=1.2),
+    )
+    assert not out.exists()
+
+
+def test_bad_data_is_refused_before_anything_is_written(tmp_path):
+    out = refused(tmp_path, DataError, "nowhere", data=DataConfig(data=str(tmp_path / "nowhere")))
+    refused(tmp_path, DataError, "has 10", model_kwargs=("num_classes=7", "in_chans=1"))
+    assert not out.exists()
+
+
+def test_infeasible_budgets_are_refused_before_the_supernet_is_trained(tmp_path, finished):
+    shutil.copytree(
+        finished, tmp_path / "run", ignore=shutil.ignore_patterns("s*", "config.yaml", "f*", "m*", "r*")
+    )
+    search = dataclasses.replace(CONFIG.search, blocks=None, speedup=1000.0)
+    out = refused(tmp_path, BudgetError, r"the fastest reachable takes", search=search)
+    assert not (out / "supernet.state").exists()
+
+
+def latencies(config, out, **changes):
+    """The table that a run plans with, without training anything."""
+    run = Run(
+        dataclasses.replace(config, out=out, latency=dataclasses.replace(config.latency, **changes), seed=1)
+    )
+    return run.latency(Supernet(run.build()).eval())
+
+
+def test_foreign_latency_tables_are_refused_unless_asked_for(finished, tmp_path):
+    own = CostTable.load(finished / "latency.json")
+    assert latencies(CONFIG, tmp_path / "own", table=finished / "latency.json") == own
+    foreign = dataclasses.replace(own, conditions={**own.conditions, "device": "a toaster", "threads": 99})
+    foreign.save(tmp_path / "foreign.json")
+    with pytest.raises(CostError, match=r"foreign.json .*device 'a toaster' there.*threads 99 there"):
+        latencies(CONFIG, tmp_path / "run", table=tmp_path / "foreign.json")
+    assert not (tmp_path / "run" / "latency.json").exists()
+    flagged = latencies(CONFIG, tmp_path / "run2", table=tmp_path / "foreign.json", foreign_table=True)
+    assert flagged == foreign == CostTable.load(tmp_path / "run2" / "latency.json")
+    with pytest.raises(CostError, match="dtype 'float32' there, 'float16' here"):
+        latencies(CONFIG, tmp_path / "run3", table=finished / "latency.json", dtype="fp16")
+    dataclasses.replace(own, unit="MACs").save(tmp_path / "macs.json")
+    with pytest.raises(CostError, match="counts MACs"):
+        latencies(CONFIG, tmp_path / "run4", table=tmp_path / "macs.json")
+
+
+def test_a_latency_table_cut_short_is_completed(finished, tmp_path):
+    own = CostTable.load(finished / "latency.json")
+    short = CostTable.load(finished / "latency.json")
+    del short.saved["layer2.0"]["dense"]
+    (tmp_path / "run").mkdir()
+    short.save(tmp_path / "run" / "latency.json")
+    table = latencies(CONFIG, tmp_path / "run")
+    assert isinstance(table.saved["layer2.0"].pop("dense"), float)
+    assert table.saved == short.saved and table.whole == own.whole
+
+
+def test_a_run_for_another_device_says_that_its_latencies_are_predicted(finished, tmp_path):
+    table = latencies(CONFIG, tmp_path / "run", device="mi100", dtype="fp16")
+    assert table.conditions["predicted"] and table.conditions["device"] == "MI100"
+    results = json.loads((finished / "results.json").read_text())
+    assert results["chosen_by"] == results["conditions"] and results["conditions"]["predicted"] is False
+    assert "chosen by" not in report.markdown(results)
+    text = report.markdown(results | {"chosen_by": table.conditions})
+    assert "chosen by PREDICTED latencies" in text and "device MI100" in text
+
+
+def test_another_configuration_in_the_same_folder_is_refused(finished):
+    with pytest.raises(ConfigError, match=r"another configuration \(seed differ\)"):
+        Run(dataclasses.replace(CONFIG, out=finished, seed=1))
+
+
+def test_damaged_and_foreign_artefacts_are_named(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    merged = out / "merged.safetensors"
+    whole = merged.read_bytes()
+    for cut in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        merged.write_bytes(whole[:cut])
+        with pytest.raises(CheckpointError, match="merged.safetensors"):
+            load(out)
+    shutil.copy(finished / "baseline.safetensors", merged)
+    with pytest.raises(CheckpointError, match="weights of another model"):
+        load(out)
+    merged.write_bytes(whole)
+    document = json.loads((out / "subnet.json").read_text())
+    document["choices"][0]["block"] = "layer9.0"
+    (out / "subnet.json").write_text(json.dumps(document))
+    with pytest.raises(SpecError, match=r"no prunable block layer9\.0"):
+        load(out)
+    (out / "subnet.json").write_text("{}")
+    with pytest.raises(SpecError, match="expected a document of format"):
+        load(out)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load(tmp_path / "nothing")
+
+
+def test_given_weights_become_the_baseline(finished, tmp_path):
+    weights = finished / "baseline.safetensors"
+    run = prune(dataclasses.replace(CONFIG, out=tmp_path / "run", weights=weights), until="baseline")
+    got, wanted = load_tensors(run.dir / "baseline.safetensors")[0], load_tensors(weights)[0]
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+    foreign = tmp_path / "foreign.safetensors"
+    foreign.write_bytes(weights.read_bytes()[:-5])
+    refused(tmp_path / "2", CheckpointError, "cannot read weights from", weights=foreign)
+    refused(
+        tmp_path / "3", CheckpointError, "weights of another model", weights=finished / "merged.safetensors"
+    )
+
+
+def test_command_line(finished, tmp_path, capsys):
+    config = tmp_path / "c.yaml"
+    config.write_text(to_yaml(dataclasses.replace(CONFIG, out=Path("unused"))))
+    assert main(["prune", "--config", str(config), "--out", str(finished)]) == 0
+    assert "merged accelerated" in capsys.readouterr().out
+    assert main(["prune", "--config", str(config), "--out", str(finished), "--seed", "5"]) == 1
+    assert "another configuration" in capsys.readouterr().err
+    assert main(["prune", "--model", "nonsense", "--search.blocks", "1", "--out", str(tmp_path / "x")]) == 1
+    assert "timm has no model 'nonsense'" in capsys.readouterr().err
+    assert main(["fly"]) == 2
+    assert "unknown command 'fly'" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    assert "depthfuse COMMAND" in capsys.readouterr().out
+    assert (
+        main(
+            [
+                "bench",
+                str(finished),
+                "--rounds",
+                "2",
+                "--round-ms",
+                "1",
+                "--batch",
+                "1",
+                "--contenders",
+                "eager",
+            ]
+        )
+        == 0
+    )
+    assert "depthfuse" in capsys.readouterr().out
+    assert {f"bench_cpu_fp32.{kind}" for kind in ("csv", "png")} <= {path.name for path in finished.iterdir()}
+    assert main(["env"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+def test_inspect(capsys):
+    assert main(["inspect", "test_resnet"]) == 0
+    out = capsys.readouterr().out
+    assert "layer1.0" in out and "compact" in out
+    assert main(["inspect", "efficientnet_b0"]) == 0
+    assert "SE gate" in capsys.readouterr().out
+    assert main(["inspect", "mixer_s32_224"]) == 0
+    assert "unknown block type" in capsys.readouterr().out
+
+
+def test_a_search_without_a_budget_leaves_the_front_to_pick_from(finished, tmp_path):
+    explored, picked = tmp_path / "explored", tmp_path / "picked"
+    search = dataclasses.replace(CONFIG.search, blocks=None, strategy="greedy", front=3)
+    latency = dataclasses.replace(CONFIG.latency, table=finished / "latency.json")
+    config = dataclasses.replace(CONFIG, search=search, latency=latency, start_from=finished)
+    prune(dataclasses.replace(config, out=explored), "search")
+    assert (explored / "baseline.safetensors").read_bytes() == (
+        finished / "baseline.safetensors"
+    ).read_bytes()
+    rows = list(csv.DictReader((explored / "front.csv").open()))
+    assert rows and all(float(row["cost_ms"]) > 0 for row in rows)
+    assert (explored / "plots" / "front.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert not (explored / "subnet.json").exists()
+    with pytest.raises(BudgetError, match="got none"):
+        prune(dataclasses.replace(config, out=explored))
+    scores = (explored / "search.jsonl").read_text()
+    pick = dataclasses.replace(CONFIG.search, strategy="pick")  # two blocks: the finished run has scored some
+    config = dataclasses.replace(config, search=pick, start_from=explored, out=picked)
+    prune(config, "search")
+    assert (picked / "search.jsonl").read_text() == scores
+    assert len(SubnetSpec.load(picked / "subnet.json").choices) == 2
+
+
+def test_starting_from_a_run_with_other_settings_is_refused(finished, tmp_path):
+    out = refused(tmp_path, ConfigError, "cannot start from .*: seed differ", start_from=finished, seed=3)
+    assert not (out / "config.yaml").exists()
+
+
+def test_unknown_strategies_and_blocks_are_refused_before_any_training(finished, tmp_path):
+    search = dataclasses.replace(CONFIG.search, strategy="luck")
+    out = refused(tmp_path, BudgetError, "unknown search strategy 'luck'; known: evolution", search=search)
+    search = dataclasses.replace(CONFIG.search, exclude=("layer9.9",))
+    refused(tmp_path, BudgetError, "cannot exclude block 'layer9.9': this model has layer1.0", search=search)
+    assert not list(out.glob("*.state"))
+
+
+@pytest.mark.parametrize(
+    "ablation",
+    [
+        {"supernet": dataclasses.replace(CONFIG.supernet, separate_norms=False)},
+        {"supernet": dataclasses.replace(CONFIG.supernet, border_remedy=False)},
+        {"finetune": dataclasses.replace(CONFIG.finetune, mixing="block", distill=0.0)},
+        {"search": dataclasses.replace(CONFIG.search, calibration_images=0)},
+    ],
+    ids=["shared norms", "no border remedy", "block mixing", "no calibration"],
+)
+def test_ablations_run_to_the_end(finished, tmp_path, ablation):
+    latency = dataclasses.replace(CONFIG.latency, table=finished / "latency.json")
+    search = dataclasses.replace(CONFIG.search, exclude=("layer1.0=compact", "layer2.0=compact"))
+    config = dataclasses.replace(CONFIG, **{"search": search, "latency": latency} | ablation)
+    prune(dataclasses.replace(config, out=tmp_path), "merge")
+    merged = json.loads((tmp_path / "merge.json").read_text())
+    wrong = max(block["border"] for block in merged["blocks"])
+    if config.supernet.border_remedy:
+        assert wrong <= 1e-10
+    assert all(block["interior"] <= 1e-10 for block in merged["blocks"])

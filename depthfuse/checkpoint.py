@@ -18,14 +18,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from depthfuse.errors import CheckpointError
+
 # All of ours lives in one metadata entry, because safetensors keeps several in no fixed order, and equal
 # contents should give equal files.
 _ENTRY = "depthfuse"
 _REMEDY = "delete it and run the stage that writes it again, or restore a whole copy"
-
-
-class CheckpointError(RuntimeError):
-    """A file that cannot be written, or cannot be trusted; the message names it and says what to do."""
 
 
 def save_tensors(

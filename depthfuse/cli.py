@@ -14,14 +14,17 @@ import tyro
 
 from depthfuse import config, log
 from depthfuse.acceleration import AccelerationError
-from depthfuse.checkpoint import CheckpointError
-from depthfuse.costs.table import CostError, CostTable
+from depthfuse.costs.table import CostTable
 from depthfuse.data import DataError
-from depthfuse.merging.merge import MergeError
-from depthfuse.rivals.methods import MethodError
-from depthfuse.searching.space import BudgetError
-from depthfuse.spec import SpecError
-from depthfuse.training.loop import TrainingDiverged
+from depthfuse.errors import (
+    BudgetError,
+    CheckpointError,
+    CostError,
+    MergeError,
+    MethodError,
+    SpecError,
+    TrainingDiverged,
+)
 
 # what a user can cause and mend: shown as one line, not as a traceback
 USER_ERRORS = (
@@ -195,7 +198,7 @@ def _latency(args: Sequence[str], prog: str) -> None:
 
     from depthfuse.benching.bench import randomised
     from depthfuse.costs import latency
-    from depthfuse.merging.merge import input_size
+    from depthfuse.merging.model_inputs import input_size
     from depthfuse.merging.supernet import Supernet
     from depthfuse.spec import ModelSource
 
@@ -314,7 +317,7 @@ def _bench_model(given: BenchArguments) -> tuple[Any, list[int], Path]:
     """The model in evaluation mode, its input size (C, H, W), and the folder for results."""
     from depthfuse.benching import bench
     from depthfuse.checkpoint import load_json
-    from depthfuse.merging.merge import input_size
+    from depthfuse.merging.model_inputs import input_size
     from depthfuse.runs.run import load
     from depthfuse.spec import ModelSource
 

@@ -12,13 +12,10 @@ from typing import Any, Literal
 import torch
 
 from depthfuse.data import DataConfig
-from depthfuse.training.lambda_schedule import Schedule
+from depthfuse.errors import ConfigError
 
+Schedule = Literal["linear", "cosine", "none"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class ConfigError(ValueError):
-    """A configuration that is malformed or contradicts itself."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from depthfuse.devices import cpu_name
 from depthfuse.ops import onednn, resolve_backend
 
 _PACKAGES = (
@@ -65,25 +66,12 @@ def collect() -> dict[str, Any]:
 
 def _cpu() -> dict[str, Any]:
     return {
-        "name": _cpu_name(),
+        "name": cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "onednn_fused_dtypes": [_name(dtype) for dtype in _DTYPES if onednn.available(dtype)],
     }
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def device_name(device: torch.device) -> str:
-    """The device as its maker calls it, for labels on measurements."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def _gpu(index: int) -> dict[str, Any]:

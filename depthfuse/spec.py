@@ -12,13 +12,10 @@ from typing import Any
 from torch import nn
 
 from depthfuse.checkpoint import load_json, save_json
+from depthfuse.errors import SpecError
 
 KEEP = "keep"
 FORMAT = "depthfuse.subnet/1"
-
-
-class SpecError(ValueError):
-    """A spec that is malformed or does not fit the model it is applied to."""
 
 
 @dataclass(frozen=True)

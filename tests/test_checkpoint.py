@@ -16,15 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from depthfuse import checkpoint
-from depthfuse.checkpoint import (
-    CheckpointError,
-    load_json,
-    load_state,
-    load_tensors,
-    save_json,
-    save_state,
-    save_tensors,
-)
+from depthfuse.checkpoint import load_json, load_state, load_tensors, save_json, save_state, save_tensors
+from depthfuse.errors import CheckpointError
 
 SAVERS = {
     "tensors": (lambda path: save_tensors(path, {"w": torch.arange(3.0)}, {"a": "b"}), load_tensors),

@@ -4,15 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from depthfuse.config import (
-    ConfigError,
-    PruneConfig,
-    from_dict,
-    load_yaml,
-    parse_model_kwargs,
-    to_dict,
-    to_yaml,
-)
+from depthfuse.config import PruneConfig, from_dict, load_yaml, parse_model_kwargs, to_dict, to_yaml
+from depthfuse.errors import ConfigError
 
 
 def test_yaml_round_trip_is_exact(tmp_path):

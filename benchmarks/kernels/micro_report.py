@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.kernels.cases import Case
-from depthfuse.env import collect, device_name
+from depthfuse.devices import device_name
+from depthfuse.env import collect
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -18,7 +18,7 @@ from torch import nn
 from depthfuse import Supernet, merge
 from depthfuse.benching.bench import DTYPES, compare, machine, plot, randomised, write_csv
 from depthfuse.benching.engines import CONTENDERS
-from depthfuse.merging.merge import input_size
+from depthfuse.merging.model_inputs import input_size
 from depthfuse.spec import ModelSource
 
 MODELS = ("resnet34", "mobilenetv2_100", "mobilenetv2_140", "convnext_tiny", "deit_tiny_patch16_224")

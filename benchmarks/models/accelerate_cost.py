@@ -24,7 +24,7 @@ import torch
 
 import depthfuse
 from depthfuse.benching.bench import machine, randomised
-from depthfuse.merging.merge import input_size
+from depthfuse.merging.model_inputs import input_size
 from depthfuse.spec import ModelSource
 
 

@@ -21,7 +21,7 @@ from depthfuse.checkpoint import load_json, save_json, save_text
 from depthfuse.config import CompareConfig, PruneConfig, load_yaml
 from depthfuse.rivals.compare import Comparison
 from depthfuse.runs.run import Run
-from depthfuse.training.loop import top1
+from depthfuse.training.evaluation import top1
 
 # name: (what it shows, {"stage.setting": value})
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {

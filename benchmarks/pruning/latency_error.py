@@ -19,7 +19,7 @@ from depthfuse import Supernet
 from depthfuse.benching.bench import machine, randomised, write_csv
 from depthfuse.config import DTYPES, LatencyConfig
 from depthfuse.costs.latency import check_prediction, measure_latencies, relative_errors
-from depthfuse.merging.merge import input_size
+from depthfuse.merging.model_inputs import input_size
 from depthfuse.spec import ModelSource
 
 MODELS = ("resnet34", "mobilenetv2_100", "convnext_tiny", "deit_tiny_patch16_224")

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from depthfuse import ModelSource, Supernet, merge
-from depthfuse.env import device_name
+from depthfuse.devices import device_name
 from depthfuse.training.objectives import SandwichObjective
 
 MERGED = ("resnet34", "mobilenetv2_140", "convnext_tiny", "deit_tiny_patch16_224")

@@ -2,9 +2,9 @@
 
 from depthfuse.acceleration.api import accelerate
 from depthfuse.acceleration.checking.report import Cost, Entry, Report
-from depthfuse.acceleration.errors import AccelerationError
 from depthfuse.acceleration.running.model import AcceleratedModel
 from depthfuse.acceleration.saving.saved import load_accelerated
+from depthfuse.errors import AccelerationError
 from depthfuse.measuring.measured_cache import cache_folder
 
 __all__ = [

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from depthfuse.acceleration.checking.report import Cost, Entry, Report
 from depthfuse.acceleration.checking.verify import compare_operations
 from depthfuse.acceleration.checking.verify import verify as verify_plan
-from depthfuse.acceleration.errors import AccelerationError
 from depthfuse.acceleration.planning.build import build_plan
 from depthfuse.acceleration.running.choose import tune_plan
 from depthfuse.acceleration.running.implementations import TUNE
 from depthfuse.acceleration.running.model import AcceleratedModel
 from depthfuse.acceleration.saving.saved import load_accelerated
+from depthfuse.errors import AccelerationError
 from depthfuse.measuring.measured_cache import cache_folder, environment
 from depthfuse.ops import onednn, resolve_backend
 from depthfuse.spec import ModelSource

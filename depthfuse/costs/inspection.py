@@ -10,7 +10,7 @@ from torch import nn
 
 from depthfuse.measuring.counting import count_macs, count_parameters
 from depthfuse.merging.adapters import find_blocks
-from depthfuse.merging.merge import input_size
+from depthfuse.merging.model_inputs import input_size
 from depthfuse.merging.supernet import Supernet
 from depthfuse.merging.variants import block_inputs
 from depthfuse.spec import KEEP

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from depthfuse.acceleration import accelerate
 from depthfuse.config import DTYPES, LatencyConfig
 from depthfuse.costs.prediction import predict_latencies, predicted_conditions
-from depthfuse.costs.table import CostError, CostTable
-from depthfuse.env import device_name
+from depthfuse.costs.table import CostTable
+from depthfuse.devices import device_name
+from depthfuse.errors import CostError
 from depthfuse.log import progress
 from depthfuse.measuring.timing import time_interleaved
 from depthfuse.merging.supernet import Supernet

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from depthfuse.acceleration import accelerate
 from depthfuse.acceleration.checking.profile import count_operations
-from depthfuse.costs.table import CostError, CostTable
+from depthfuse.costs.table import CostTable
+from depthfuse.errors import CostError
 from depthfuse.log import progress
 from depthfuse.measuring.roofline import DEVICES, Device, Peaks
 from depthfuse.merging.supernet import Supernet

@@ -11,15 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from depthfuse.checkpoint import CheckpointError, load_json, save_json
+from depthfuse.checkpoint import load_json, save_json
+from depthfuse.errors import CheckpointError, CostError
 from depthfuse.spec import KEEP
 
 # Of the conditions, those that change every number.
 _MUST_AGREE = ("device", "threads", "dtype", "batch_size", "input_size", "torch")
-
-
-class CostError(ValueError):
-    """A cost table that does not fit the model, the machine or the settings it is used for."""
 
 
 @dataclass(frozen=True)

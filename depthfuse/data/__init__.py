@@ -1,7 +1,8 @@
 """Images for training, search and measurement: an embedded set, folders, and timm's named data sets."""
 
 from depthfuse.data.bundle import Batches, DataBundle, SeededMixup
-from depthfuse.data.config import DataConfig, DataError
+from depthfuse.data.config import DataConfig
 from depthfuse.data.opening import open_data
+from depthfuse.errors import DataError
 
 __all__ = ["Batches", "DataBundle", "DataConfig", "DataError", "SeededMixup", "open_data"]

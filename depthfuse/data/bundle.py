@@ -8,10 +8,11 @@ from timm.data import Mixup
 from torch import Tensor
 
 from depthfuse.data import order
-from depthfuse.data.config import DataConfig, DataError
+from depthfuse.data.config import DataConfig
 from depthfuse.data.images import ImageSource
 from depthfuse.data.pixels import PixelSource
 from depthfuse.data.transforms import InputFormat
+from depthfuse.errors import DataError
 
 Batch = tuple[Tensor, Tensor]  # images [B, C, S, S] float32, classes [B] int64
 

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file, folder, split or option at fault."""
+from depthfuse.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from timm.data.readers.img_extensions import get_img_extensions
 
-from depthfuse.data.config import DataError
+from depthfuse.errors import DataError
 
 _SYNONYMS = {
     "train": ("train", "training"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from depthfuse.data import order
-from depthfuse.data.config import DataError
+from depthfuse.errors import DataError
 
 Transform = Callable[[Image.Image], Tensor]
 

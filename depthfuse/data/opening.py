@@ -9,11 +9,12 @@ from torch import Tensor
 
 from depthfuse.data import embedded, folder, order, transforms
 from depthfuse.data.bundle import DataBundle, IndexedBundle
-from depthfuse.data.config import DataConfig, DataError
+from depthfuse.data.config import DataConfig
 from depthfuse.data.images import ArrayImages, DecodedImages, ImageSource
 from depthfuse.data.pixels import DecodedOnce, PixelSource
 from depthfuse.data.stream import StreamBundle
 from depthfuse.data.transforms import InputFormat
+from depthfuse.errors import DataError
 
 EMBEDDED = "fashion-mnist"
 _STREAMS = ("hfids", "tfds", "wds")

@@ -9,9 +9,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from depthfuse.data import order
 from depthfuse.data.bundle import Batch, Batches, DataBundle, equal_batch_size
-from depthfuse.data.config import DataConfig, DataError
+from depthfuse.data.config import DataConfig
 from depthfuse.data.images import Transform
 from depthfuse.data.transforms import InputFormat
+from depthfuse.errors import DataError
 
 
 class StreamBundle(DataBundle):

@@ -7,8 +7,9 @@ import timm.data
 from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 
-from depthfuse.data.config import DataConfig, DataError
+from depthfuse.data.config import DataConfig
 from depthfuse.data.images import Transform
+from depthfuse.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,10 @@
-"""Multiply-accumulates, counted on a real forward pass, and parameters: of a model, and what each merge saves."""
+"""Multiply-accumulates of a model, counted on a real forward pass, and its parameters."""
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
-
-from depthfuse.costs.table import CostError, CostTable
-from depthfuse.merging.merge import fold_batch_norms
-from depthfuse.merging.supernet import Supernet
-from depthfuse.merging.variants import block_inputs, kept_copy, merged_model, signature
-from depthfuse.spec import KEEP
 
 # PyTorch counts attention on GPUs, and leaves out the operator that it runs on a CPU.
 _CPU_ATTENTION = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -40,46 +30,3 @@ def count_macs(net: nn.Module, input_size: tuple[int, ...], device: torch.device
 
 def count_parameters(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
-
-
-def count_costs(supernet: Supernet, input_size: tuple[int, int, int], unit: str) -> CostTable:
-    """What each candidate of each block saves in "MACs" (of one image) or "parameters", on merged models.
-
-    MACs are exact. Parameters are a bound from above: norms that fold into the next merged block count as kept.
-
-    input_size: (C, H, W). Raises CostError for another unit.
-    """
-    net = kept_copy(supernet)
-    like = next(net.parameters())
-    counters: dict[str, Callable[[nn.Module, tuple[int, ...]], int]] = {
-        "MACs": lambda form, size: count_macs(form, size, like.device),
-        "parameters": lambda form, _: count_parameters(form),
-    }
-    if unit not in counters:
-        raise CostError(f"cannot count {unit!r}; known: {', '.join(counters)}")
-    counted: dict[str, int] = {}
-
-    def count(form: nn.Module, given: Tensor) -> int:
-        key = signature(form, given)
-        if key not in counted:
-            form = copy.deepcopy(form)
-            fold_batch_norms(form)  # as they are in the whole merged model
-            counted[key] = counters[unit](form, tuple(given.shape[1:]))
-        return counted[key]
-
-    given = block_inputs(net, torch.zeros(1, *input_size, device=like.device, dtype=like.dtype))
-    saved: dict[str, dict[str, float]] = {}
-    for path, block in net.blocks.items():
-        kept = count(block.block, given[path])
-        saved[path] = {}
-        for name in block.candidates:
-            block.choice = name
-            saved[path][name] = kept - count(block.fuse(), given[path])
-        block.choice = KEEP
-    conditions = {
-        "model": supernet.source.name,
-        "model_kwargs": json.loads(json.dumps(supernet.source.kwargs)),
-        "input_size": list(input_size),
-        "predicted": False,
-    }
-    return CostTable(conditions, unit, counters[unit](merged_model(net, {}), input_size), saved)

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from depthfuse.checkpoint import CheckpointError, load_json, save_json
-from depthfuse.env import device_name
+from depthfuse.checkpoint import load_json, save_json
+from depthfuse.devices import device_name
+from depthfuse.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

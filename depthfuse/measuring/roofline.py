@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from depthfuse.env import device_name
+from depthfuse.devices import device_name
 from depthfuse.measuring.measured_cache import MeasuredCache
 from depthfuse.measuring.timing import Timing, time_interleaved
 

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from timm.layers import BatchNormAct2d
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from depthfuse.acceleration.planning.graph import has_hooks
-from depthfuse.acceleration.planning.trace import LayerTracer
-from depthfuse.merging.algebra import norm_affine
-from depthfuse.merging.merged_blocks import TokenBatchNorm
+from depthfuse.errors import MergeError
+from depthfuse.merging.folding import fold_batch_norms
+from depthfuse.merging.model_inputs import input_size
 from depthfuse.merging.supernet import Supernet, SwitchBlock
 from depthfuse.spec import SubnetSpec
 
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-10  # relative, float64
-
-
-class MergeError(ValueError):
-    """The subnet cannot be merged, or the merged model failed its check."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,7 @@ def merge(
 
     report = check(subnet, check_size or input_size(subnet.model), tolerance=tolerance)
     merged = copy.deepcopy(subnet.model)
-    _fuse_switches(merged)
+    fuse_switches(merged)
     fold_batch_norms(merged)
     merged.depthfuse_source = subnet.source
     merged.merge_report = report
@@ -90,7 +83,8 @@ def merge(
     return merged
 
 
-def _fuse_switches(model: nn.Module) -> None:
+def fuse_switches(model: nn.Module) -> None:
+    """Put the merged block, or the kept one, in the place of every switch of `model`."""
     for path, block in [(n, m) for n, m in model.named_modules() if isinstance(m, SwitchBlock)]:
         model.set_submodule(path, block.fuse())
 
@@ -102,26 +96,10 @@ def merged_structure(spec: SubnetSpec) -> nn.Module:
     """
     supernet = Supernet(spec.source.build()).eval()
     supernet.set_choices(spec)
-    _fuse_switches(supernet.model)
+    fuse_switches(supernet.model)
     fold_batch_norms(supernet.model)
     supernet.model.depthfuse_source = spec.source
     return supernet.model
-
-
-def fixed_image_size(model: nn.Module) -> tuple[int, int] | None:
-    """(H, W) that a model is bound to by its patch embedding or position table; None where it takes any size."""
-    patch = getattr(model, "patch_embed", None)
-    size = getattr(patch, "img_size", None)
-    return None if size is None else (int(size[0]), int(size[1]))
-
-
-def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) that a timm model expects: its fixed size where it has one, else its pretrained_cfg's."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    channels, height, width = config.get("input_size", (3, 224, 224))
-    height, width = fixed_image_size(model) or (height, width)
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return (first.in_channels if first is not None else channels), height, width
 
 
 @torch.no_grad()
@@ -188,129 +166,3 @@ def _split_error(got: Tensor, wanted: Tensor, reach: int) -> tuple[float, float]
     inner[:, :, reach:-reach, reach:-reach] = True
     interior = error[inner]
     return float(error[~inner].max()), float(interior.max()) if interior.numel() else 0.0
-
-
-class _NormTracer(LayerTracer):
-    """Stops at every layer, so that a conv followed by a batch norm shows as two calls; passes through identities."""
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        if isinstance(module, nn.Identity) and not has_hooks(module):
-            return False
-        leaf = super().is_leaf_module(module, qualified_name)
-        return leaf or isinstance(module, nn.BatchNorm2d) or not list(module.children())
-
-
-@dataclass
-class _Folding:
-    """Batch norms on their way into the layers beside them: the weights stay in float64 until all are folded."""
-
-    model: nn.Module
-    exact: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # {path: (weight, bias)}
-    norms: int = 0
-
-    def pairs(self) -> list[tuple[str, nn.Module, str, nn.Module]]:
-        """(path, layer, path, layer) of two layers, each called once, where the second alone reads the first's output.
-
-        By the data flow, read by torch.fx; none where it cannot trace the model.
-        """
-        try:
-            graph = _NormTracer().trace(self.model)
-        except Exception as error:  # fx raises whatever the model's own code raises on a proxy
-            log.warning("batch norms are left as they are: torch.fx cannot trace the model (%s)", error)
-            return []
-        modules = dict(self.model.named_modules())
-        nodes = [node for node in graph.nodes if node.op == "call_module"]
-        calls = Counter(node.target for node in nodes)
-        found = []
-        for node in nodes:
-            before = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-            if not (isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1):
-                continue
-            if calls[node.target] == calls[before.target] == 1:
-                found.append((before.target, modules[before.target], node.target, modules[node.target]))
-        return found
-
-    def read(self, path: str, layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor]:
-        if path not in self.exact:
-            weight = layer.weight.double()
-            bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.double()
-            self.exact[path] = weight, bias
-        return self.exact[path]
-
-    def into_layers_before(self) -> None:
-        """conv -> norm: diag(s) W, s b + t."""
-        for path, conv, norm_path, norm in self.pairs():
-            if type(norm) not in (nn.BatchNorm2d, BatchNormAct2d) or norm.running_mean is None:
-                continue
-            if not isinstance(conv, nn.Conv2d):
-                continue
-            scale, shift = norm_affine(norm)
-            weight, bias = self.read(path, conv)
-            self.exact[path] = weight * scale[:, None, None, None], bias * scale + shift
-            act = norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity().eval()
-            self._remove(norm_path, act)
-
-    def into_layers_behind(self) -> None:
-        """norm -> unpadded conv or linear layer: W diag(s), b + W t."""
-        for norm_path, norm, path, layer in self.pairs():
-            kinds = type(norm), type(layer)
-            if kinds not in ((nn.BatchNorm2d, nn.Conv2d), (TokenBatchNorm, nn.Linear)):
-                continue
-            # zeros beside the image are not what the norm would make of zeros
-            padded = isinstance(layer, nn.Conv2d) and layer.padding not in ((0, 0), "valid")
-            if norm.running_mean is None or padded or not _same_stage(norm_path, path):
-                continue
-            scale, shift = norm_affine(norm)
-            weight, bias = self.read(path, layer)
-            groups = getattr(layer, "groups", 1)
-            # [O, I / groups, ...] times [I]: the inputs of each output channel's own group
-            inputs = [
-                v.view(groups, 1, -1).expand(-1, len(weight) // groups, -1).flatten(0, 1)
-                for v in (scale, shift)
-            ]
-            scale, shift = (v.reshape(*v.shape, *[1] * (weight.ndim - 2)) for v in inputs)
-            self.exact[path] = weight * scale, bias + (weight * shift).flatten(1).sum(1)
-            self._remove(norm_path, nn.Identity().eval())
-
-    def _remove(self, norm_path: str, successor: nn.Module) -> None:
-        self.model.set_submodule(norm_path, successor)
-        self.norms += 1
-
-    def write(self) -> None:
-        for path, (weight, bias) in self.exact.items():
-            layer = self.model.get_submodule(path)
-            dtype = layer.weight.dtype
-            layer.weight, layer.bias = nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
-
-
-def _same_stage(norm_path: str, path: str) -> bool:
-    """Whether a layer lies in the same row of blocks as a norm, or in the module that holds the norm.
-
-    What leaves a stage is an intermediate feature that others read from timm's models: it keeps its norm.
-    """
-    block = norm_path.rpartition(".")[0]
-    stage = block.rpartition(".")[0]
-    return not block or path.startswith(f"{block}.") or (stage != "" and path.startswith(f"{stage}."))
-
-
-@torch.no_grad()
-def fold_batch_norms(model: nn.Module) -> int:
-    """Fold batch norms into the layers beside them, in place; returns how many.
-
-    A norm goes into the convolution that it directly follows; else into the unpadded convolution or the linear layer
-    that directly follows it, in the same stage. So two merged blocks in a row share no norm any more, where the second
-    is 1x1 or linear; between them the model then has the values before the norm.
-
-    Reads the data flow by torch.fx: two layers are a pair only where the output of the first goes nowhere else and both
-    are called once. A model that fx cannot trace keeps its batch norms, which is said in the log. Computed in float64,
-    cast once. Raises MergeError in training mode.
-    """
-    if model.training:
-        raise MergeError("batch norms can be folded in eval mode only: call .eval() first")
-    if not any(isinstance(m, nn.BatchNorm2d | TokenBatchNorm) for m in model.modules()):
-        return 0
-    folding = _Folding(model)
-    folding.into_layers_before()
-    folding.into_layers_behind()
-    folding.write()
-    return folding.norms

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from depthfuse.errors import SpecError
 from depthfuse.merging.adapters import BlockInfo, find_blocks
 from depthfuse.merging.adapters.base import Lambda, fixed, mix
-from depthfuse.spec import KEEP, ModelSource, SpecError, SubnetSpec
+from depthfuse.spec import KEEP, ModelSource, SubnetSpec
 
 Mixing = Literal["op", "block", "norm", "random"]
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from depthfuse.merging.merge import _fuse_switches, fold_batch_norms
+from depthfuse.merging.folding import fold_batch_norms
+from depthfuse.merging.merge import fuse_switches
 from depthfuse.merging.supernet import Supernet, SwitchBlock
 from depthfuse.spec import KEEP
 
@@ -59,7 +60,7 @@ def merged_model(net: Supernet, choices: Mapping[str, str]) -> nn.Module:
     net.set_choices(choices)
     model = copy.deepcopy(net.model)
     net.set_choices({})
-    _fuse_switches(model)
+    fuse_switches(model)
     fold_batch_norms(model)
     return model
 

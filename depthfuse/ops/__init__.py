@@ -1,8 +1,9 @@
 """The fused ops: each declared once, with a PyTorch reference and, where it pays, a Triton kernel behind one schema."""
 
+from depthfuse.errors import BackendError
 from depthfuse.ops.activations import ACTIVATIONS
 from depthfuse.ops.attention import attention, attention_reference
-from depthfuse.ops.backend import BackendError, resolve_backend
+from depthfuse.ops.backend import resolve_backend
 from depthfuse.ops.conv2d import conv2d, conv2d_reference
 from depthfuse.ops.depthwise_pointwise import depthwise_pointwise, depthwise_pointwise_reference
 from depthfuse.ops.inverted_residual import inverted_residual, inverted_residual_reference

@@ -10,15 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from depthfuse.errors import BackendError
+
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "reference")
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _logged: set[tuple[str, str]] = set()
-
-
-class BackendError(RuntimeError):
-    """A backend that was asked for by name cannot run here."""
 
 
 def _why_not_triton(device: torch.device) -> str | None:

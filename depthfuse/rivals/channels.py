@@ -9,7 +9,7 @@ import torch
 from timm.layers.attention import Attention
 from torch import nn
 
-from depthfuse.searching.space import BudgetError
+from depthfuse.errors import BudgetError
 
 
 def prune_channels(model: nn.Module, size: tuple[int, int, int], ratio: float) -> nn.Module:

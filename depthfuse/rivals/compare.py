@@ -19,10 +19,11 @@ from torch import nn
 
 from depthfuse.acceleration import accelerate
 from depthfuse.checkpoint import copy_file, load_json, load_tensors, save_json, save_tensors, save_text
-from depthfuse.config import DTYPES, CompareConfig, ConfigError, PruneConfig, SearchConfig, to_dict, to_yaml
+from depthfuse.config import DTYPES, CompareConfig, PruneConfig, SearchConfig, to_dict, to_yaml
 from depthfuse.costs.latency import conditions_of
 from depthfuse.costs.prediction import predict_model_ms
 from depthfuse.costs.table import CostTable
+from depthfuse.errors import BudgetError, ConfigError
 from depthfuse.measuring.counting import count_macs, count_parameters
 from depthfuse.measuring.timing import Timing, time_interleaved
 from depthfuse.merging.merge import merged_structure
@@ -31,9 +32,9 @@ from depthfuse.rivals import compare_report
 from depthfuse.rivals.channels import prune_channels, ratio_within
 from depthfuse.rivals.methods import METHODS, Trial, check_methods
 from depthfuse.runs.run import Run, load_strictly
-from depthfuse.searching.space import BudgetError, SearchSpace, check_one_budget
+from depthfuse.searching.space import SearchSpace, check_one_budget
 from depthfuse.spec import SubnetSpec
-from depthfuse.training.loop import evaluate
+from depthfuse.training.evaluation import evaluate
 
 log = logging.getLogger(__name__)
 

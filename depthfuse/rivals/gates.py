@@ -11,8 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from depthfuse.errors import BudgetError
 from depthfuse.merging.supernet import Supernet
-from depthfuse.searching.space import BudgetError, Choices, SearchSpace
+from depthfuse.searching.space import Choices, SearchSpace
 from depthfuse.training.objectives import Calibrate, Objective, Score
 
 

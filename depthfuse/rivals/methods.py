@@ -22,21 +22,18 @@ from depthfuse.config import TrainConfig
 from depthfuse.costs.table import CostTable
 from depthfuse.data import DataBundle
 from depthfuse.data.bundle import Batches
+from depthfuse.errors import BudgetError, MethodError
 from depthfuse.merging.supernet import Supernet
 from depthfuse.rivals.channels import prune_channels
 from depthfuse.rivals.gates import FoldingObjective, GatedNet, TopGatesObjective
 from depthfuse.runs.run import Run
 from depthfuse.searching.search import search
-from depthfuse.searching.space import BudgetError, Choices, SearchSpace
+from depthfuse.searching.space import Choices, SearchSpace
 from depthfuse.searching.strategies import best_additive
 from depthfuse.spec import SubnetSpec
-from depthfuse.training.loop import calibrate, fit, top1
+from depthfuse.training.evaluation import calibrate, top1
+from depthfuse.training.loop import fit
 from depthfuse.training.objectives import Objective, ProgressiveObjective, TaughtObjective
-
-
-class MethodError(ValueError):
-    """An unknown method, or one that cannot do what it is asked to."""
-
 
 # the net in its final form, and what is pruned, where that is blocks
 Result = tuple[nn.Module, Choices | None]

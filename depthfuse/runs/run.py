@@ -21,18 +21,9 @@ import torch
 from torch import nn
 
 from depthfuse.acceleration import accelerate
-from depthfuse.checkpoint import (
-    CheckpointError,
-    copy_file,
-    load_json,
-    load_tensors,
-    save_json,
-    save_tensors,
-    save_text,
-)
+from depthfuse.checkpoint import copy_file, load_json, load_tensors, save_json, save_tensors, save_text
 from depthfuse.config import (
     DTYPES,
-    ConfigError,
     FinetuneConfig,
     PruneConfig,
     load_yaml,
@@ -40,19 +31,23 @@ from depthfuse.config import (
     to_dict,
     to_yaml,
 )
+from depthfuse.costs.counting import count_costs
 from depthfuse.costs.latency import conditions_of, make_latencies
-from depthfuse.costs.table import CostError, CostTable
+from depthfuse.costs.table import CostTable
 from depthfuse.data import DataBundle, open_data
-from depthfuse.measuring.counting import count_costs, count_macs, count_parameters
+from depthfuse.errors import CheckpointError, ConfigError, CostError, SpecError
+from depthfuse.measuring.counting import count_macs, count_parameters
 from depthfuse.measuring.timing import time_interleaved
-from depthfuse.merging.merge import fixed_image_size, input_size, merge, merged_structure
+from depthfuse.merging.merge import merge, merged_structure
+from depthfuse.merging.model_inputs import fixed_image_size, input_size
 from depthfuse.merging.supernet import Supernet
 from depthfuse.runs import report
 from depthfuse.searching.search import front_csv, search
 from depthfuse.searching.space import SearchSpace, budget_unit, check_one_budget
 from depthfuse.searching.strategies import find_strategy
-from depthfuse.spec import ModelSource, SpecError, SubnetSpec
-from depthfuse.training.loop import calibrate, fit, make_accelerator, seed_iteration, top1
+from depthfuse.spec import ModelSource, SubnetSpec
+from depthfuse.training.evaluation import calibrate, top1
+from depthfuse.training.loop import fit, make_accelerator, seed_iteration
 from depthfuse.training.objectives import Objective, ProgressiveObjective, SandwichObjective
 
 log = logging.getLogger(__name__)

@@ -20,12 +20,13 @@ from pathlib import Path
 from depthfuse.config import SearchConfig
 from depthfuse.costs.table import CostTable
 from depthfuse.data import DataBundle
+from depthfuse.errors import BudgetError
 from depthfuse.log import progress
 from depthfuse.merging.supernet import Supernet
-from depthfuse.searching.space import BudgetError, Choices, SearchSpace
+from depthfuse.searching.space import Choices, SearchSpace
 from depthfuse.searching.strategies import find_strategy, key_of, pareto
 from depthfuse.spec import SubnetSpec
-from depthfuse.training.loop import Score, calibrate, evaluate
+from depthfuse.training.evaluation import Score, calibrate, evaluate
 
 log = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from depthfuse.config import SearchConfig
 from depthfuse.costs.table import CostTable
+from depthfuse.errors import BudgetError
 from depthfuse.spec import KEEP
 
 Choices = dict[str, str]  # {block path: candidate} of the pruned blocks
@@ -16,10 +17,6 @@ Level = float  # a budget: most blocks' worth of cost, or the exact number of pr
 TOLERANCE = 1e-6
 
 _UNITS = {"blocks": "blocks", "budget_ms": "ms", "speedup": "ms", "macs": "MACs", "parameters": "parameters"}
-
-
-class BudgetError(ValueError):
-    """A budget that no subnet meets, or that is not stated once; or blocks that cannot be forced or excluded."""
 
 
 def budget_unit(config: SearchConfig) -> str | None:

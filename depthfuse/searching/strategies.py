@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from depthfuse.config import SearchConfig
-from depthfuse.searching.space import BudgetError, Choices, Level, SearchSpace
+from depthfuse.errors import BudgetError
+from depthfuse.searching.space import Choices, Level, SearchSpace
 
 Judge = Callable[[Choices], float]
 Run = Callable[[SearchSpace, Judge, SearchConfig, random.Random], None]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
-Schedule = Literal["linear", "cosine", "none"]
+from depthfuse.config import Schedule
 
 
 def lambda_at(progress: float, schedule: Schedule = "cosine", share: float = 0.4) -> float:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from depthfuse.config import Schedule
 from depthfuse.merging.supernet import Supernet
 from depthfuse.spec import KEEP
-from depthfuse.training.lambda_schedule import Schedule, lambda_at
+from depthfuse.training.lambda_schedule import lambda_at
 
 Score = Callable[[nn.Module], float]  # top-1 (percent) on held-out images
 Calibrate = Callable[[nn.Module], None]  # re-estimate batch norm statistics in place

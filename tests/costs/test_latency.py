@@ -19,6 +19,7 @@ from depthfuse import Supernet
 from depthfuse.cli import main
 from depthfuse.config import LatencyConfig
 from depthfuse.costs import latency
+from depthfuse.costs.counting import count_costs
 from depthfuse.costs.latency import (
     check_prediction,
     conditions_of,
@@ -27,8 +28,9 @@ from depthfuse.costs.latency import (
     relative_errors,
 )
 from depthfuse.costs.prediction import predict_latencies
-from depthfuse.costs.table import CostError, CostTable
-from depthfuse.measuring.counting import count_costs, count_macs, count_parameters
+from depthfuse.costs.table import CostTable
+from depthfuse.errors import CostError
+from depthfuse.measuring.counting import count_macs, count_parameters
 from depthfuse.measuring.timing import Timing
 from depthfuse.merging.variants import kept_copy, merged_model, variants_of
 from depthfuse.spec import ModelSource

@@ -14,8 +14,10 @@ from torch import nn
 
 from depthfuse import ModelSource, Supernet, merge
 from depthfuse.costs.inspection import inspect_model
+from depthfuse.errors import MergeError
 from depthfuse.measuring.counting import count_macs, count_parameters
-from depthfuse.merging.merge import MergeError, fold_batch_norms, merged_structure
+from depthfuse.merging.folding import fold_batch_norms
+from depthfuse.merging.merge import merged_structure
 from depthfuse.merging.merged_blocks import TokenBatchNorm
 
 FULL_SIZE = ["resnet34", "mobilenetv2_100", "mobilenetv2_140", "convnext_tiny", "deit_tiny_patch16_224"]

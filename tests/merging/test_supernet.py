@@ -9,7 +9,7 @@ from nets import SMALL, build, each_candidate, randomise_norms
 from torch import nn
 
 from depthfuse import ModelSource, SubnetSpec, Supernet, recalibrate
-from depthfuse.spec import SpecError
+from depthfuse.errors import SpecError
 
 
 @pytest.mark.parametrize("family", SMALL)

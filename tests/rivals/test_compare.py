@@ -12,7 +12,6 @@ from depthfuse.checkpoint import load_json
 from depthfuse.cli import main
 from depthfuse.config import (
     CompareConfig,
-    ConfigError,
     FinetuneConfig,
     LatencyConfig,
     SearchConfig,
@@ -20,13 +19,13 @@ from depthfuse.config import (
     TrainConfig,
 )
 from depthfuse.data import DataConfig
-from depthfuse.env import device_name
+from depthfuse.devices import device_name
+from depthfuse.errors import BudgetError, ConfigError, MethodError
 from depthfuse.measuring.counting import count_parameters
 from depthfuse.rivals.channels import prune_channels, ratio_within
 from depthfuse.rivals.compare import compare, parse_budget
 from depthfuse.rivals.compare_report import summarise
-from depthfuse.rivals.methods import METHODS, MethodError
-from depthfuse.searching.space import BudgetError
+from depthfuse.rivals.methods import METHODS
 
 CONFIG = CompareConfig(
     model="resnet18",

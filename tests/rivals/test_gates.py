@@ -6,8 +6,9 @@ from nets import build
 
 from depthfuse import Supernet
 from depthfuse.config import SearchConfig
+from depthfuse.errors import BudgetError
 from depthfuse.rivals.gates import FoldingObjective, GatedNet, TopGatesObjective
-from depthfuse.searching.space import BudgetError, SearchSpace
+from depthfuse.searching.space import SearchSpace
 
 
 @pytest.fixture(params=["resnet", "mobilenet", "convnext", "vit"])

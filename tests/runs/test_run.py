@@ -15,24 +15,16 @@ import pytest
 import torch
 
 from depthfuse import PruneConfig, Supernet, load, open_data
-from depthfuse.checkpoint import CheckpointError, load_tensors
+from depthfuse.checkpoint import load_tensors
 from depthfuse.cli import main
-from depthfuse.config import (
-    ConfigError,
-    FinetuneConfig,
-    LatencyConfig,
-    SearchConfig,
-    SupernetConfig,
-    TrainConfig,
-    to_yaml,
-)
-from depthfuse.costs.table import CostError, CostTable
+from depthfuse.config import FinetuneConfig, LatencyConfig, SearchConfig, SupernetConfig, TrainConfig, to_yaml
+from depthfuse.costs.table import CostTable
 from depthfuse.data import DataConfig, DataError
+from depthfuse.errors import BudgetError, CheckpointError, ConfigError, CostError, SpecError
 from depthfuse.runs import report
 from depthfuse.runs.run import STAGES, Run, prune
-from depthfuse.searching.space import BudgetError
-from depthfuse.spec import SpecError, SubnetSpec
-from depthfuse.training.loop import top1
+from depthfuse.spec import SubnetSpec
+from depthfuse.training.evaluation import top1
 
 CONFIG = PruneConfig(
     model="resnet18",

@@ -8,11 +8,12 @@ from nets import build
 
 from depthfuse import SubnetSpec, Supernet
 from depthfuse.config import SearchConfig
-from depthfuse.costs.table import CostError, CostTable
+from depthfuse.costs.table import CostTable
+from depthfuse.errors import BudgetError, CostError
 from depthfuse.searching.search import front_csv, search
-from depthfuse.searching.space import BudgetError, SearchSpace
+from depthfuse.searching.space import SearchSpace
 from depthfuse.searching.strategies import STRATEGIES, best_additive, importances, pareto
-from depthfuse.training.loop import Score
+from depthfuse.training.evaluation import Score
 
 SETTINGS = {"population": 40, "parents": 10, "generations": 12, "mutation": 0.15}
 SEARCHING = sorted(set(STRATEGIES) - {"pick"})

@@ -10,10 +10,12 @@ from nets import build
 from torch import nn
 
 from depthfuse import DataConfig, SubnetSpec, Supernet, open_data
-from depthfuse.checkpoint import CheckpointError, load_state
-from depthfuse.config import ConfigError, TrainConfig
+from depthfuse.checkpoint import load_state
+from depthfuse.config import TrainConfig
+from depthfuse.errors import CheckpointError, ConfigError, TrainingDiverged
 from depthfuse.spec import ModelSource
-from depthfuse.training.loop import TrainingDiverged, fit, history_csv, make_accelerator, top1
+from depthfuse.training.evaluation import top1
+from depthfuse.training.loop import fit, history_csv, make_accelerator
 from depthfuse.training.objectives import Objective, ProgressiveObjective, SandwichObjective
 
 CONFIG = TrainConfig(epochs=2, lr=2e-3, warmup_epochs=0.5, clip_grad=1.0)

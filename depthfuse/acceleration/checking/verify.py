@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from depthfuse.acceleration.checking.report import Entry
-from depthfuse.acceleration.errors import AccelerationError
 from depthfuse.acceleration.planning.build import trace_simplified
 from depthfuse.acceleration.planning.graph import value_name
 from depthfuse.acceleration.planning.parts import CallByCall, cast, first_inputs, parts_of, tensors_in
 from depthfuse.acceleration.running.model import AcceleratedModel
+from depthfuse.errors import AccelerationError
 
 # Largest allowed max |plan - model| / max |model| by the coarser of the two dtypes. Rounding alone gives
 # about eps * sqrt(operations in a row): 1e-6 in float32 for the nets of the zoo; these leave two orders of

@@ -14,16 +14,11 @@ from depthfuse.acceleration.checking.report import Entry
 from depthfuse.acceleration.planning.canonical import canonicalise
 from depthfuse.acceleration.planning.elements import is_no_op
 from depthfuse.acceleration.planning.fuse import fuse
-from depthfuse.acceleration.planning.graph import (
-    fold_constants,
-    has_hooks,
-    origin_of,
-    own_layers,
-    redirect_in_place,
-)
+from depthfuse.acceleration.planning.graph import fold_constants, origin_of, own_layers, redirect_in_place
 from depthfuse.acceleration.planning.parts import cast
 from depthfuse.acceleration.planning.trace import TRACE_ERRORS, record_shapes, trace
 from depthfuse.fused.layers import FusedModule
+from depthfuse.merging.tracing import has_hooks
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from timm.layers.padding import pad_same
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import fx, nn
 
-from depthfuse.acceleration.planning.graph import free_name, has_hooks, module_of
+from depthfuse.acceleration.planning.graph import free_name, module_of
+from depthfuse.merging.tracing import has_hooks
 
 # (plan, node, its module) -> the node that now has its value, or None where it stays
 _Rule = Callable[[fx.GraphModule, fx.Node, Any], fx.Node | None]

@@ -28,8 +28,9 @@ from torch import Tensor, fx, nn
 
 from depthfuse.acceleration.planning.elements import Act, Add, Affine, Norm, layer_norm, read
 from depthfuse.acceleration.planning.fuse_blocks import KERNEL_PASSES, fuse_attention
-from depthfuse.acceleration.planning.graph import constant_of, has_hooks, insert_fused, mark_value, module_of
+from depthfuse.acceleration.planning.graph import constant_of, insert_fused, mark_value, module_of
 from depthfuse.fused.layers import FusedConv2d, FusedLinear, FusedModule
+from depthfuse.merging.tracing import has_hooks
 from depthfuse.ops import resolve_backend
 
 CONV_CHANNEL_AXIS = -3

@@ -16,7 +16,7 @@ from timm.layers.adaptive_avgmax_pool import FastAdaptiveAvgPool
 from torch import fx, nn
 
 from depthfuse.acceleration.planning.elements import layer_norm
-from depthfuse.acceleration.planning.graph import has_hooks, insert_fused, mark_value, module_of
+from depthfuse.acceleration.planning.graph import insert_fused, mark_value, module_of
 from depthfuse.fused.blocks import (
     FusedAttention,
     FusedDepthwisePointwise,
@@ -25,6 +25,7 @@ from depthfuse.fused.blocks import (
     FusedPoolLinear,
 )
 from depthfuse.fused.layers import FusedConv2d, FusedLinear, FusedModule
+from depthfuse.merging.tracing import has_hooks
 
 
 def _module(node: object, kind: type) -> nn.Module | None:

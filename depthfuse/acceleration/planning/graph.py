@@ -46,15 +46,6 @@ def path_of(node: fx.Node) -> str:
     return f"{inside}:{name}" if inside else name
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches or changes what goes through this module (weight and spectral norm do so
-    too).
-    """
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or getattr(module, "parametrizations", None)
-    )
-
-
 def free_name(plan: fx.GraphModule, wanted: str, prefix: str) -> str:
     """A top-level attribute name, made from `prefix` and `wanted`, that the plan does not use yet."""
     base = prefix + wanted.replace(".", "_").replace(":", "_")

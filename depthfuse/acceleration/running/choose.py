@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from depthfuse.acceleration.planning.graph import has_hooks
 from depthfuse.acceleration.planning.parts import cast
 from depthfuse.acceleration.running.execution import EAGER, Execution
 from depthfuse.acceleration.running.implementations import (
@@ -34,6 +33,7 @@ from depthfuse.acceleration.running.onednn_graph import compile_plan
 from depthfuse.fused.layers import FusedModule
 from depthfuse.measuring.measured_cache import MeasuredCache
 from depthfuse.measuring.timing import Timing, time_interleaved
+from depthfuse.merging.tracing import has_hooks
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from depthfuse.acceleration.saving.functions import ATTRIBUTES, FUNCTIONS, METHODS, NAMES
+from depthfuse.errors import DepthfuseError
 from depthfuse.fused.blocks import FUSED_MODULES
 from depthfuse.fused.layers import FusedModule
 from depthfuse.merging.merged_blocks import TokenBatchNorm
@@ -29,11 +30,11 @@ _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channe
 FromSource = Callable[[str], nn.Module]
 
 
-class IndescribableError(ValueError):
+class IndescribableError(DepthfuseError, ValueError):
     """Something that no description stands for; the message says what."""
 
 
-class DescriptionError(ValueError):
+class DescriptionError(DepthfuseError, ValueError):
     """A description that is malformed, or asks for what is not in the lists."""
 
 

@@ -22,8 +22,6 @@ from torch import Tensor, nn
 
 from depthfuse.acceleration.checking.report import Entry, Report
 from depthfuse.acceleration.checking.verify import TOLERANCE, relative_error
-from depthfuse.acceleration.errors import AccelerationError
-from depthfuse.acceleration.planning.graph import has_hooks
 from depthfuse.acceleration.planning.parts import tensors_in
 from depthfuse.acceleration.running.choose import Execution, apply_execution, fingerprint, tune_plan
 from depthfuse.acceleration.running.model import AcceleratedModel
@@ -34,10 +32,12 @@ from depthfuse.acceleration.saving.describe import (
     rebuild,
     sources,
 )
-from depthfuse.checkpoint import CheckpointError, load_tensors, save_tensors
+from depthfuse.checkpoint import load_tensors, save_tensors
+from depthfuse.errors import AccelerationError, CheckpointError, SpecError
 from depthfuse.fused.layers import FusedModule, plain_ops
 from depthfuse.measuring.measured_cache import environment
-from depthfuse.spec import ModelSource, SpecError
+from depthfuse.merging.tracing import has_hooks
+from depthfuse.spec import ModelSource
 
 logger = logging.getLogger(__name__)
 

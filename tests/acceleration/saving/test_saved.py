@@ -19,7 +19,8 @@ from depthfuse.acceleration.running import implementations as tune
 from depthfuse.acceleration.saving import saved
 from depthfuse.acceleration.saving.describe import DescriptionError, IndescribableError, describe, rebuild
 from depthfuse.acceleration.saving.functions import FUNCTIONS, METHODS
-from depthfuse.checkpoint import CheckpointError, load_tensors, save_tensors
+from depthfuse.checkpoint import load_tensors, save_tensors
+from depthfuse.errors import CheckpointError
 from depthfuse.fused.layers import FusedModule
 from depthfuse.measuring.timing import Timing
 from tests.nets import build, randomise_norms

@@ -9,7 +9,7 @@ import timm
 import depthfuse
 from benchmarks.pruning.recipe_cost import comment
 from depthfuse.config import load_yaml
-from depthfuse.measuring.counting import count_costs
+from depthfuse.costs.counting import count_costs
 from depthfuse.searching.space import SearchSpace, check_one_budget
 from depthfuse.searching.strategies import find_strategy
 

@@ -1,0 +1,21 @@
+"""The devices that depthfuse knows of, and how a device that is here is called."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+
+def cpu_name() -> str:
+    """The processor as its maker calls it."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """The device as its maker calls it, for labels on measurements."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()

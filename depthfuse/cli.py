@@ -302,15 +302,15 @@ def _bench(args: Sequence[str], prog: str) -> None:
     for batch in given.batch:
         x = torch.randn(batch, *size, device=device).to(dtype)
         if not rows:
-            fast, costs = bench.operations(model, x, given.backend)
+            report = bench.operations(model, x, given.backend)
         names = given.contenders or tuple(CONTENDERS)
         rows += bench.compare(model, given.model, x, names, given.rounds, given.round_ms, given.backend)
     out = given.out or out
     bench.write_csv(rows, out / f"bench_{device.type}_{given.dtype}.csv", facts)
-    bench.write_csv(costs, out / f"operations_{device.type}_{given.dtype}.csv", facts)
+    bench.write_csv(report.rows(), out / f"operations_{device.type}_{given.dtype}.csv", facts)
     title = f"{facts['device']}, {facts['threads']} threads, {given.dtype}, torch {facts['torch']}"
     bench.plot(rows, out / f"bench_{device.type}_{given.dtype}.png", title)
-    _print_bench(rows, str(fast.report()), f"{given.model}: {title}", out)
+    _print_bench(rows, str(report), f"{given.model}: {title}", out)
 
 
 def _bench_model(given: BenchArguments) -> tuple[Any, list[int], Path]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from depthfuse.devices import cpu_name
+from depthfuse.devices import capability_of, cpu_name
 from depthfuse.ops import onednn, resolve_backend
 
 _PACKAGES = (
@@ -76,10 +76,9 @@ def _cpu() -> dict[str, Any]:
 
 def _gpu(index: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(index)
-    architecture = getattr(properties, "gcnArchName", None) or f"sm_{properties.major}{properties.minor}"
     return {
         "name": properties.name,
-        "architecture": architecture,
+        "architecture": capability_of(torch.device("cuda", index)),
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "multiprocessors": properties.multi_processor_count,
     }

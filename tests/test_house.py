@@ -22,12 +22,12 @@ FLOORS = (
     ("fused", "config", "env"),
     ("data", "ops"),
     ("kernels",),
-    ("spec",),
+    ("spec", "measured_cache"),
     ("checkpoint", "log"),
     ("devices", "errors", "_torchvision"),
 )
 # Inside acceleration, the same: a plan is made, checked and run, and last put together.
-ACCELERATION = (("api",), ("saving",), ("model",), ("checking", "running"), ("planning",))
+ACCELERATION = (("api",), ("model",), ("saving",), ("checking", "running"), ("planning",))
 
 
 def modules() -> dict[str, Path]:

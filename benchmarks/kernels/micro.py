@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.kernels import cold
 from benchmarks.kernels.cases import Case
 from benchmarks.kernels.contenders import CONTENDERS, CPU_BUILDERS, Unavailable
 from benchmarks.kernels.micro_report import Table, summary
 from benchmarks.kernels.registry import NETWORKS, unique_cases
-from benchmarks.models import cold
 from depthfuse.measuring.roofline import peaks_of
 from depthfuse.measuring.timing import Timing, time_interleaved
 

@@ -12,9 +12,7 @@ import argparse
 import csv
 import dataclasses
 import itertools
-import json
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from benchmarks.kernels.cases import Case
 from benchmarks.kernels.registry import BATCHES, NETWORKS, unique_cases
 from benchmarks.kernels.resources import Resources, key_of, resources_of
 from depthfuse.kernels.launch import INTERPRETED, TARGETS, Launch, Target
+from depthfuse.measured_cache import MeasuredCache
 from depthfuse.measuring.roofline import roofline_us
 
 log = logging.getLogger(__name__)
@@ -92,17 +91,14 @@ def faults(resources: Resources, kernel: str, dtype: str, target: Target) -> lis
 VECTOR_KERNELS = ("depthwise_kernel", "reduce_kernel", "pool_kernel", "pool_linear_kernel")
 
 
-def cached_resources(launch: Launch, target: Target, cache: Path) -> Resources:
+def cached_resources(launch: Launch, target: Target, cache: MeasuredCache) -> Resources:
     """`resources_of`, kept in `cache` under a key that covers source, specialisation, target and Triton's version."""
-    entry = cache / f"{key_of(launch, target)}.json"
-    if entry.exists():
-        return Resources(**json.loads(entry.read_text()))
-    resources = resources_of(launch, target)
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = entry.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(dataclasses.asdict(resources)))
-    partial.replace(entry)  # a run that is stopped here leaves no half-written entry
-    return resources
+    question = {"compiled": key_of(launch, target)}
+    answer = cache.get(question)
+    if answer is None:
+        answer = dataclasses.asdict(resources_of(launch, target))
+        cache.put(question, answer)
+    return Resources(**answer)
 
 
 def prove(
@@ -112,7 +108,7 @@ def prove(
     ops: list[str] | None,
     dtypes: list[str],
     quick: bool,
-    cache: Path,
+    cache: MeasuredCache,
 ) -> Iterator[Row]:
     """A row for each launch of each distinct operator of the networks, or `quick`, of one shape of each operator.
 
@@ -132,7 +128,13 @@ def prove(
 
 
 def _rows(
-    case: Case, layer_names: list[str], network: str, batch: int, dtype: str, target: Target, cache: Path
+    case: Case,
+    layer_names: list[str],
+    network: str,
+    batch: int,
+    dtype: str,
+    target: Target,
+    cache: MeasuredCache,
 ) -> Iterator[Row]:
     cost = case.elements_moved() * DTYPES[dtype].itemsize
     time_us = roofline_us(target.arch, case.flops(), cost, DTYPES[dtype], case.matrix)
@@ -174,14 +176,14 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp16"])
     parser.add_argument("--quick", action="store_true", help="one shape of each operator")
     parser.add_argument("--out", type=Path, help="CSV to write; the table's summary is printed in any case")
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    parser.add_argument("--cache", type=Path, default=user_cache / "depthfuse" / "prove")
     options = parser.parse_args()
     arguments = vars(options).copy()
     out = arguments.pop("out")
 
     rows = []
-    for row in prove(**arguments):
+    for row in prove(
+        **arguments, cache=MeasuredCache({"triton": triton.__version__, "compiled by": "prove"})
+    ):
         rows.append(row)
         if row.faults():
             found = ", ".join(row.faults())

@@ -1,11 +1,11 @@
 """Replace a model's layers by fused, autograd-free modules: `accelerate` and what it gives."""
 
-from depthfuse.acceleration.api import accelerate
-from depthfuse.acceleration.checking.report import Cost, Entry, Report
-from depthfuse.acceleration.running.model import AcceleratedModel
-from depthfuse.acceleration.saving.saved import load_accelerated
+from depthfuse.acceleration.api import accelerate, load_accelerated
+from depthfuse.acceleration.checking.report import Report
+from depthfuse.acceleration.model import AcceleratedModel
+from depthfuse.acceleration.planning.plan import Cost, Entry
 from depthfuse.errors import AccelerationError
-from depthfuse.measuring.measured_cache import cache_folder
+from depthfuse.measured_cache import cache_folder
 
 __all__ = [
     "AcceleratedModel",

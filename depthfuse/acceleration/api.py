@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from depthfuse.acceleration.checking.report import Cost, Entry, Report
+from depthfuse.acceleration.checking.report import Report
 from depthfuse.acceleration.checking.verify import compare_operations
 from depthfuse.acceleration.checking.verify import verify as verify_plan
+from depthfuse.acceleration.model import AcceleratedModel
 from depthfuse.acceleration.planning.build import build_plan
-from depthfuse.acceleration.running.choose import tune_plan
+from depthfuse.acceleration.planning.plan import Plan
+from depthfuse.acceleration.running.choose import choose, restore
+from depthfuse.acceleration.running.execution import Executor
 from depthfuse.acceleration.running.implementations import TUNE
-from depthfuse.acceleration.running.model import AcceleratedModel
-from depthfuse.acceleration.saving.saved import load_accelerated
-from depthfuse.errors import AccelerationError
-from depthfuse.measuring.measured_cache import cache_folder, environment
+from depthfuse.acceleration.saving.saved import read_plan
+from depthfuse.devices import capability_of
+from depthfuse.errors import AccelerationError, CheckpointError
+from depthfuse.measured_cache import environment
+from depthfuse.merging.model_inputs import known_input_size
 from depthfuse.ops import onednn, resolve_backend
-from depthfuse.spec import ModelSource
 
-__all__ = [
-    "AcceleratedModel",
-    "AccelerationError",
-    "Cost",
-    "Entry",
-    "Report",
-    "accelerate",
-    "cache_folder",
-    "load_accelerated",
-]
-
+logger = logging.getLogger(__name__)
 
 # Tracing patches PyTorch for the whole process, planning watches the model by hooks, and measuring wants to be alone.
 _one_at_a_time = threading.Lock()
@@ -95,8 +90,7 @@ def _accelerate(
     dtype = fast_dtype(tensor.dtype, tensor.device) if dtype == "auto" else dtype or tensor.dtype
     if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise AccelerationError(f"dtype is {dtype}, expected float32, float16, bfloat16, float64 or 'auto'")
-    if tune not in TUNE:
-        raise ValueError(f"tune is {tune!r}, expected one of {', '.join(map(repr, TUNE))}")
+    _check_tune(tune)
     if verify not in (True, False, "blocks"):
         raise ValueError(f"verify is {verify!r}, expected True, False or 'blocks'")
     resolve_backend(backend, tensor.device)
@@ -105,25 +99,77 @@ def _accelerate(
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     _try_inputs(model, inputs, tensor)
     plan = build_plan(model, inputs, dtype, backend)
-    report = Report(
-        type(model).__name__,
-        str(dtype).removeprefix("torch."),
-        str(tensor.device),
-        tuple(plan.entries),
-        "op by op",
-        None,
-    )
-    example = tuple((tuple(x.shape), x.dtype) for x in inputs)
-    source = ModelSource.of(model)
-    accelerated = AcceleratedModel(plan.module, dtype, _in_channels(inputs), report, example, source)
-    tune_plan(accelerated, model, inputs, tune)
+
+    def finish(executor: Executor) -> AcceleratedModel:
+        return AcceleratedModel(plan, executor, _report(plan, executor))
+
+    executor = choose(plan, model, plan.cast(inputs), tune, finish)
+    report = _report(plan, executor)
     if verify:
-        error = verify_plan(accelerated, model, inputs)
-        accelerated.set_report(replace(accelerated.report(), max_relative_error=error))
+        error = verify_plan(plan, AcceleratedModel(plan, executor, report), model, inputs)
+        report = replace(report, max_relative_error=error)
     if verify == "blocks":
-        entries = compare_operations(accelerated, copy.deepcopy(model).double(), inputs)
-        accelerated.set_report(replace(accelerated.report(), entries=entries))
-    return accelerated
+        report = replace(report, entries=compare_operations(plan, copy.deepcopy(model).double(), inputs))
+    return AcceleratedModel(plan, executor, report)
+
+
+def load_accelerated(
+    path: str | Path, device: torch.device | str = "cpu", tune: str = "measure"
+) -> AcceleratedModel:
+    """Load what `AcceleratedModel.save` wrote; the model it was made from is not needed.
+
+    Args:
+        path: the file. device: where it shall run.
+        tune: as for `depthfuse.accelerate`, where what was chosen when it was saved does not hold: on another device,
+            with other threads or versions. There is no model here to compare the whole plan with.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged, or was written by another version.
+        ValueError: an unknown `tune`.
+    """
+    _check_tune(tune)
+    saved = read_plan(path)
+    plan = replace(saved.plan, module=saved.plan.module.to(device))
+    inputs = plan.example_inputs()
+    here = environment(plan.device)
+    if here == saved.environment:
+        try:
+            executor = restore(plan, saved.execution, inputs, saved.implementations)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} holds no plan that this version understands ({error}): save it again with this version"
+            ) from error
+    else:
+        changed = [name for name in here if here[name] != saved.environment.get(name)]
+        logger.info("tuning anew: another %s than where the model was saved", ", ".join(changed))
+        executor = choose(plan, None, inputs, tune)
+    report = replace(
+        _report(plan, executor),
+        max_relative_error=saved.report.max_relative_error,
+        entries=tuple(
+            replace(now, error=then.error)
+            for now, then in zip(plan.named_entries(), saved.report.entries, strict=True)
+        ),
+    )
+    return AcceleratedModel(plan, executor, report)
+
+
+def _report(plan: Plan, executor: Executor) -> Report:
+    return Report(
+        model=plan.model,
+        dtype=str(plan.dtype).removeprefix("torch."),
+        device=str(plan.device),
+        entries=plan.named_entries(),
+        executor=executor.in_words(),
+        max_relative_error=None,
+        latency_ms=executor.execution.latency_ms,
+        ratios=executor.execution.ratios,
+    )
+
+
+def _check_tune(tune: str) -> None:
+    if tune not in TUNE:
+        raise ValueError(f"tune is {tune!r}, expected one of {', '.join(map(repr, TUNE))}")
 
 
 def fast_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
@@ -134,37 +180,22 @@ def fast_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
     own.
     """
     if device.type == "cuda":
-        slow_bfloat16 = str(environment(device)["capability"]).startswith("gfx908")
+        slow_bfloat16 = capability_of(device).startswith("gfx908")
         return torch.bfloat16 if own == torch.bfloat16 and not slow_bfloat16 else torch.float16
     cpu = torch.cpu
     has = [getattr(cpu, f"_is_{name}_supported", lambda: False)() for name in ("amx_tile", "avx512_bf16")]
     return torch.bfloat16 if any(has) and onednn.available(torch.bfloat16) else own
 
 
-def _in_channels(inputs: tuple[Tensor, ...]) -> int | None:
-    """How many channels image inputs must have, where the model takes one image tensor."""
-    return inputs[0].shape[1] if len(inputs) == 1 and inputs[0].dim() == 4 else None
-
-
 def _default_input(model: nn.Module, like: Tensor) -> Tensor:
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    size = config.get("input_size")
+    size = known_input_size(model)
     if size is None:
         raise AccelerationError(
             f"{type(model).__name__} has no pretrained_cfg with an input_size: pass example_inputs, for "
             "instance torch.randn(1, 3, 224, 224)"
         )
-    channels, height, width = size
-    image_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if image_size is not None:
-        height, width = image_size
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is not None and first.groups == 1:
-        channels = getattr(model, "in_chans", None) or (
-            first.in_channels if first.in_channels <= 16 else channels
-        )
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, channels, height, width, generator=generator).to(like.device, like.dtype)
+    return torch.randn(1, *size, generator=generator).to(like.device, like.dtype)
 
 
 def _try_inputs(model: nn.Module, inputs: tuple[Tensor, ...], like: Tensor) -> None:

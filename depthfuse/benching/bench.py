@@ -16,14 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from depthfuse.acceleration import AcceleratedModel, accelerate
+from depthfuse.acceleration import Report, accelerate
 from depthfuse.acceleration.checking.verify import TOLERANCE, relative_error
 from depthfuse.benching.engines import CONTENDERS, OURS, Run, available
-from depthfuse.config import DTYPES
 from depthfuse.env import collect
 from depthfuse.measuring.timing import Timing, quartiles, time_interleaved
-
-__all__ = ["DTYPES", "compare", "machine", "operations", "plot", "randomised", "write_csv"]
 
 logger = logging.getLogger(__name__)
 
@@ -111,12 +108,9 @@ def _row(label: str, x: Tensor, name: str, timing: Timing, ours: Timing, error: 
     }
 
 
-def operations(model: nn.Module, x: Tensor, backend: str = "auto") -> tuple[AcceleratedModel, list[Row]]:
-    """`model` accelerated for x, and what each of its operations costs: latency before and after, MACs, roofline."""
-    fast = accelerate(model, x, backend=backend)
-    report = fast.profile(x, model=model)
-    fast.set_report(report)
-    return fast, report.rows()
+def operations(model: nn.Module, x: Tensor, backend: str = "auto") -> Report:
+    """What each operation of `model`, accelerated for x, costs: latency before and after, MACs, roofline."""
+    return accelerate(model, x, backend=backend).profile(x, model=model)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from depthfuse.devices import device_name
-from depthfuse.measuring.measured_cache import MeasuredCache
+from depthfuse.measured_cache import MeasuredCache
 from depthfuse.measuring.timing import Timing, time_interleaved
 
 
@@ -94,7 +94,7 @@ def peaks_of(device: torch.device, dtype: torch.dtype) -> Peaks:
             published = known.peaks(dtype)
             if published is not None and any(part in name for part in known.driver_names):
                 return published
-    cache = MeasuredCache(device)
+    cache = MeasuredCache.of(device)
     question = {"peaks": str(dtype)}
     answer = cache.get(question)
     if answer is None or answer.keys() != Peaks.__annotations__.keys():

@@ -10,11 +10,9 @@ DEPTHFUSE_TUNE=0 ignores all measurements.
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import os
-import re
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -22,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from depthfuse.kernels.launch import Target
+from depthfuse.measured_cache import MeasuredCache
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +127,7 @@ def known(request: Request) -> Entry | None:
         entry = None
         if enabled():
             cache = user_cache(request.device)
-            entry = cache.get(request) if cache else None
+            entry = entry_in(cache, request) if cache else None
             entry = entry or packaged(request.target.arch).get(request.key())
         _known[request] = entry
     return _known[request]
@@ -141,7 +139,7 @@ def remember(request: Request, entry: Entry) -> None:
     _found.clear()
     cache = user_cache(request.device)
     if cache:
-        cache.put(request, entry)
+        cache.put({"launch": request.key()}, asdict(entry))
 
 
 def parse(config_type: type, values: Any) -> Any:
@@ -171,67 +169,19 @@ def packaged(arch: str) -> dict[str, Entry]:
     return {key: entry for key, entry in entries.items() if entry is not None}
 
 
-class Cache:
-    """A folder with a file for each request: writers of different ones never meet, and of one the last wins whole."""
-
-    def __init__(self, folder: Path, facts: dict[str, str]) -> None:
-        self.folder = folder
-        self.facts = facts  # written beside each entry, for people
-
-    def path(self, request: Request) -> Path:
-        """Of the request's file, there or not."""
-        return self.folder / f"{hashlib.sha256(request.key().encode()).hexdigest()[:24]}.json"
-
-    def get(self, request: Request) -> Entry | None:
-        """The request's entry; None where there is none, or its file is damaged or of another request."""
-        path = self.path(request)
-        try:
-            values = json.loads(path.read_text())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            logger.warning("%s is damaged (%s): measured anew when tuning", path, error)
-            return None
-        entry = entry_of(values) if isinstance(values, dict) and values.get("key") == request.key() else None
-        if entry is None or (entry.config is not None and parse(request.config_type, entry.config) is None):
-            logger.warning("%s holds no configuration for %s: measured anew when tuning", path, request.key())
-            return None
-        return entry
-
-    def put(self, request: Request, entry: Entry) -> None:
-        """Write the entry, in place of any that there was; where that fails, log why and go on without."""
-        path = self.path(request)
-        partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps({"key": request.key()} | asdict(entry) | self.facts, indent=1))
-            partial.replace(path)
-        except OSError as error:
-            logger.warning("the tuning cache cannot be written (%s): this measurement is lost at exit", error)
-
-
-def source_digest() -> str:
-    """Of the kernels' source: what was measured for one version says nothing of the next."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).resolve().parents[1].rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def cache_for(device_name: str, versions: dict[str, str], source: str) -> Cache:
-    """The user's cache for a device, versions of torch and triton, and the kernels' source: of each its own folder."""
-    facts = {"device": device_name, **versions, "source": source}
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    root = Path(os.environ.get("DEPTHFUSE_CACHE_DIR") or cache / "depthfuse")
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    slug = re.sub(r"\W+", "-", device_name)
-    return Cache(root / "tuning" / f"{slug}-{digest}", facts)
+def entry_in(cache: MeasuredCache, request: Request) -> Entry | None:
+    """The request's entry in the user's cache; None where there is none, or it is of another configuration."""
+    answer = cache.get({"launch": request.key()})
+    if answer is None:
+        return None
+    entry = entry_of(answer)
+    if entry is None or (entry.config is not None and parse(request.config_type, entry.config) is None):
+        logger.warning("the cache holds no configuration for %s: measured anew when tuning", request.key())
+        return None
+    return entry
 
 
 @functools.cache
-def user_cache(device: torch.device) -> Cache | None:
-    """The user's cache for what is installed here and the GPU `device`; None for a device that is no GPU."""
-    if device.type != "cuda":
-        return None
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    return cache_for(torch.cuda.get_device_name(device), versions, source_digest())
+def user_cache(device: torch.device) -> MeasuredCache | None:
+    """The user's cache for the kernels that are installed here and the GPU `device`; None for any other device."""
+    return MeasuredCache.of(device, sources=("kernels",)) if device.type == "cuda" else None

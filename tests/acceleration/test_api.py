@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
+from nets import SMALL, build, randomise_norms
 from torch import nn
 
 from depthfuse import Supernet, merge
@@ -17,7 +18,6 @@ from depthfuse.acceleration.planning import elements
 from depthfuse.fused.layers import FusedModule
 from depthfuse.merging.merge import merged_structure
 from depthfuse.ops import BackendError
-from tests.nets import SMALL, build, randomise_norms
 
 # Model and side of the image: one of each kind of block, and of each thing that is left as it was.
 ZOO = [
@@ -366,7 +366,7 @@ def test_reduced_precision(dtype):
     ],
 )
 def test_automatic_dtype_on_gpus(capability, own, chosen, monkeypatch):
-    monkeypatch.setattr(api, "environment", lambda device: {"capability": capability})
+    monkeypatch.setattr(api, "capability_of", lambda device: capability)
     assert api.fast_dtype(own, torch.device("cuda")) == chosen
 
 
@@ -429,4 +429,4 @@ def test_rounding_that_the_model_amplifies_itself_is_no_mistake(monkeypatch):
     with torch.no_grad():
         fast.plan.get_submodule("fused_second").weight[0] *= 1.5
     with pytest.raises(AccelerationError, match="differs from the model"):
-        verify_module.verify(fast, model, (x,))
+        verify_module.verify(fast._made, fast, model, (x,))

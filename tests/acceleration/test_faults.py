@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import build
 from torch import nn
 
 from depthfuse.acceleration import accelerate
 from depthfuse.acceleration.checking.verify import relative_error
-from tests.nets import build
 
 FEW = ("resnet", "mobilenet", "convnext_linear", "vit_scaled")
 STATM = Path("/proc/self/statm")

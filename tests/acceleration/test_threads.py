@@ -4,10 +4,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from nets import build
 
 from depthfuse.acceleration import accelerate
 from depthfuse.acceleration.checking.verify import relative_error
-from tests.nets import build
 
 
 def test_two_threads_accelerate_at_once():

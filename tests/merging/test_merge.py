@@ -19,6 +19,7 @@ from depthfuse.measuring.counting import count_macs, count_parameters
 from depthfuse.merging.folding import fold_batch_norms
 from depthfuse.merging.merge import merged_structure
 from depthfuse.merging.merged_blocks import TokenBatchNorm
+from depthfuse.merging.supernet import SwitchBlock
 
 FULL_SIZE = ["resnet34", "mobilenetv2_100", "mobilenetv2_140", "convnext_tiny", "deit_tiny_patch16_224"]
 
@@ -39,7 +40,7 @@ def test_merged_equals_unmerged(family, everything):
         assert relative_error(merged(x), subnet(x)) <= 1e-10
         assert type(merged) is type(model)
         for name in (n for n, c in subnet.choices().items() if c != "keep"):
-            assert not any(isinstance(m, Supernet) for m in merged.get_submodule(name).modules())
+            assert not any(isinstance(m, SwitchBlock) for m in merged.get_submodule(name).modules())
 
 
 @pytest.mark.parametrize("family", SMALL)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from depthfuse.acceleration.checking.report import Cost, Entry
 from depthfuse.acceleration.planning.build import trace_simplified
 from depthfuse.acceleration.planning.parts import CallByCall, cast, first_inputs, parts_of, tensors_in
+from depthfuse.acceleration.planning.plan import Cost, Entry
 from depthfuse.fused.layers import FusedConv2d, plain_ops
 from depthfuse.measuring.roofline import peaks_of
 

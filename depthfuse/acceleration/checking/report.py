@@ -1,74 +1,12 @@
-"""What an accelerated model is made of: one entry an operation, with its path in the original model."""
+"""What an accelerated model is made of and what was found when it was made, as a value and as a table."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Cost:
-    """What one operation takes on one input.
-
-    latency_ms: as it runs in the plan, op by op. before_ms: of the layers that it stands for, as the model runs them,
-    or None where the model was not given. macs: multiply-accumulates. bytes_moved: each tensor that it reads or writes
-    counted once. roofline_ms: the least time that arithmetic or memory allow.
-    """
-
-    latency_ms: float
-    before_ms: float | None
-    macs: int
-    bytes_moved: int
-    roofline_ms: float
-
-    @property
-    def roofline_percent(self) -> float:
-        """How much of the roofline's speed is reached; above 100 where the data were in a cache."""
-        return 100 * self.roofline_ms / self.latency_ms
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One operation of the plan.
-
-    path: module path in the original model. kind: class or function. implementation: what runs it ("eager" if it runs
-    as it was). epilogue: what is fused behind it. absorbed: paths of the layers that it also stands for.
-
-    module: path of its module in the plan, "" for a function. part: path of the graph in the plan that it belongs to,
-    "" for the plan itself. node: its name in that graph. nodes: the names in the traced model of all that it stands
-    for, of which it has the last one's value.
-
-    cost: see `AcceleratedModel.profile`. error: of its output against the model in float64, relative to the largest
-    value, with everything before it accelerated too; see `accelerate(verify="blocks")`.
-    """
-
-    path: str
-    kind: str
-    implementation: str
-    epilogue: str
-    absorbed: tuple[str, ...]
-    fused: bool
-    module: str = ""
-    part: str = ""
-    node: str = ""
-    nodes: tuple[str, ...] = ()
-    cost: Cost | None = None
-    error: float | None = None
-
-    def inside(self, prefix: str, is_layer: bool = False) -> Entry:
-        """The same entry as part of a larger plan.
-
-        Args:
-            prefix: where its graph lies. is_layer: the graph stands for one layer, whose path is `prefix` itself.
-        """
-        return replace(
-            self,
-            path=prefix if is_layer else f"{prefix}.{self.path}",
-            module=f"{prefix}.{self.module}" if self.module else "",
-            absorbed=tuple(f"{prefix}.{path}" for path in self.absorbed),
-            part=f"{prefix}.{self.part}" if self.part else prefix,
-        )
+from depthfuse.acceleration.planning.plan import Entry
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from depthfuse.acceleration.checking.report import Entry
 from depthfuse.acceleration.planning.build import trace_simplified
 from depthfuse.acceleration.planning.graph import value_name
 from depthfuse.acceleration.planning.parts import CallByCall, cast, first_inputs, parts_of, tensors_in
-from depthfuse.acceleration.running.model import AcceleratedModel
+from depthfuse.acceleration.planning.plan import Entry, Plan
 from depthfuse.errors import AccelerationError
 
 # Largest allowed max |plan - model| / max |model| by the coarser of the two dtypes. Rounding alone gives
@@ -35,18 +36,22 @@ def relative_error(result: Tensor, reference: Tensor) -> float:
     return (difference / largest.clamp_min(torch.finfo(torch.float64).tiny)).item()
 
 
-def verify(accelerated: AcceleratedModel, model: nn.Module, inputs: tuple[Tensor, ...]) -> float:
+def verify(plan: Plan, run: Callable[..., Any], model: nn.Module, inputs: tuple[Tensor, ...]) -> float:
     """The largest relative error over the outputs.
+
+    Args:
+        run: what the caller will call in the end.
+        model: what the plan was made from. inputs: for the model.
 
     Raises:
         AccelerationError: it is beyond TOLERANCE, and of what the model's own rounding explains; the error names the
             first operation of which that is true.
     """
-    dtype = accelerated.dtype
+    dtype = plan.dtype
     with torch.no_grad():
         # On copies: some models write over their input.
         expected = tensors_in(model(*(x.clone() for x in inputs)))
-        given = tensors_in(accelerated(*(x.clone() for x in inputs)))
+        given = tensors_in(run(*(x.clone() for x in inputs)))
     if len(expected) != len(given):
         raise AccelerationError(f"the plan gives {len(given)} outputs, the model {len(expected)}")
     tolerance = max(TOLERANCE[dtype], *(TOLERANCE[x.dtype] for x in inputs if x.dtype in TOLERANCE))
@@ -54,11 +59,11 @@ def verify(accelerated: AcceleratedModel, model: nn.Module, inputs: tuple[Tensor
     entries: tuple[Entry, ...] = ()
     if not all(e.any() for e in expected):
         # A head whose weights start at zero hides everything before it: look behind it.
-        entries = compare_operations(accelerated, model, inputs)
+        entries = compare_operations(plan, model, inputs)
         error = max([error, *(e.error for e in entries if e.error is not None)])
     if error <= tolerance or (not entries and _is_rounding_of_the_model(model, inputs, expected, given)):
         return error
-    entries = entries or compare_operations(accelerated, model, inputs)
+    entries = entries or compare_operations(plan, model, inputs)
     wrong = next((e for e in entries if (e.error or 0.0) > tolerance), None)
     where = "each operation by itself is within that"
     if wrong is not None:
@@ -88,9 +93,7 @@ def _is_rounding_of_the_model(
     return all(relative_error(g, e64) <= 4 * relative_error(e, e64) for g, e, e64 in pairs)
 
 
-def compare_operations(
-    accelerated: AcceleratedModel, model: nn.Module, inputs: tuple[Tensor, ...]
-) -> tuple[Entry, ...]:
+def compare_operations(plan: Plan, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Entry, ...]:
     """The plan's entries with the error of each operation's output, as far as the model has the same value somewhere.
 
     Each graph of the plan and what it was traced from see what they see in a run of the whole, so that errors of
@@ -100,11 +103,11 @@ def compare_operations(
         model: what the plan was made from, or a copy of it in another dtype to compare with.
         inputs: for the model; they are cast for the plan.
     """
-    entries = accelerated.report().entries
+    entries = plan.named_entries()
     layers = dict(model.named_modules())
-    parts = parts_of(accelerated.plan)
+    parts = parts_of(plan.module)
     theirs = first_inputs(model, {name: layers[name] for name in parts}, cast(inputs, model))
-    ours = first_inputs(accelerated.plan, parts, cast(inputs, accelerated))
+    ours = first_inputs(plan.module, parts, plan.cast(inputs))
     errors: dict[tuple[str, str], float] = {}
     with torch.no_grad():
         for part in parts.keys() & theirs.keys() & ours.keys():

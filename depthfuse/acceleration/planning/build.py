@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from depthfuse.acceleration.checking.report import Entry
 from depthfuse.acceleration.planning.canonical import canonicalise
 from depthfuse.acceleration.planning.elements import is_no_op
 from depthfuse.acceleration.planning.fuse import fuse
 from depthfuse.acceleration.planning.graph import fold_constants, origin_of, own_layers, redirect_in_place
 from depthfuse.acceleration.planning.parts import cast
+from depthfuse.acceleration.planning.plan import Entry, Plan
 from depthfuse.acceleration.planning.trace import TRACE_ERRORS, record_shapes, trace
 from depthfuse.fused.layers import FusedModule
 from depthfuse.merging.tracing import has_hooks
+from depthfuse.spec import ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +33,11 @@ _VIEWS = frozenset(
 )
 
 
-@dataclass
-class Plan:
-    """What runs (a module) and what it is made of."""
+class Planned(NamedTuple):
+    """What runs, or a part of it, and what it is made of."""
 
     module: nn.Module
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[Entry]
 
 
 def build_plan(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str) -> Plan:
@@ -47,6 +48,19 @@ def build_plan(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype,
         inputs: example inputs in the model's dtype; batch and image size may differ later.
         dtype: of the plan. backend: see `depthfuse.ops.resolve_backend`.
     """
+    module, entries = _plan(model, inputs, dtype, backend)
+    return Plan(
+        module,
+        tuple(entries),
+        model=type(model).__name__,
+        dtype=dtype,
+        example=tuple((tuple(x.shape), x.dtype) for x in inputs),
+        in_channels=inputs[0].shape[1] if len(inputs) == 1 and inputs[0].dim() == 4 else None,
+        source=ModelSource.of(model),
+    )
+
+
+def _plan(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str) -> Planned:
     if has_hooks(model):
         logger.info("%s has hooks of its own: planning its children", type(model).__name__)
         return _plan_children(model, inputs, dtype, backend)
@@ -56,11 +70,10 @@ def build_plan(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype,
     except TRACE_ERRORS as error:
         logger.info("%s cannot be traced as a whole (%s): planning its children", type(model).__name__, error)
         return _plan_children(model, inputs, dtype, backend)
-    plan = _plan_graph(graph, dtype, backend)
+    module, entries = _plan_graph(graph, dtype, backend)
     if not list(model.children()):
-        plan.entries = [replace(entry, path="") for entry in plan.entries]
-    _plan_inside_leaves(plan, model, inputs, dtype, backend)
-    return plan
+        entries = [replace(entry, path="") for entry in entries]
+    return _plan_inside_leaves(Planned(module, entries), model, inputs, dtype, backend)
 
 
 def trace_simplified(model: nn.Module) -> fx.GraphModule:
@@ -81,10 +94,10 @@ def trace_simplified(model: nn.Module) -> fx.GraphModule:
     return graph
 
 
-def _plan_graph(graph: fx.GraphModule, dtype: torch.dtype, backend: str) -> Plan:
+def _plan_graph(graph: fx.GraphModule, dtype: torch.dtype, backend: str) -> Planned:
     fuse(graph, dtype, backend)
     graph = own_layers(graph).to(dtype)
-    return Plan(graph, _entries(graph))
+    return Planned(graph, _entries(graph))
 
 
 def _entries(graph: fx.GraphModule) -> list[Entry]:
@@ -109,15 +122,13 @@ def _entries(graph: fx.GraphModule) -> list[Entry]:
     return entries
 
 
-def _plan_children(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str) -> Plan:
-    calls = record_calls(model, inputs)
-    root, entries = _plan_inside(model, "", calls, dtype, backend)
-    return Plan(root, entries)
+def _plan_children(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str) -> Planned:
+    return _plan_inside(model, "", record_calls(model, inputs), dtype, backend)
 
 
 def _plan_inside_leaves(
-    plan: Plan, model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str
-) -> None:
+    plan: Planned, model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str
+) -> Planned:
     """Plan the children of modules that the graph calls as a whole, because they have hooks or cannot be traced."""
     entries = []
     calls = None
@@ -130,10 +141,10 @@ def _plan_inside_leaves(
         if any(e.fused for e in inner):
             plan.module.set_submodule(entry.module, leaf)
             entries += inner
-    plan.entries = entries
+    return Planned(plan.module, entries)
 
 
-def _plan_inside(module: nn.Module, path: str, calls, dtype, backend) -> tuple[nn.Module, list[Entry]]:
+def _plan_inside(module: nn.Module, path: str, calls, dtype, backend) -> Planned:
     """A copy of `module` with its children planned, as far as it still runs then, and the entries of these."""
     planned = copy.deepcopy(module)
     entries = []
@@ -149,8 +160,8 @@ def _plan_inside(module: nn.Module, path: str, calls, dtype, backend) -> tuple[n
         # It reads more of a child than its output.
         logger.info("%s does not run with planned children (%s): it stays", type(module).__name__, error)
         unplanned = copy.deepcopy(module).requires_grad_(False).to(dtype)
-        return unplanned, [Entry(path, type(module).__name__, "eager", "", (), False)]
-    return planned, entries
+        return Planned(unplanned, [Entry(path, type(module).__name__, "eager", "", (), False)])
+    return Planned(planned, entries)
 
 
 def record_calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module, list[tuple[tuple, dict]]]:

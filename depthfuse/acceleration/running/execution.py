@@ -1,13 +1,21 @@
-"""The choice of how a plan runs as a whole."""
+"""How a plan runs as a whole: the choice as a value, and what carries it out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from depthfuse.acceleration.running.cuda_graphs import GraphCache
+from depthfuse.acceleration.running.implementations import run_in_chunks
+from depthfuse.fused.layers import FusedModule, plain_ops
 
 EAGER = ("eager", "eager channels_last")
+# Beyond this a value may overflow inside the net, and what then turns into NaN has to come out as NaN.
+_LARGE = 1e6
 
 
 @dataclass(frozen=True)
@@ -18,6 +26,8 @@ class Execution:
     shapes. eager: "eager" or "eager channels_last" where the model itself runs. graphs: whether launches are replayed
     as graphs (on a GPU). latency_ms: of the plan and of the model in each layout, on the example input; empty where
     nothing was compared. ratios: each layout's time over the plan's, medians of interleaved rounds.
+
+    Raises TypeError or ValueError for values that make no sense, as a damaged or crafted file may hold them.
     """
 
     chunk: int | None = None
@@ -27,31 +37,103 @@ class Execution:
     latency_ms: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.chunk is not None and (type(self.chunk) is not int or self.chunk < 1):
+            raise ValueError(f"chunk is {self.chunk!r}, expected a number of images of at least 1, or none")
+        for name in ("compiled", "graphs"):
+            if type(getattr(self, name)) is not bool:
+                raise TypeError(f"{name} is {getattr(self, name)!r}, expected true or false")
+        if self.eager is not None and self.eager not in EAGER:
+            raise ValueError(f"eager is {self.eager!r}, expected one of {', '.join(EAGER)}, or none")
+        for name in ("latency_ms", "ratios"):
+            numbers = getattr(self, name)
+            if not isinstance(numbers, dict) or not all(
+                isinstance(key, str) and type(value) in (int, float) and 0 < value < float("inf")
+                for key, value in numbers.items()
+            ):
+                raise ValueError(f"{name} is {numbers!r}, expected a positive number for each name")
+        if self.eager is not None and self.eager not in self.ratios:
+            raise ValueError(f"{self.eager!r} is chosen, but no ratio of it is known")
+
     def document(self) -> dict[str, Any]:
         """As JSON for the cache."""
         return dict(vars(self))
 
     @classmethod
-    def from_document(cls, document: dict[str, Any] | None) -> Execution | None:
+    def from_document(cls, document: Any) -> Execution | None:
         """From the cache, or None where that holds anything else."""
-        if document is None:
+        if not isinstance(document, dict) or set(document) != {f.name for f in fields(cls)}:
             return None
         try:
-            made = cls(**document)
-        except TypeError:
+            return cls(**document)
+        except (TypeError, ValueError):
             return None
-        sane = (made.chunk is None or isinstance(made.chunk, int)) and made.eager in (None, *EAGER)
-        return made if sane and isinstance(made.latency_ms, dict) and isinstance(made.ratios, dict) else None
 
-    def in_words(self, inputs: tuple[Tensor, ...]) -> str:
+    def part(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What of `inputs` runs at a time."""
+        return inputs if self.chunk is None else tuple(x[: self.chunk] for x in inputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Executor:
+    """Carries out an execution; call it with inputs in the plan's dtype, on its device.
+
+    What it holds beside the plan's module has weights of its own (`compiled`, `eager`) or is bound to where the
+    module's weights lie (`graphs`): `alone` is what is left when these are moved, cast, loaded or copied.
+
+    module: the plan's. compiled: a copy for inputs of exactly the shapes `compiled_for`; like oneDNN's, its ReLU may
+    turn NaN into a number. eager: the model itself, for all inputs. graphs: replays, on a GPU.
+    """
+
+    module: nn.Module
+    execution: Execution = Execution()
+    compiled: Callable[..., Any] | None = None
+    compiled_for: tuple[tuple[int, ...], ...] = ()
+    eager: Callable[..., Any] | None = None
+    graphs: GraphCache | None = None
+
+    def alone(self) -> Executor:
+        """The plan alone, as many images at a time as before."""
+        return Executor(self.module, Execution(chunk=self.execution.chunk))
+
+    def in_words(self) -> str:
         """What runs, for the report."""
-        if self.eager is not None:
-            return (
-                f"{self.eager}: the model itself, whose time was {self.ratios[self.eager]:.2f} of the plan's"
-            )
-        text = "one graph for each input shape" if self.graphs else "op by op"
-        if self.compiled:
-            part = inputs if self.chunk is None else tuple(x[: self.chunk] for x in inputs)
-            shapes = " and ".join(str(list(x.shape)) for x in part)
+        choice = self.execution
+        if self.eager is not None and choice.eager is not None:
+            ratio = choice.ratios[choice.eager]
+            return f"{choice.eager}: the model itself, whose time was {ratio:.2f} of the plan's"
+        text = "op by op" if self.graphs is None else "one graph for each input shape"
+        if self.compiled is not None:
+            shapes = " and ".join(str(list(shape)) for shape in self.compiled_for)
             text = f"oneDNN Graph for {shapes}, op by op for other shapes"
-        return text if self.chunk is None else f"{text}, {self.chunk} images at a time"
+        return text if choice.chunk is None else f"{text}, {choice.chunk} images at a time"
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor) -> Any:
+        if self.eager is not None:
+            return self.eager(*inputs)
+        # On a CPU only: nothing there swallows NaN on a GPU, and looking would wait for it.
+        if inputs[0].device.type == "cpu" and not all(map(_is_tame, inputs)) and self._swallows_nan():
+            with plain_ops():
+                return self.module(*inputs)
+        chunk = self.execution.chunk
+        if chunk is not None and inputs[0].shape[0] > chunk:
+            return run_in_chunks(self._run, inputs, chunk)
+        return self._run(*inputs)
+
+    def _run(self, *inputs: Tensor) -> Any:
+        if self.compiled is not None and tuple(tuple(x.shape) for x in inputs) == self.compiled_for:
+            return self.compiled(*inputs)
+        return self.module(*inputs) if self.graphs is None else self.graphs(*inputs)
+
+    def _swallows_nan(self) -> bool:
+        fused = (m for m in self.module.modules() if isinstance(m, FusedModule))
+        return self.compiled is not None or any(m.swallows_nan() for m in fused)
+
+
+def _is_tame(x: Tensor) -> bool:
+    """Whether all values are finite and none is huge (NaN fails every comparison)."""
+    if x.numel() == 0:
+        return True
+    low, high = torch.aminmax(x)
+    return bool((low > -_LARGE) & (high < _LARGE))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from depthfuse.fused.layers import FusedConv2d, FusedModule
-from depthfuse.measuring.measured_cache import MeasuredCache
+from depthfuse.measured_cache import MeasuredCache
 from depthfuse.measuring.timing import time_interleaved
 
 logger = logging.getLogger(__name__)

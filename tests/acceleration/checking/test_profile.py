@@ -1,17 +1,19 @@
 """The costs in a profile: exact counts, latencies that exist, the roofline's arithmetic, and the table of it all."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from nets import build
 from torch import nn
 
 from depthfuse.acceleration import Cost, accelerate
 from depthfuse.acceleration.checking import profile
 from depthfuse.acceleration.checking.profile import _clock
+from depthfuse.measured_cache import MeasuredCache
 from depthfuse.measuring import roofline
 from depthfuse.measuring.counting import count_macs
-from depthfuse.measuring.measured_cache import MeasuredCache
 from depthfuse.measuring.roofline import DEVICES, Peaks, peaks_of, roofline_us
-from tests.nets import build
 
 CPU = torch.device("cpu")
 PEAKS = Peaks(matrix_tflops=2e-3, vector_tflops=1e-3, bandwidth_gbps=4.0, source="a toy")
@@ -115,7 +117,7 @@ def test_roofline_percent():
 def test_gpus_are_known_by_the_name_that_their_driver_gives(name, known, monkeypatch):
     monkeypatch.setattr(roofline, "device_name", lambda device: name)
     monkeypatch.setattr(roofline, "_measure", lambda device, dtype: PEAKS)
-    monkeypatch.setattr(roofline, "MeasuredCache", lambda device: MeasuredCache(CPU))
+    monkeypatch.setattr(roofline, "MeasuredCache", SimpleNamespace(of=lambda device: MeasuredCache.of(CPU)))
     found = peaks_of(torch.device("cuda"), torch.float16)
     assert found.source == (f"peaks of {known}" if known else PEAKS.source)
 
@@ -127,7 +129,7 @@ def test_the_peaks_of_a_cpu_are_measured_once(tmp_path, monkeypatch):
     assert [peaks_of(CPU, torch.float32) for _ in range(3)] == [PEAKS] * 3
     assert peaks_of(CPU, torch.bfloat16) == PEAKS
     assert calls == [torch.float32, torch.bfloat16]
-    cache = MeasuredCache(CPU)
+    cache = MeasuredCache.of(CPU)
     cache.put({"peaks": "torch.float32"}, {"speed": 1})
     assert peaks_of(CPU, torch.float32) == PEAKS
     assert len(calls) == 3

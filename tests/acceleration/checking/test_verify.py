@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import SMALL, build
 from torch import nn
 
 from depthfuse.acceleration import AccelerationError, accelerate
 from depthfuse.acceleration.checking.verify import compare_operations, relative_error
 from depthfuse.acceleration.planning import elements
-from tests.nets import SMALL, build
 
 FAMILIES = ("resnet_d", "mobilenet", "convnext", "vit_scaled")
 
@@ -60,7 +60,7 @@ def test_the_wrong_operation_stands_out():
     path = "stages.2.blocks.0.mlp.fc2"  # followed by a permutation and the skip
     with torch.no_grad():
         fast.plan.get_submodule(by_path[path].module).bias[3] += 0.01
-    errors = {e.path: e.error for e in compare_operations(fast, model, (x,)) if e.error is not None}
+    errors = {e.path: e.error for e in compare_operations(fast._made, model, (x,)) if e.error is not None}
     paths = list(errors)
     at = paths.index(path)
     assert max(errors[p] for p in paths[:at]) < 1e-5

@@ -8,20 +8,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nets import randomise_norms
 from timm.layers import BatchNormAct2d, LayerNorm, LayerNorm2d
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 
-from depthfuse.acceleration import AccelerationError, accelerate
+from depthfuse.acceleration import AcceleratedModel, AccelerationError, accelerate
 from depthfuse.acceleration.checking.verify import relative_error
 from depthfuse.acceleration.planning.graph import redirect_in_place
 from depthfuse.acceleration.planning.trace import trace
+from depthfuse.acceleration.running.execution import Execution, Executor
 from depthfuse.acceleration.running.implementations import choose_chunk, clearly_faster, least_ms
 from depthfuse.acceleration.running.onednn_graph import compile_plan
 from depthfuse.fused.layers import FusedConv2d, FusedLinear
 from depthfuse.merging.merged_blocks import TokenBatchNorm
-from tests.nets import randomise_norms
 
 WIDTH = 6
 ACTS = [nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, lambda: nn.GELU(approximate="tanh")]
@@ -306,6 +307,11 @@ def test_an_error_inside_the_model_is_reported_as_such():
         accelerate(Wrapped(fail, a=conv()).eval(), torch.randn(1, WIDTH, 4, 4))
 
 
+def running(fast, executor):
+    """The same model, run by another executor."""
+    return AcceleratedModel(fast._made, executor, fast.report())
+
+
 def test_onednn_graph_runs_only_its_own_shape(monkeypatch):
     model = nn.Sequential(conv(), nn.BatchNorm2d(WIDTH), nn.ReLU(), conv(1), nn.ReLU6()).eval()
     x = torch.randn(2, WIDTH, 9, 9)
@@ -315,7 +321,12 @@ def test_onednn_graph_runs_only_its_own_shape(monkeypatch):
     if compiled is None:
         pytest.skip("this PyTorch has no oneDNN Graph")
     calls = []
-    fast.set_compiled(lambda given: calls.append(given.shape) or compiled(given), (x,))
+
+    def counted(given):
+        calls.append(given.shape)
+        return compiled(given)
+
+    fast = running(fast, Executor(fast.plan, Execution(compiled=True), counted, (tuple(x.shape),)))
     for batch in (2, 3, 2):
         z = torch.randn(batch, WIDTH, 9, 9)
         with torch.no_grad():
@@ -347,7 +358,7 @@ def test_large_batches_run_in_chunks():
     model = nn.Sequential(conv(), nn.ReLU(), nn.Flatten(), nn.Linear(WIDTH * 25, 3)).eval()
     x = torch.randn(5, WIDTH, 5, 5)
     fast = accelerate(model, x, tune="heuristic")
-    fast.chunk = 2
+    fast = running(fast, Executor(fast.plan, Execution(chunk=2)))
     seen = []
     fast.plan.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     with torch.no_grad():

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from nets import build, randomise_norms
 from torch import nn
 
 from depthfuse import Supernet, merge
@@ -17,7 +18,6 @@ from depthfuse.fused.blocks import (
     FusedPoolLinear,
 )
 from depthfuse.fused.layers import FusedConv2d, FusedModule
-from tests.nets import build, randomise_norms
 
 pytest.importorskip("triton", reason="the kernels are written in Triton, which is not installed")
 # Compiled on the GPU where there is one (marked `gpu`), in Triton's interpreter on the CPU where there is none.

@@ -9,21 +9,21 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import build, randomise_norms
 from torch import fx, nn
 
 from depthfuse import ModelSource, Supernet, load_accelerated, merge
-from depthfuse.acceleration import AccelerationError, accelerate
+from depthfuse.acceleration import AccelerationError, accelerate, api
 from depthfuse.acceleration.checking.verify import relative_error
 from depthfuse.acceleration.running import choose as executor
 from depthfuse.acceleration.running import implementations as tune
-from depthfuse.acceleration.saving import saved
 from depthfuse.acceleration.saving.describe import DescriptionError, IndescribableError, describe, rebuild
 from depthfuse.acceleration.saving.functions import FUNCTIONS, METHODS
+from depthfuse.acceleration.saving.saved import read_plan
 from depthfuse.checkpoint import load_tensors, save_tensors
 from depthfuse.errors import CheckpointError
 from depthfuse.fused.layers import FusedModule
 from depthfuse.measuring.timing import Timing
-from tests.nets import build, randomise_norms
 
 FAMILIES = ("resnet", "mobilenet", "convnext", "vit_scaled")
 
@@ -121,7 +121,6 @@ def test_what_was_measured_is_kept(file, tmp_path, monkeypatch, eager_ms):
         for each in (fast, loaded)
     ]
     assert chosen[0] == chosen[1]
-    assert loaded.chunk == fast.chunk
     assert loaded.report().latency_ms == fast.report().latency_ms
     assert loaded.report().executor.startswith("eager") is False  # the model itself is not saved
     assert relative_error(loaded(x), fast(x)) < 1e-5
@@ -136,9 +135,8 @@ def test_another_environment_tunes_anew(file, tmp_path, monkeypatch):
     assert {
         m.implementation() for m in load_accelerated(file).modules() if isinstance(m, FusedModule)
     } == plain
-    here = saved.environment
-
-    monkeypatch.setattr(saved, "environment", lambda device: {**here(device), "threads": 99})
+    here = api.environment
+    monkeypatch.setattr(api, "environment", lambda device: {**here(device), "threads": 99})
     for level in ("off", "heuristic", "measure"):
         loaded = load_accelerated(file, tune=level)
         found = {m.implementation() for m in loaded.modules() if isinstance(m, FusedModule)}
@@ -155,8 +153,8 @@ def test_what_only_timm_can_build_is_built_by_timm(file):
     fast = accelerate(model, x, tune="heuristic")
     assert "NormFreeBlock" in {entry.kind for entry in fast.report().entries}
     fast.save(file)
+    assert read_plan(file).plan.source == ModelSource.make("test_nfnet", num_classes=7, in_chans=1)
     loaded = load_accelerated(file)
-    assert loaded.source == ModelSource.make("test_nfnet", num_classes=7, in_chans=1)
     assert torch.equal(loaded(x), fast(x))
     assert fast(x).any()
 
@@ -259,6 +257,14 @@ EVIL = "x):\n    import os; os.abort()\n    return (x"
         (lambda d: d.pop("plan"), "plan"),
         (lambda d: d.update(dtype="torch.load"), "no dtype"),
         (lambda d: d["tuned"].update(implementations={}), "fused"),
+        (
+            lambda d: d["tuned"]["implementations"].update(fused_head="magic"),
+            "unknown implementation 'magic'",
+        ),
+        (lambda d: d["tuned"]["execution"].update(chunk=0), "says not how a plan runs"),
+        (lambda d: d["tuned"]["execution"].update(chunk=-1), "says not how a plan runs"),
+        (lambda d: d["tuned"].update(environment=3), "is no environment"),
+        (lambda d: d.update(example=[[[1, -3, 24, 24], "torch.float32"]]), "is no shape"),
         (lambda d: d["report"].update(evil=1), "evil"),
     ],
 )
@@ -282,7 +288,7 @@ def test_damaged_and_foreign_files(file):
     with pytest.raises(CheckpointError, match="cut short or damaged"):
         load_accelerated(file)
     save_tensors(file, {"x": torch.zeros(1)}, {"model": "resnet18"})
-    with pytest.raises(CheckpointError, match=r"format None, expected 'depthfuse.accelerated/1'"):
+    with pytest.raises(CheckpointError, match=r"format None, expected 'depthfuse.accelerated/2'"):
         load_accelerated(file)
     with pytest.raises(CheckpointError, match="does not exist"):
         load_accelerated(file.with_name("nothing"))

@@ -2,9 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from dataclasses import asdict, astuple
 
 import pytest
@@ -15,11 +12,12 @@ from depthfuse.kernels.launch import INTERPRETER, TARGETS
 from depthfuse.kernels.tuning import lookup as tuning
 from depthfuse.kernels.tuning import measure as tuner
 from depthfuse.kernels.tuning import space
-from depthfuse.kernels.tuning.lookup import Entry, Request, cache_for, remember, session, tuned
+from depthfuse.kernels.tuning.lookup import Entry, Request, remember, session, tuned
+from depthfuse.measured_cache import MeasuredCache
 
 CPU = torch.device("cpu")
 SHAPE = {"rows": 197, "channels": 192, "out_channels": 576, "norm": 0}
-FACTS = ("a card", {"torch": "2", "triton": "3"}, "source")
+FACTS = {"device": "a card", "torch": "2", "triton": "3", "source": "old"}
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +27,7 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "_found", {})
     monkeypatch.setattr(tuning, "_known", {})
     monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "configs")
-    monkeypatch.setattr(tuning, "user_cache", lambda device: cache_for(*FACTS))
+    monkeypatch.setattr(tuning, "user_cache", lambda device: MeasuredCache(FACTS))
     tuning.packaged.cache_clear()
     tuning.enabled.cache_clear()
     yield
@@ -75,31 +73,28 @@ def test_measurements_outlive_the_process(monkeypatch):
 
 def test_those_of_other_versions_cards_and_sources_do_not_count(monkeypatch):
     remember(request(), ENTRY)
-    for facts in (
-        ("another", *FACTS[1:]),
-        ("a card", {"torch": "3", "triton": "3"}, "source"),
-        (*FACTS[:2], "new"),
-    ):
+    for name in FACTS:
+        facts = FACTS | {name: "another"}
         forget(monkeypatch)
-        monkeypatch.setattr(tuning, "user_cache", lambda device, facts=facts: cache_for(*facts))
+        monkeypatch.setattr(tuning, "user_cache", lambda device, facts=facts: MeasuredCache(facts))
         assert look_up() is None
 
 
 def test_a_damaged_file_is_measured_anew(monkeypatch, caplog):
     remember(request(), ENTRY)
-    path = cache_for(*FACTS).path(request())
-    for text in (
-        "{",
-        "[]",
-        '{"key": "x"}',
-        json.dumps({"key": request().key()} | asdict(Entry({"a": 1}, 1.0, 1.0))),
-    ):
-        path.write_text(text)
+    cache, question = MeasuredCache(FACTS), {"launch": request().key()}
+    damages = [
+        lambda text=text: cache.path(question).write_text(text) for text in ("{", "[]", '{"key": "x"}')
+    ]
+    damages.append(lambda: cache.put(question, asdict(Entry({"a": 1}, 1.0, 1.0))))
+    damages.append(lambda: cache.put(question, {"config": None}))
+    for damage in damages:
+        damage()
         forget(monkeypatch)
         with caplog.at_level(logging.WARNING):
             caplog.clear()
             assert look_up() is None
-        assert "measured anew" in caplog.text
+        assert "anew" in caplog.text
     remember(request(), ENTRY)
     forget(monkeypatch)
     assert look_up() == CONFIG
@@ -127,24 +122,6 @@ def test_measurements_can_be_ignored(monkeypatch):
     forget(monkeypatch)
     with pytest.raises(ValueError, match="DEPTHFUSE_TUNE is 'yes', expected 0 or 1"):
         look_up()
-
-
-def test_processes_that_write_at_once_leave_one_whole_entry(tmp_path):
-    script = """
-import dataclasses, torch
-from depthfuse.kernels.tuning import lookup as tuning
-from depthfuse.kernels.launch import TARGETS
-from depthfuse.kernels.device.tile import GemmConfig
-cache = tuning.cache_for("a card", {"torch": "2", "triton": "3"}, "source")
-request = tuning.Request("linear", torch.float16, (("rows", 1),), TARGETS["sm_90"], GemmConfig, torch.device("cpu"))
-for number in range(50):
-    cache.put(request, tuning.Entry(dataclasses.asdict(GemmConfig(32, 32, 32)), float(number), 1.0))
-    assert cache.get(request) is not None
-"""
-    writers = [subprocess.Popen([sys.executable, "-c", script], env=os.environ) for _ in range(2)]
-    assert [writer.wait() for writer in writers] == [0, 0]
-    (folder,) = (tmp_path / "cache" / "tuning").iterdir()
-    assert len(list(folder.iterdir())) == 1
 
 
 class Operator:

@@ -14,11 +14,11 @@ import timm
 import torch
 from torch import nn
 
+from depthfuse import measured_cache as cache
 from depthfuse.acceleration import accelerate
 from depthfuse.acceleration.running import choose as executor
 from depthfuse.acceleration.running import implementations as tune
-from depthfuse.measuring import measured_cache as cache
-from depthfuse.measuring.measured_cache import MeasuredCache, cache_folder
+from depthfuse.measured_cache import MeasuredCache, cache_folder
 
 CPU = torch.device("cpu")
 QUESTION = {"op": "conv", "shape": [1, 2, 3], "act": None}
@@ -41,30 +41,68 @@ def test_where_it_lies(monkeypatch, tmp_path):
     assert cache_folder() == Path.home() / ".cache" / "depthfuse"
 
 
+def test_a_user_without_a_home_measures_and_keeps_nothing(tmp_path):
+    """Neither HOME nor an entry in the list of users, as in containers that run under any number."""
+    code = """
+        import os, pathlib, torch
+        os.environ.pop("DEPTHFUSE_CACHE_DIR", None)
+        os.environ.pop("XDG_CACHE_HOME", None)
+        def nobody():
+            raise RuntimeError("Could not determine home directory.")
+        pathlib.Path.home = nobody
+        import depthfuse
+        from depthfuse.measured_cache import cache_folder
+        assert cache_folder() is None
+        model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU()).eval()
+        x = torch.randn(3, 6)
+        fast = depthfuse.accelerate(model, x)
+        assert (fast(x) - model(x)).abs().max() < 1e-5
+    """
+    assert run_python(code, tmp_path).wait(120) == 0
+
+
+def test_every_source_counts(tmp_path, monkeypatch):
+    """One byte in any file below the folders, however deep, is another environment."""
+    (tmp_path / "ops" / "inner").mkdir(parents=True)
+    for name in ("ops/a.py", "ops/inner/b.py"):
+        (tmp_path / name).write_text("x = 1")
+    monkeypatch.setattr(cache, "PACKAGE", tmp_path)
+    digests = set()
+    for name in ("ops/a.py", "ops/inner/b.py", "ops/inner/c.py"):
+        (tmp_path / name).write_text("x = 2")
+        cache.source_digest.cache_clear()
+        digests.add(cache.source_digest(("ops",)))
+    cache.source_digest.cache_clear()
+    assert len(digests) == 3
+    assert all((Path(cache.__file__).parent / folder).is_dir() for folder in cache.PLAN_SOURCES)
+
+
 def test_answers_come_back(folder):
-    MeasuredCache(CPU).put(QUESTION, ANSWER)
-    again = MeasuredCache(CPU)
+    MeasuredCache.of(CPU).put(QUESTION, ANSWER)
+    again = MeasuredCache.of(CPU)
     assert again.get(QUESTION) == ANSWER
     assert again.get({**QUESTION, "shape": [1, 2, 4]}) is None
     again.put(QUESTION, {"winner": "onednn"})
-    assert MeasuredCache(CPU).get(QUESTION) == {"winner": "onednn"}
+    assert MeasuredCache.of(CPU).get(QUESTION) == {"winner": "onednn"}
     assert [path.name for path in folder.rglob("*.json")] == [again.path(QUESTION).name]
 
 
-@pytest.mark.parametrize("change", ["threads", "torch", "source", "cpu", "capability"])
+@pytest.mark.parametrize("change", ["threads", "torch", "triton", "source", "cpu", "capability"])
 def test_another_environment_is_another_cache(folder, monkeypatch, change):
-    MeasuredCache(CPU).put(QUESTION, ANSWER)
+    MeasuredCache.of(CPU).put(QUESTION, ANSWER)
     if change == "threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     elif change == "torch":
         monkeypatch.setattr(torch, "__version__", "2.99.0")
     elif change == "source":
-        monkeypatch.setattr(cache, "_source_digest", lambda: "another")
+        monkeypatch.setattr(cache, "source_digest", lambda sources: "another")
+    elif change == "triton":
+        monkeypatch.setattr(cache, "triton_version", lambda: "triton 99")
     elif change == "cpu":
         monkeypatch.setattr(cache, "device_name", lambda device: "another")
     else:
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX9")
-    assert MeasuredCache(CPU).get(QUESTION) is None
+    assert MeasuredCache.of(CPU).get(QUESTION) is None
 
 
 @pytest.mark.parametrize(
@@ -76,14 +114,15 @@ def test_another_environment_is_another_cache(folder, monkeypatch, change):
         lambda text: "[]",
         lambda text: "{}",
         lambda text: text.replace('"answer"', '"question"'),
-        lambda text: text.replace("measured/1", "measured/0"),
+        lambda text: text.replace("measured/2", "measured/0"),
         lambda text: text.replace('"threads"', '"fibres"'),
         lambda text: text.replace('"op": "conv"', '"op": "linear"'),
         lambda text: json.dumps({**json.loads(text), "answer": "gemm"}),
+        lambda text: text.replace("0.25", "0.75"),
     ],
 )
 def test_a_damaged_file_is_logged_and_rebuilt(folder, caplog, damage):
-    kept = MeasuredCache(CPU)
+    kept = MeasuredCache.of(CPU)
     kept.put(QUESTION, ANSWER)
     path = kept.path(QUESTION)
     path.write_text(damage(path.read_text()))
@@ -114,7 +153,7 @@ def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path, monkeypatch, ca
 
 
 def test_threads_write_the_same_answer_at_once(folder):
-    kept = MeasuredCache(CPU)
+    kept = MeasuredCache.of(CPU)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda index: kept.put(QUESTION, {"winner": str(index % 2)}), range(64)))
     assert kept.get(QUESTION)["winner"] in "01"
@@ -129,15 +168,15 @@ def run_python(code, folder):
 def test_killed_while_writing(folder):
     code = f"""
         import os, signal, torch
-        from depthfuse.measuring.measured_cache import MeasuredCache
+        from depthfuse.measured_cache import MeasuredCache
         torch.set_num_threads({torch.get_num_threads()})
-        kept = MeasuredCache(torch.device("cpu"))
+        kept = MeasuredCache.of(torch.device("cpu"))
         kept.put({QUESTION!r}, {ANSWER!r})
         os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
         kept.put({QUESTION!r}, {{"winner": "half-written"}})
     """
     assert run_python(code, folder).wait(120) == -signal.SIGKILL
-    kept = MeasuredCache(CPU)
+    kept = MeasuredCache.of(CPU)
     assert len(list(kept.folder.iterdir())) == 2  # the file, and what the killed process left beside it
     assert kept.get(QUESTION) == ANSWER
     kept.put(QUESTION, {"winner": "onednn"})

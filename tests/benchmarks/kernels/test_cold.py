@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.models import cold
+from benchmarks.kernels import cold
 
 
 def test_copies_fit_into_a_quarter_of_the_memory():

@@ -29,34 +29,39 @@ _WARM_UP_RUNS = 3
 
 
 def capture(run: Run, inputs: tuple[Tensor, ...]) -> Run:
-    """`run` for inputs of exactly these shapes and strides, as one replay on the caller's stream.
+    """`run` for inputs of exactly these shapes and strides, as one replay on the caller's stream of their device.
 
-    The outputs are copies, so that callers may keep them. One call at a time: the buffers are shared.
+    The outputs are copies, so that callers may keep them. One call at a time: the buffers are shared. Whoever calls
+    this, and wherever, the capture has a scope of its own: buffers made in inference mode could not be written to
+    outside it, and what is launched on another device than the inputs' would not be captured, and replay nothing.
     """
-    static = tuple(
-        torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x) for x in inputs
-    )
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(
-            _WARM_UP_RUNS
-        ):  # compiles kernels and lets libraries allocate, which a capture must not see
-            run(*static)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run(*static)
-    done = torch.cuda.Event()
+    device = inputs[0].device
+    with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
+        static = tuple(
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x) for x in inputs
+        )
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            # compiles kernels and lets libraries allocate, which a capture must not see
+            for _ in range(_WARM_UP_RUNS):
+                run(*static)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # hipBLASLt keeps a handle for each stream: the one that warmed up must be the one that captures
+        with torch.cuda.graph(graph, stream=side):
+            outputs = run(*static)
+        done = torch.cuda.Event()
 
     def replay(*given: Tensor) -> Any:
-        stream = torch.cuda.current_stream()
-        stream.wait_event(done)  # of the call before, which may have been on another stream
-        for buffer, x in zip(static, given, strict=True):
-            buffer.copy_(x, non_blocking=True)
-        graph.replay()
-        copies = tree_map(lambda y: y.clone() if isinstance(y, Tensor) else y, outputs)
-        done.record(stream)
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(done)  # of the call before, which may have been on another stream
+            for buffer, x in zip(static, given, strict=True):
+                buffer.copy_(x, non_blocking=True)
+            graph.replay()
+            copies = tree_map(lambda y: y.clone() if isinstance(y, Tensor) else y, outputs)
+            done.record(stream)
         return copies
 
     return replay

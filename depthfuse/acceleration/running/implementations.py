@@ -98,19 +98,20 @@ def _latencies(module: FusedModule, shapes: list[torch.Size], candidates: list[s
         twin.use(name, shapes[0])
         return lambda: twin(*inputs)
 
-    measure = least_ms if like.device.type == "cpu" else _replayed_ms
-    latency_ms = measure({name: bound(name) for name in candidates})
+    runs = {name: bound(name) for name in candidates}
+    latency_ms = least_ms(runs) if like.device.type == "cpu" else _replayed_ms(runs, like.device)
     logger.debug("%r: %s", module, {name: round(value, 4) for name, value in latency_ms.items()})
     return latency_ms
 
 
-def _replayed_ms(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+def _replayed_ms(runs: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
     """The median time in ms of each of `runs` on a GPU, by graph replay: Python's launching, which the finished model
     does not pay for either, would hide what the kernels take.
     """
     from triton.testing import do_bench_cudagraph
 
-    return {name: do_bench_cudagraph(run, rep=20, return_mode="median") for name, run in runs.items()}
+    with torch.cuda.device(device):  # the timer captures and synchronises on the current one
+        return {name: do_bench_cudagraph(run, rep=20, return_mode="median") for name, run in runs.items()}
 
 
 def _winner(latency_ms: Mapping[str, float], usual: str) -> str:

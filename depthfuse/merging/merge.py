@@ -17,7 +17,7 @@ from depthfuse.spec import SubnetSpec
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 1e-10  # relative, float64
+LARGEST_ERROR = 1e-10  # relative, float64
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class MergeReport:
 
 
 def merge(
-    subnet: Supernet, check_size: tuple[int, int, int] | None = None, tolerance: float = TOLERANCE
+    subnet: Supernet, check_size: tuple[int, int, int] | None = None, tolerance: float = LARGEST_ERROR
 ) -> nn.Module:
     """Replace every pruned block of `subnet` by its merged module and fold batch norms (`fold_batch_norms`).
 
@@ -104,7 +104,7 @@ def merged_structure(spec: SubnetSpec) -> nn.Module:
 
 @torch.no_grad()
 def check(
-    subnet: Supernet, size: tuple[int, int, int], images: int = 2, tolerance: float = TOLERANCE
+    subnet: Supernet, size: tuple[int, int, int], images: int = 2, tolerance: float = LARGEST_ERROR
 ) -> MergeReport:
     """Merge a float64 copy and compare it with the subnet, block by block and at the output.
 

@@ -37,7 +37,7 @@ from depthfuse.merging.tracing import has_hooks
 
 logger = logging.getLogger(__name__)
 
-OURS = "accelerated"
+ACCELERATED = "accelerated"
 _ROUNDS, _ROUNDS_IF_CLOSE = 5, 15
 _CLOSE = 1.1  # within this ratio a few rounds decide by chance
 _ROUND_MS = 20.0
@@ -161,7 +161,7 @@ def _compare(
     ours: Callable[..., object],
 ) -> Execution:
     """`execution`, with our latency beside the model's, and the model itself where that is faster."""
-    runs: dict[str, Callable[[], object]] = {OURS: lambda: ours(*inputs)}
+    runs: dict[str, Callable[[], object]] = {ACCELERATED: lambda: ours(*inputs)}
     for name in EAGER:
         if name == "eager channels_last" and not any(isinstance(m, nn.Conv2d) for m in model.modules()):
             continue
@@ -179,9 +179,11 @@ def _compare(
 
 
 def judge(execution: Execution, timings: dict[str, Timing]) -> Execution:
-    """`execution`, or the model itself where that took less time; `timings` by the names of OURS and of the layouts."""
+    """`execution`, or the model itself where that took less time; `timings` by the names of ACCELERATED and of the layouts."""
     latency_ms = {name: timing.median_ms for name, timing in timings.items()}
-    ratios = {name: timings[OURS].speedup_over(timings[name]) for name in timings if name != OURS}
+    ratios = {
+        name: timings[ACCELERATED].speedup_over(timings[name]) for name in timings if name != ACCELERATED
+    }
     if not ratios:
         return execution
     best = min(ratios, key=ratios.__getitem__)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 logger = logging.getLogger(__name__)
 
-Run = Callable[..., Any]
+Call = Callable[..., Any]
 
 LIMIT = 8  # shapes
 LEAST_FILL = (
@@ -28,7 +28,7 @@ LEAST_FILL = (
 _WARM_UP_RUNS = 3
 
 
-def capture(run: Run, inputs: tuple[Tensor, ...]) -> Run:
+def capture(run: Call, inputs: tuple[Tensor, ...]) -> Call:
     """`run` for inputs of exactly these shapes and strides, as one replay on the caller's stream of their device.
 
     The outputs are copies, so that callers may keep them. One call at a time: the buffers are shared. Whoever calls
@@ -79,10 +79,10 @@ class GraphCache:
     """
 
     def __init__(
-        self, run: Run, batchwise: bool = False, limit: int = LIMIT, capture: Callable = capture
+        self, run: Call, batchwise: bool = False, limit: int = LIMIT, capture: Callable = capture
     ) -> None:
         self._run, self._batchwise, self._limit, self._capture = run, batchwise, limit, capture
-        self._replays: OrderedDict[tuple, Run | None] = OrderedDict()  # None: cannot be captured
+        self._replays: OrderedDict[tuple, Call | None] = OrderedDict()  # None: cannot be captured
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor) -> Any:

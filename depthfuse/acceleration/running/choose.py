@@ -179,7 +179,7 @@ def _compare(
 
 
 def judge(execution: Execution, timings: dict[str, Timing]) -> Execution:
-    """`execution`, or the model itself where that took less time; `timings` by the names of ACCELERATED and of the layouts."""
+    """`execution`, or the model itself where that took less time; `timings` by name, ours as ACCELERATED."""
     latency_ms = {name: timing.median_ms for name, timing in timings.items()}
     ratios = {
         name: timings[ACCELERATED].speedup_over(timings[name]) for name in timings if name != ACCELERATED

@@ -12,6 +12,7 @@ from torch import nn
 from depthfuse import DataConfig, ModelSource, open_data
 from depthfuse.checkpoint import save_tensors
 from depthfuse.config import TrainConfig
+from depthfuse.data import DataBundle, DataError
 from depthfuse.training.evaluation import calibrate, evaluate, top1
 from depthfuse.training.loop import fit, make_accelerator
 from depthfuse.training.objectives import Objective
@@ -59,10 +60,24 @@ def poisoned(rank: int) -> Objective:
     return objective
 
 
+def break_third_batch(data: DataBundle) -> None:
+    load = data.train_loader
+
+    def breaking(**arguments):
+        for number, batch in enumerate(load(**arguments)):
+            if number == 2:
+                raise DataError("cannot read 2.jpg")
+            yield batch
+
+    data.train_loader = breaking
+
+
 def main(folder: Path) -> None:
     accelerator = make_accelerator(cpu=True)
     rank = accelerator.process_index
     facts = {}
+    (folder / f"{rank}.json").touch()
+    accelerator.wait_for_everyone()
 
     stream = open_data(shard_config(folder, val_batch_size=5), num_classes=CLASSES)
     scored = watched(stream)
@@ -84,10 +99,20 @@ def main(folder: Path) -> None:
         facts[name] = [result.best_top1, top1(trained, data.holdout_loader())]
         save_tensors(folder / f"{name}{rank}.safetensors", trained.state_dict())
 
-    try:
-        fit(poisoned(rank), data, TRAINING, accelerator)
-    except Exception as error:  # whatever it is, the test compares it
-        facts["diverged"] = f"{type(error).__name__}: {error}"
+    def error_of(objective: Objective, data: DataBundle, **options) -> str:
+        try:
+            fit(objective, data, TRAINING, accelerator, **options)
+        except Exception as error:  # whatever it is, the test compares it
+            return f"{type(error).__name__}: {error}"
+        return "none"
+
+    facts["diverged"] = error_of(poisoned(rank), data)
+    facts["no room"] = error_of(
+        Objective(net()), data, checkpoint=folder / "0.json" / "state", checkpoint_seconds=0.0
+    )
+    if rank == 1:
+        break_third_batch(data)
+    facts["broken"] = error_of(Objective(net()), data)
     (folder / f"{rank}.json").write_text(json.dumps(facts))
 
 

@@ -78,6 +78,12 @@ def test_all_stop_where_the_numbers_of_one_go_bad(facts):
     )
 
 
+def test_all_stop_where_one_cannot_read_or_write(facts):
+    assert facts[0]["broken"] == facts[1]["broken"] == "DataError: cannot read 2.jpg"
+    assert facts[0]["no room"] == facts[1]["no room"]
+    assert "CheckpointError: cannot write" in facts[0]["no room"]
+
+
 def test_a_state_of_another_number_of_processes_is_refused(folder):
     data = open_data(worker.EMBEDDED, num_classes=None, in_chans=1)
     with pytest.raises(

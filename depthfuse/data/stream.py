@@ -18,6 +18,10 @@ from depthfuse.errors import DataError
 class StreamBundle(DataBundle):
     """A streamed data set. Its order depends on (seed, epoch) and on the number of workers.
 
+    In training each process reads a share of its own, by the arguments of `train_loader`. In evaluation and calibration
+    every reader gives all images in full batches, in whatever process and with however many workers; who scores which
+    batch is decided in `training.evaluation` alone. timm's readers would divide by themselves, by the process group.
+
     Resuming reads and throws away what comes before. Nothing can be divided off a stream, so that
     `holdout_split` must name the images that score the search. timm's reader skips unreadable images of a
     shard and logs them.
@@ -43,7 +47,7 @@ class StreamBundle(DataBundle):
         self._open_split = open_split
         self._train_transform = train_transform
         self._eval_transform = eval_transform
-        self._num_train = _num_images(open_split(config.train_split, False, 0), config.train_split)
+        self._num_train = _num_images(self._open(config.train_split), config.train_split)
         self.train_batches()  # raises if there is not one
 
     def train_batches(self, world_size: int = 1) -> int:
@@ -52,13 +56,20 @@ class StreamBundle(DataBundle):
     def train_loader(
         self, *, seed: int, epoch: int, start_batch: int = 0, rank: int = 0, world_size: int = 1
     ) -> Batches:
-        # timm's readers find out rank and world size by themselves.
         stop = self.train_batches(world_size)
+        self._check_shares(world_size)
 
         def batches() -> Iterator[Batch]:
-            images = self._open_split(self.config.train_split, True, seed)
+            images = self._open(self.config.train_split, True, seed, rank, world_size)
             images.set_epoch(epoch)
-            stream = _Transformed(images, self._train_transform, self.num_classes, key=(seed, epoch))
+            stream = _Transformed(
+                images,
+                self._train_transform,
+                self.num_classes,
+                key=(seed, epoch),
+                rank=rank,
+                world_size=world_size,
+            )
             size = self.config.batch_size
             yield from itertools.islice(self._load(stream, size, drop_last=True), start_batch, stop)
 
@@ -82,14 +93,44 @@ class StreamBundle(DataBundle):
     def _eval_loader(self, split: str, batch_size: int | None = None, stop: int | None = None) -> Batches:
         size = batch_size or self.config.val_batch_size
         if stop is None:
-            stop = -(-_num_images(self._open_split(split, False, 0), split) // size)
+            stop = -(-_num_images(self._open(split), split) // size)
 
         def batches() -> Iterator[Batch]:
-            images = self._open_split(split, False, 0)
-            stream = _Transformed(images, self._eval_transform, self.num_classes, key=None)
-            yield from itertools.islice(self._load(stream, size, drop_last=False), stop)
+            stream = _Transformed(self._open(split), self._eval_transform, self.num_classes, key=None)
+            # each worker's last batch is a small one, which would take a full one's place
+            full = _rebatched(self._load(stream, size, drop_last=False), size)
+            yield from itertools.islice(full, stop)
 
         return Batches(batches, stop)
+
+    def _open(
+        self, split: str, is_training: bool = False, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> Any:
+        """timm's data set, the share of one process of `world_size`; all of it by default."""
+        images = self._open_split(split, is_training, seed)
+        reader = images.reader
+        if not (hasattr(reader, "dist_rank") and hasattr(reader, "dist_num_replicas")):
+            raise DataError(
+                f"{type(reader).__name__} of this version of timm cannot be told which share of "
+                f"{self.config.data} to read: use the version of timm that depthfuse names"
+            )
+        reader.dist_rank, reader.dist_num_replicas = rank, world_size
+        return images
+
+    def _check_shares(self, world_size: int) -> None:
+        """Raise DataError where timm's reader would leave a process without images, or give several the same."""
+        workers, kind = max(1, self.config.workers), self.config.data.partition("/")[0].lower()
+        if kind == "wds":  # whole shards are dealt out
+            shards = len(self._open(self.config.train_split).reader.split_info.filenames)
+            if shards < world_size * workers:
+                raise DataError(
+                    f"the {shards} shards of {self.config.train_split!r} are too few for {world_size} processes with "
+                    f"{workers} worker(s) each, which read whole shards: use fewer of them, or cut more shards"
+                )
+        if kind == "tfds" and world_size > 1 and self.config.workers == 0:
+            raise DataError(
+                "timm divides a TFDS data set among processes only where workers read it: set workers to 1 or more"
+            )
 
     def _load(self, stream: IterableDataset, batch_size: int, drop_last: bool) -> Iterator[Batch]:
         return iter(
@@ -105,6 +146,28 @@ class StreamBundle(DataBundle):
         )
 
 
+def _rebatched(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
+    """The same images in batches of `size`; only the last may be smaller."""
+    parts: list[Batch] = []
+    held = 0
+    for images, labels in batches:
+        while len(labels):
+            taken = min(size - held, len(labels))
+            parts.append((images[:taken], labels[:taken]))
+            images, labels, held = images[taken:], labels[taken:], held + taken
+            if held == size:
+                yield _joined(parts)
+                parts, held = [], 0
+    if parts:
+        yield _joined(parts)
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
 def _num_images(images: Any, split: str) -> int:
     count = int(getattr(images.reader, "num_samples", 0) or 0) or len(images)
     if not count:
@@ -116,13 +179,22 @@ def _num_images(images: Any, split: str) -> int:
 
 
 class _Transformed(IterableDataset):
-    """Applies a transform; augmentation depends on (seed, epoch, place in the stream of this worker)."""
+    """Applies a transform; augmentation depends on (seed, epoch, process, place in the stream of this worker)."""
 
-    def __init__(self, images: Any, transform: Transform, num_classes: int, key: tuple[int, int] | None):
+    def __init__(
+        self,
+        images: Any,
+        transform: Transform,
+        num_classes: int,
+        key: tuple[int, int] | None,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         self.images = images
         self.transform = transform
         self.num_classes = num_classes
         self.key = key
+        self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
         info = torch.utils.data.get_worker_info()
@@ -134,6 +206,9 @@ class _Transformed(IterableDataset):
             if self.key is None:
                 yield self.transform(image), int(label)
             else:
-                with order.seeded_image(*self.key, first + step * place):
+                number = (
+                    first + step * place
+                ) * self.world_size + self.rank  # no two processes draw the same
+                with order.seeded_image(*self.key, number):
                     transformed = self.transform(image)
                 yield transformed, int(label)

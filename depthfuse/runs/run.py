@@ -3,6 +3,9 @@
 Each stage writes one artefact atomically when it is done, and reads those of the stages before it from the disk. A
 run that was stopped anywhere is started again with the same command: finished stages are skipped, a stage under way
 goes on from its checkpoint.
+
+Several processes do the stages together. Whether an artefact is there, only the main process looks, and only it writes;
+what it finds, or raises, all of them learn (`training.processes`), so that all take the same road.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ from depthfuse.spec import ModelSource, SubnetSpec
 from depthfuse.training.evaluation import calibrate, top1
 from depthfuse.training.loop import fit, make_accelerator, seed_iteration
 from depthfuse.training.objectives import Objective, ProgressiveObjective, SandwichObjective
+from depthfuse.training.processes import on_all, on_one
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +69,15 @@ class Run:
             check_one_budget(config.search)
         budget_unit(config.search)  # raises for several
         find_strategy(config.search.strategy)
-        self._claim()
         self.accelerator = make_accelerator(config.amp, config.cpu)
         self.device = self.accelerator.device
-        self.data, self.source = self._open()
+        on_one(self.accelerator, self._claim)
+        # nothing is written before the data and the model are known to be good, but for data that is downloaded
+        self.data, self.source = on_all(self.accelerator, self._open, main_first=config.data.download)
+        on_one(self.accelerator, self._take_folder)
 
     def _claim(self) -> None:
-        """Take the folder: write the resolved config, or check that the one there is the same."""
+        """Check that the folder is free, or holds a run with the same config."""
         path = self.dir / "config.yaml"
         if path.exists():
             here, there = to_dict(self.config), to_dict(load_yaml(path))
@@ -84,7 +90,7 @@ class Run:
                 )
 
     def _open(self) -> tuple[DataBundle, ModelSource]:
-        """Open the data and settle the model; nothing is written before both are known to be good."""
+        """Open the data and choose the model."""
         kwargs = parse_model_kwargs(self.config.model_kwargs)
         probe = ModelSource.make(self.config.model, **kwargs).build()
         Supernet(probe)  # raises where there is nothing to prune
@@ -103,10 +109,13 @@ class Run:
             wanted, num_classes=kwargs.get("num_classes"), in_chans=channels, model_cfg=model_cfg
         )
         source = ModelSource.make(self.config.model, **{**kwargs, "num_classes": data.num_classes})
-        if not (self.dir / "config.yaml").exists() and self.accelerator.is_main_process:
+        return data, source
+
+    def _take_folder(self) -> None:
+        """Take a free folder: what another run has worked out, and the resolved config."""
+        if not (self.dir / "config.yaml").exists():
             self._take_over()
             save_text(self.dir / "config.yaml", to_yaml(self.config))
-        return data, source
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -142,11 +151,13 @@ class Run:
 
     def baseline(self) -> nn.Module:
         path = self.dir / "baseline.safetensors"
-        model = self.build(pretrained=self.config.pretrained and not path.exists())
-        if path.exists():
+        done = self._is_done(path)
+        model = self.build(pretrained=self.config.pretrained and not done)
+        if done:
             return self._load_weights(model, path)
         if self.config.weights is not None:
-            model.load_state_dict(read_weights(self.config.weights, model))
+            weights = self.config.weights
+            model.load_state_dict(on_all(self.accelerator, lambda: read_weights(weights, model)))
         elif not self.config.pretrained:
             self._fit(
                 Objective(model, self.config.baseline.label_smoothing), "baseline", self.config.baseline
@@ -157,7 +168,7 @@ class Run:
     def supernet(self) -> Supernet:
         path = self.dir / "supernet.safetensors"
         supernet = self.switched(self.baseline())
-        if path.exists():
+        if self._is_done(path):
             return self._load_weights(supernet, path)
         settings = self.config.supernet
         # the search space is checked before hours of training are spent on a budget that nothing meets
@@ -171,22 +182,24 @@ class Run:
         return supernet
 
     def latency(self, supernet: Supernet) -> CostTable:
+        on_one(self.accelerator, lambda: self._make_latency(supernet))  # the others read what it measures
+        return on_all(self.accelerator, lambda: CostTable.load(self.dir / "latency.json"))
+
+    def _make_latency(self, supernet: Supernet) -> None:
         path, settings = self.dir / "latency.json", self.config.latency
-        with self.accelerator.main_process_first():  # one process measures, the others read
-            if path.exists():  # what the run has been planned with stays, whatever the machine does today
-                table = CostTable.load(path)
-                if not table.lacking(supernet.options()):
-                    return table
-            if settings.table is None:  # also goes on with a table that was cut short
-                return make_latencies(supernet, self.size, settings, cache=path)
-            table = CostTable.load(settings.table)
-            if table.unit != "ms":
-                raise CostError(f"the cost table {settings.table} counts {table.unit}: give one in ms")
-            table.check_covers(supernet.options(), settings.table)
-            if not settings.foreign_table:
-                table.check_conditions(conditions_of(supernet, self.size, settings), settings.table)
-            table.save(path)
-            return table
+        # what the run has been planned with stays, whatever the machine does today
+        if path.exists() and not CostTable.load(path).lacking(supernet.options()):
+            return
+        if settings.table is None:  # also goes on with a table that was cut short
+            make_latencies(supernet, self.size, settings, cache=path)
+            return
+        table = CostTable.load(settings.table)
+        if table.unit != "ms":
+            raise CostError(f"the cost table {settings.table} counts {table.unit}: give one in ms")
+        table.check_covers(supernet.options(), settings.table)
+        if not settings.foreign_table:
+            table.check_conditions(conditions_of(supernet, self.size, settings), settings.table)
+        table.save(path)
 
     def costs(self, supernet: Supernet) -> tuple[CostTable, CostTable]:
         """(in the budget's unit, in milliseconds)."""
@@ -199,30 +212,32 @@ class Run:
     def space(self, supernet: Supernet) -> SearchSpace:
         return SearchSpace(supernet.options(), self.config.search, *self.costs(supernet))
 
-    def search(self) -> SubnetSpec:
+    def search(self) -> SubnetSpec | None:
+        """None without a budget, which leaves the front to pick from."""
         path = self.dir / "subnet.json"
-        if path.exists():
-            return SubnetSpec.load(path)
-        supernet = self.supernet()
-        costs, latency = self.costs(supernet)
+        if not self._is_done(path):
+            supernet = self.supernet()
+            tables = self.costs(supernet)
+            on_one(self.accelerator, lambda: self._search(supernet, *tables))  # the others read its answer
+        if not self._is_done(path):
+            return None
+        return on_all(self.accelerator, lambda: SubnetSpec.load(path))
+
+    def _search(self, supernet: Supernet, costs: CostTable, latency: CostTable) -> None:
         settings, journal = self.config.search, self.dir / "search.jsonl"
-        with self.accelerator.main_process_first():  # one process searches, the others read its answer
-            if path.exists():
-                return SubnetSpec.load(path)
-            result = search(
-                supernet, self.data, settings, latency, costs=costs, seed=self.config.seed, journal=journal
-            )
-            save_text(self.dir / "front.csv", front_csv(result, latency))
-            report.plot_front(self.dir, result, latency, self.source.name)
-            if result.spec is not None:
-                result.spec.save(path)
-            return result.spec
+        result = search(
+            supernet, self.data, settings, latency, costs=costs, seed=self.config.seed, journal=journal
+        )
+        save_text(self.dir / "front.csv", front_csv(result, latency))
+        report.plot_front(self.dir, result, latency, self.source.name)
+        if result.spec is not None:
+            result.spec.save(self.dir / "subnet.json")
 
     def finetune(self) -> Supernet:
         path = self.dir / "finetune.safetensors"
         spec, supernet, settings = self.search(), self.supernet(), self.config.finetune
         subnet = supernet.subnet(spec, lam=0.0)
-        if path.exists():
+        if self._is_done(path):
             return self._load_weights(subnet, path)
         subnet.set_mixing(settings.mixing)
         teaching = self.teaching(settings)
@@ -260,32 +275,35 @@ class Run:
 
     def merge(self) -> nn.Module:
         path = self.dir / "merged.safetensors"
-        if path.exists():
-            return load(self.dir).to(self.device)
+        if self._is_done(path):
+            return on_all(self.accelerator, lambda: load(self.dir)).to(self.device)
         merged = self.merged(self.finetune())
-        if self.accelerator.is_main_process:
-            save_json(self.dir / "merge.json", report.merge_document(merged.merge_report))
+        document = report.merge_document(merged.merge_report)
+        on_one(self.accelerator, lambda: save_json(self.dir / "merge.json", document))
         self._save_weights(merged, path)
         return merged
 
     def compare(self) -> None:
         """Accuracy and latency of all forms, side by side; then report.md, metrics.csv and the plots."""
-        if not self.accelerator.is_main_process:
-            return
         path = self.dir / "results.json"
-        if not path.exists():
-            save_json(path, self._measure())
-        report.write(self.dir, load_json(path), self._history())
+        if not self._is_done(path):
+            nets = self.baseline(), self.finetune(), self.merge()
+            spec = self.search()
+            assert spec is not None  # there is a budget, or the run would not go on to here
+            on_one(self.accelerator, lambda: save_json(path, self._measure(*nets, spec)))
+        on_one(self.accelerator, lambda: report.write(self.dir, load_json(path), self._history()))
 
-    def _measure(self) -> dict[str, Any]:
+    def _measure(
+        self, baseline: nn.Module, pruned: nn.Module, merged: nn.Module, spec: SubnetSpec
+    ) -> dict[str, Any]:
         settings = dataclasses.replace(self.config.latency, device="here")
         options: dict[str, Any] = {"dtype": DTYPES[settings.dtype], "backend": settings.backend}
         x = torch.randn(settings.batch_size, *self.size, device=self.device)
-        baseline, merged = self.baseline().to(self.device).eval(), self.merge().eval()
+        baseline, merged = baseline.to(self.device).eval(), merged.eval()
         nets: dict[str, nn.Module] = {
             "baseline": baseline,
             "baseline accelerated": accelerate(baseline, x, **options),
-            "pruned": self.finetune().to(self.device).eval(),
+            "pruned": pruned.to(self.device).eval(),
             "merged": merged,
             "merged accelerated": accelerate(merged, x, **options),
         }
@@ -316,7 +334,7 @@ class Run:
             "conditions": conditions_of(supernet, self.size, settings),
             "chosen_by": CostTable.load(self.dir / "latency.json").conditions,
             "rows": rows,
-            "choices": self.search().mapping(),
+            "choices": spec.mapping(),
             "blocks": supernet.options(),
             "merge": load_json(self.dir / "merge.json")["summary"],
         }
@@ -338,9 +356,12 @@ class Run:
             checkpoint_seconds=self.config.checkpoint_seconds,
             calibration_images=self.config.search.calibration_images,
         )
-        if self.accelerator.is_main_process:
+
+        def save() -> None:
             save_json(self.dir / f"history_{stage}.json", result.history)
             save_json(self.dir / f"seconds_{stage}.json", result.seconds)
+
+        on_one(self.accelerator, save)
 
     def stage_seconds(self, stage: str) -> float:
         """Wall time of a training stage that is done."""
@@ -350,14 +371,25 @@ class Run:
         paths = [self.dir / f"history_{stage}.json" for stage in ("baseline", "supernet", "finetune")]
         return [row for path in paths if path.exists() for row in load_json(path)]
 
+    def _is_done(self, path: Path) -> bool:
+        """Whether an artefact is there, for all processes. Its training checkpoint is then of no more use: a kill may
+        have come between writing the one and deleting the other."""
+
+        def look() -> bool:
+            done = path.exists()
+            if done:
+                path.with_suffix(".state").unlink(missing_ok=True)
+            return done
+
+        return on_one(self.accelerator, look)
+
     def _save_weights(self, net: nn.Module, path: Path) -> None:
-        """The artefact of a stage; its training checkpoint is then of no more use."""
-        if self.accelerator.is_main_process:
-            save_tensors(path, net.state_dict(), {"model": self.source.name})
-            path.with_suffix(".state").unlink(missing_ok=True)
+        """The artefact of a stage, whose training checkpoint goes."""
+        on_one(self.accelerator, lambda: save_tensors(path, net.state_dict(), {"model": self.source.name}))
+        self._is_done(path)
 
     def _load_weights(self, net: nn.Module, path: Path) -> Any:
-        tensors, _ = load_tensors(path)
+        tensors, _ = on_all(self.accelerator, lambda: load_tensors(path))
         load_strictly(net, tensors, path)
         return net
 

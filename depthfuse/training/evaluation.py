@@ -38,9 +38,10 @@ class Score(NamedTuple):
 def evaluate(
     net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator | None = None
 ) -> Score:
-    """Top-1 and loss of a net, in eval mode, over all processes.
+    """Top-1 and loss of a net, in eval mode, over all processes; without an accelerator this process scores all.
 
-    batches: (images [N, C, H, W], class indices [N]). Raises ValueError for no images.
+    batches: (images [N, C, H, W], class indices [N]), all of them and the same in every process: they are divided here,
+    and nowhere else. Raises ValueError for no images.
     """
     device = next(chain(net.parameters(), net.buffers())).device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # right, loss, images

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import logging
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -26,11 +27,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from depthfuse.checkpoint import load_state, save_state
 from depthfuse.config import TrainConfig
-from depthfuse.data import DataBundle
+from depthfuse.data.bundle import Batch, DataBundle
 from depthfuse.errors import CheckpointError, TrainingDiverged
 from depthfuse.log import progress
 from depthfuse.training.evaluation import calibrate, top1
 from depthfuse.training.objectives import Objective
+from depthfuse.training.processes import on_all, on_one, share_buffers
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ def fit(
 
     With `checkpoint`, the state is saved there about every `checkpoint_seconds` and after each epoch, and training
     goes on from it if it is there. Raises TrainingDiverged, naming iteration and layer, when loss or gradient is not
-    finite, and CheckpointError for a checkpoint of another run.
+    finite in any process, and CheckpointError for a checkpoint of another run or number of processes.
     """
     accelerator = accelerator or make_accelerator()
     device = accelerator.device
@@ -106,16 +108,12 @@ def fit(
         "stage": stage,
         "seed": seed,
         "total": total,
+        "processes": world,
         "parameters": sum(p.numel() for p in net.parameters()),
     }
 
-    if checkpoint is not None and checkpoint.exists():
-        state = load_state(checkpoint)
-        if state.get("identity") != identity:
-            raise CheckpointError(
-                f"{checkpoint} belongs to another run ({state.get('identity')}; this one is {identity}): "
-                "choose another output folder or delete it"
-            )
+    if checkpoint is not None and on_one(accelerator, checkpoint.exists):
+        state = on_all(accelerator, lambda: _load_state(checkpoint, identity))
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         if ema is not None:
@@ -126,8 +124,12 @@ def fit(
         result = TrainResult(state["history"], state["best_top1"], state["seconds"])
         log.info("%s: going on from iteration %d of %d", stage, iteration, total)
 
+    started = last_saved = time.monotonic()
+
     def save() -> None:
-        if checkpoint is not None and accelerator.is_main_process:
+        nonlocal last_saved
+        last_saved = time.monotonic()
+        if checkpoint is not None:
             state = {
                 "identity": identity,
                 "net": net.state_dict(),
@@ -143,8 +145,20 @@ def fit(
             }
             save_state(checkpoint, state)
 
+    def save_and_fetch(batches: Iterator[Batch]) -> Batch:
+        # at the end of an epoch evaluation comes first, and saving after it
+        due = iteration % epoch_batches and time.monotonic() - last_saved > checkpoint_seconds
+        if due and accelerator.is_main_process:
+            save()
+        batch = next(batches, None)
+        if batch is None:
+            epoch = iteration // epoch_batches
+            raise RuntimeError(
+                f"{stage}: the data gave fewer batches in epoch {epoch} than the {epoch_batches} announced"
+            )
+        return batch
+
     log_every = max(1, epoch_batches // 10)
-    started = last_saved = time.monotonic()
     wrapped.train()
     with progress(stage, total=total, done=iteration) as bar:
         while iteration < total:
@@ -152,7 +166,9 @@ def fit(
             loader = data.train_loader(
                 seed=seed, epoch=epoch, start_batch=start_batch, rank=rank, world_size=world
             )
-            for images, targets in loader:
+            batches = iter(loader)
+            for _ in range(start_batch, epoch_batches):
+                images, targets = on_all(accelerator, functools.partial(save_and_fetch, batches))
                 seed_iteration(seed, iteration, rank)
                 if mixup is not None:
                     images, targets = mixup(images, targets, seed=seed, iteration=iteration)
@@ -162,7 +178,8 @@ def fit(
                 optimizer.zero_grad(set_to_none=True)
                 with accelerator.autocast():
                     loss = wrapped(images, targets, iteration / total)
-                _check_finite(loss, net, images, iteration, stage)
+                check = functools.partial(_check_finite, loss, net, images, iteration, stage)
+                on_all(accelerator, check)  # one process has the images at fault, and all have to end
                 accelerator.backward(loss)
                 if config.clip_grad > 0:
                     accelerator.unscale_gradients()
@@ -179,17 +196,8 @@ def fit(
                     row |= {"loss": float(loss.detach()), "lr": optimizer.param_groups[0]["lr"]}
                     result.history.append(row | objective.status((iteration - 1) / total))
                 bar.advance(1, loss=float(loss.detach()), **objective.status((iteration - 1) / total))
-                epoch_over = (
-                    iteration % epoch_batches == 0
-                )  # then evaluation comes first, and saving after it
-                if not epoch_over and time.monotonic() - last_saved > checkpoint_seconds:
-                    save()
-                    last_saved = time.monotonic()
-            if iteration % epoch_batches:
-                raise RuntimeError(
-                    f"{stage}: the data gave fewer batches in epoch {epoch} than the {epoch_batches} announced"
-                )
             shown = net if ema is None else ema.module
+            share_buffers(accelerator, shown)  # what is scored is what the main process saves
             metrics = objective.evaluate(
                 shown,
                 min(1.0, iteration / total),
@@ -205,8 +213,7 @@ def fit(
             if score is not None and (result.best_top1 is None or score > result.best_top1):
                 result.best_top1 = score
                 best = {key: value.detach().cpu().clone() for key, value in shown.state_dict().items()}
-            save()
-            last_saved = time.monotonic()
+            on_one(accelerator, save)
     result.seconds += time.monotonic() - started
     if best is not None:
         net.load_state_dict(best)
@@ -217,6 +224,24 @@ def fit(
 
 def _show(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+
+
+def _load_state(checkpoint: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises CheckpointError where the state is of another run, or of another number of processes."""
+    state = load_state(checkpoint)
+    found = state.get("identity")
+    if found == identity:
+        return state
+    there, here = found.get("processes") if isinstance(found, dict) else None, identity["processes"]
+    if there is not None and there != here:
+        raise CheckpointError(
+            f"{checkpoint} is of a training on {there} process(es), and this run has {here}: go on with as many "
+            f"(torchrun --nproc-per-node {there}), or delete the file to begin this stage again"
+        )
+    raise CheckpointError(
+        f"{checkpoint} belongs to another run ({found}; this one is {identity}): "
+        "choose another output folder or delete it"
+    )
 
 
 def _check_finite(loss: Tensor, net: nn.Module, images: Tensor, iteration: int, stage: str) -> None:

@@ -1,52 +1,22 @@
 """Streamed data, as WebDataset shards: order, resuming, and its own errors."""
 
-import io
-import tarfile
+from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
+from shards import CLASSES, IMAGES, numbers, write_shards
+from shards import shard_config as config
 
 from depthfuse.data import DataConfig, DataError, open_data
+from depthfuse.data.stream import StreamBundle
+from depthfuse.data.transforms import InputFormat
 
 pytest.importorskip("webdataset", reason="WebDataset is an optional dependency (extra: data)")
-
-CLASSES, IMAGES = 3, 24
 
 
 @pytest.fixture
 def shards(tmp_path):
-    """Two shards a split; the grey level of an image is its number, its class the number modulo 3."""
-    for split in ("train", "val"):
-        for shard in range(2):
-            with tarfile.open(tmp_path / f"{split}-{shard}.tar", "w") as tar:
-                for number in range(shard * 12, shard * 12 + 12):
-                    buffer = io.BytesIO()
-                    Image.new("RGB", (16, 16), (number * 10,) * 3).save(buffer, "PNG")
-                    for suffix, data in (("png", buffer.getvalue()), ("cls", b"%d" % (number % CLASSES))):
-                        info = tarfile.TarInfo(f"{number:03d}.{suffix}")
-                        info.size = len(data)
-                        tar.addfile(info, io.BytesIO(data))
-    return tmp_path
-
-
-def config(shards, **kwargs):
-    values = {
-        "data": "wds/shards",
-        "data_dir": str(shards),
-        "train_split": f"train-{{0..1}}.tar|{IMAGES}",
-        "val_split": f"val-{{0..1}}.tar|{IMAGES}",
-        "img_size": 16,
-        "batch_size": 5,
-        "val_batch_size": 10,
-    }
-    return DataConfig(**(values | kwargs))
-
-
-def numbers(bundle, images):
-    """Which images these are, by their grey level."""
-    grey = images[:, 0, 8, 8] * bundle.std[0] + bundle.mean[0]
-    return (grey * 25.5).round().long()
+    return write_shards(tmp_path)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -66,7 +36,33 @@ def test_epoch_repeats_and_resumes(shards, workers):
     assert not all(torch.equal(a, c) for (a, _), (c, _) in zip(whole, other, strict=True))
 
 
-def test_evaluation_shows_every_image_once_in_order(shards):
+def test_each_process_trains_on_its_own_share_and_resumes(shards):
+    bundle = open_data(config(shards, augment="none"), num_classes=CLASSES)
+    assert bundle.train_batches(2) == 2
+
+    def epoch(rank, start_batch=0):
+        loader = bundle.train_loader(seed=1, epoch=2, rank=rank, world_size=2, start_batch=start_batch)
+        return [numbers(bundle, images).tolist() for images, _ in loader]
+
+    shares = [epoch(rank) for rank in range(2)]
+    assert [[len(batch) for batch in share] for share in shares] == [[5, 5], [5, 5]]
+    first, second = ({number for batch in share for number in batch} for share in shares)
+    assert len(first) == len(second) == 10 and not first & second
+    assert [epoch(rank, start_batch=1) for rank in range(2)] == [share[1:] for share in shares]
+    with pytest.raises(DataError, match="2 shards .* 3 processes .* 1 worker"):
+        bundle.train_loader(seed=1, epoch=2, rank=2, world_size=3)
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_evaluation_shows_every_image_once(shards, workers):
+    bundle = open_data(config(shards, workers=workers), num_classes=CLASSES)
+    batches = [numbers(bundle, images) for images, _ in bundle.val_loader()]
+    assert [len(batch) for batch in batches] == [10, 10, 4]
+    assert sorted(torch.cat(batches).tolist()) == list(range(IMAGES))
+    assert [len(labels) for _, labels in bundle.calibration_loader(IMAGES)] == [8, 8, 8]
+
+
+def test_evaluation_without_workers_is_in_order(shards):
     bundle = open_data(config(shards), num_classes=CLASSES)
     batches = list(bundle.val_loader())
     assert len(batches) == len(bundle.val_loader()) == 3
@@ -95,3 +91,34 @@ def test_errors_name_the_fault(shards):
     bundle = open_data(config(shards), num_classes=2)
     with pytest.raises(DataError, match="an image of class 2, but has 2"):
         list(bundle.val_loader())
+
+
+class Reader:
+    """What timm's readers have in common."""
+
+    num_samples = 8
+    dist_rank, dist_num_replicas = 0, 1
+
+
+def bundle_of(reader, config):
+    """A stream of timm that nobody can open here."""
+    format = InputFormat(3, 16, (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0, "center")
+    images = SimpleNamespace(reader=reader)
+    return StreamBundle(
+        config,
+        ["a", "b"],
+        format,
+        open_split=lambda *_: images,
+        train_transform=None,
+        eval_transform=None,
+    )
+
+
+def test_streams_that_cannot_be_divided_are_refused():
+    config = DataConfig(data="tfds/some", batch_size=2)
+    bundle = bundle_of(Reader(), config)
+    bundle.train_loader(seed=0, epoch=0)
+    with pytest.raises(DataError, match="set workers to 1 or more"):
+        bundle.train_loader(seed=0, epoch=0, world_size=2)
+    with pytest.raises(DataError, match="cannot be told which share of tfds/some"):
+        bundle_of(SimpleNamespace(num_samples=8), config)

@@ -95,6 +95,15 @@ def test_a_finished_run_is_not_repeated(finished):
     assert {p: p.stat().st_mtime_ns for p in finished.glob("*.safetensors")} == before
 
 
+def test_a_kill_before_a_checkpoint_is_deleted_leaves_none(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for stage in ("baseline", "supernet", "finetune"):
+        (out / f"{stage}.state").write_bytes(b"written before the artefact")
+    prune(dataclasses.replace(CONFIG, out=out))
+    assert not list(out.glob("*.state"))
+
+
 # What must be on the disk when the process is killed: a moment inside each stage.
 MOMENTS = {
     "baseline": "baseline.state",

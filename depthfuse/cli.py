@@ -178,7 +178,7 @@ class LatencyArguments:
     """Keyword arguments of timm.create_model, as name=value."""
     batch: int = 1
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    device: Literal["here", "mi100", "mi210", "mi300x", "a100", "h100"] = "here"
+    device: config.LatencyDevice = "here"
     """Measured here, or predicted by a roofline for another device."""
     input_size: tuple[int, int, int] | None = None
     """Channels, height, width; default the model's own."""

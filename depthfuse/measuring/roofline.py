@@ -4,73 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 
-from depthfuse.devices import device_name
+from depthfuse.devices import DEVICES, Peaks, device_name
 from depthfuse.measuring.measured_cache import MeasuredCache
 from depthfuse.measuring.timing import Timing, time_interleaved
 
-
-@dataclass(frozen=True)
-class Peaks:
-    """What a device reaches at best in one dtype.
-
-    matrix_tflops: of large matrix products. vector_tflops: of multiply-adds outside the matrix units, which depthwise
-    convolution uses. source: where the numbers come from, in words.
-    """
-
-    matrix_tflops: float
-    vector_tflops: float
-    bandwidth_gbps: float
-    source: str
-
-    def least_ms(self, flops: float, bytes_moved: float, matrix: bool = True) -> float:
-        """Milliseconds that `flops` (a multiply-add is 2) and `bytes_moved` take at least.
-
-        Args:
-            matrix: whether the matrix units can do the arithmetic.
-        """
-        tflops = self.matrix_tflops if matrix else self.vector_tflops
-        return max(flops / tflops / 1e9, bytes_moved / self.bandwidth_gbps / 1e6)
-
-
-@dataclass(frozen=True)
-class Device:
-    """Published peaks of one GPU (of one die, where a card has two).
-
-    driver_names: parts of the names by which the driver calls cards with these peaks.
-    """
-
-    name: str
-    fp16_tflops: float  # dense matrix units
-    bf16_tflops: float
-    fp32_tflops: float  # true float32 products: AMD's matrix units, NVIDIA's vector units
-    vector_tflops: float  # float32
-    bandwidth_gbps: float
-    driver_names: tuple[str, ...]
-
-    def peaks(self, dtype: torch.dtype) -> Peaks | None:
-        """In float16, bfloat16 or float32; None for any other dtype."""
-        rates = {
-            torch.float16: self.fp16_tflops,
-            torch.bfloat16: self.bf16_tflops,
-            torch.float32: self.fp32_tflops,
-        }
-        if dtype not in rates:
-            return None
-        return Peaks(rates[dtype], self.vector_tflops, self.bandwidth_gbps, f"peaks of {self.name}")
-
-
-# Vendors' data sheets; the H100's fp16 rate and bandwidth are what one sustained in a large product and a copy.
-DEVICES = {
-    "gfx908": Device("MI100", 184.6, 92.3, 46.1, 23.1, 1229, ("MI100",)),
-    "gfx90a": Device("MI210", 181.0, 181.0, 45.3, 22.6, 1638, ("MI210",)),
-    "gfx942": Device("MI300X", 1307.4, 1307.4, 163.4, 81.7, 5300, ("MI300X",)),
-    "sm_80": Device("A100 40GB", 312.0, 312.0, 19.5, 19.5, 1555, ("A100-SXM4-40GB", "A100-PCIE-40GB")),
-    "sm_90": Device("H100 SXM", 800.0, 800.0, 66.9, 66.9, 3000, ("H100 80GB HBM3",)),
-}
 _MEASURED = "peaks measured by a large product and a large copy"
 
 

@@ -237,7 +237,7 @@ def test_a_prediction_counts_any_batch_exactly(monkeypatch):
     from depthfuse.acceleration import accelerate
     from depthfuse.acceleration.checking.profile import count_operations
     from depthfuse.costs import prediction
-    from depthfuse.measuring.roofline import DEVICES
+    from depthfuse.devices import DEVICES
 
     supernet, size = small("mobilenet")
     whole = merged_model(kept_copy(supernet), {})

@@ -89,7 +89,9 @@ def measure_latencies(
     variants = variants_of(net, x)
     whole = _call(merged_model(net, {}), x, config)
     if table is None:
-        whole_ms = time_interleaved({"whole": whole}, rounds=config.rounds)["whole"].median_ms
+        whole_ms = time_interleaved({"whole": whole}, rounds=config.rounds, device=x.device)[
+            "whole"
+        ].median_ms
         table = CostTable(conditions, "ms", whole_ms, {path: {} for path in net.blocks})
     missing = [v for v in variants if any(v.candidate not in table.saved[path] for path in v.paths)]
     with progress("latency table", total=len(variants), done=len(variants) - len(missing)) as bar:
@@ -171,5 +173,5 @@ def _call(model: nn.Module, x: Tensor, config: LatencyConfig) -> Callable[[], ob
 def _ratio(whole: Callable[[], object], model: nn.Module, x: Tensor, config: LatencyConfig) -> float:
     """Median over the rounds of model / whole. The accelerated model is dropped on return: two are the most at once."""
     calls = {"whole": whole, "variant": _call(model, x, config)}
-    times = time_interleaved(calls, rounds=config.rounds)
+    times = time_interleaved(calls, rounds=config.rounds, device=x.device)
     return statistics.median(times["variant"].ratios_to(times["whole"]))

@@ -49,7 +49,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Peaks:
     matrix_tflops, vector_tflops = _product_tflops(device, dtype), _product_tflops(device, torch.float32)
     copied_bytes = 2**30 if device.type == "cuda" else 2**26
     source, target = torch.ones(2, copied_bytes // 4, device=device).unbind()
-    copy = _time("copy", lambda: target.copy_(source))
+    copy = _time("copy", lambda: target.copy_(source), device)
     return Peaks(matrix_tflops, vector_tflops, 2 * source.nbytes / copy.least_ms / 1e6, _MEASURED)
 
 
@@ -59,9 +59,9 @@ def _product_tflops(device: torch.device, dtype: torch.dtype) -> float:
     while side < largest and latency_ms < enough_ms:  # some dtypes have no fast product
         side *= 2
         a, b = torch.ones(2, side, side, dtype=dtype, device=device).unbind()
-        latency_ms = _time("product", functools.partial(torch.matmul, a, b)).least_ms
+        latency_ms = _time("product", functools.partial(torch.matmul, a, b), device).least_ms
     return 2 * side**3 / latency_ms / 1e9
 
 
-def _time(name: str, run: Callable[[], object]) -> Timing:
-    return time_interleaved({name: run}, rounds=5, min_round_ms=10, warmup=1)[name]
+def _time(name: str, run: Callable[[], object], device: torch.device) -> Timing:
+    return time_interleaved({name: run}, rounds=5, min_round_ms=10, warmup=1, device=device)[name]

@@ -294,7 +294,7 @@ class Run:
         calls: dict[str, Callable[[], object]] = {
             name: functools.partial(net, given) for name, net in timed.items()
         }
-        times = time_interleaved(calls, rounds=max(settings.rounds, 15))
+        times = time_interleaved(calls, rounds=max(settings.rounds, 15), device=self.device)
         supernet = Supernet(baseline)
         rows = []
         for name, net in nets.items():

@@ -48,7 +48,7 @@ class Clock:
         latency_ms = float(count_parameters(model))
         return lambda given: latency_ms
 
-    def time_interleaved(self, calls, rounds):
+    def time_interleaved(self, calls, rounds, device):
         if "variant" in calls:
             if len(self.measured) == self.dies_after:
                 raise KeyboardInterrupt

@@ -175,7 +175,7 @@ class Run:
         with self.accelerator.main_process_first():  # one process measures, the others read
             if path.exists():  # what the run has been planned with stays, whatever the machine does today
                 table = CostTable.load(path)
-                if not table.lacking(supernet.options()):
+                if not table.lacking(supernet.options()) and not self._unfinished(table, supernet):
                     return table
             if settings.table is None:  # also goes on with a table that was cut short
                 return make_latencies(supernet, self.size, settings, cache=path)
@@ -183,10 +183,17 @@ class Run:
             if table.unit != "ms":
                 raise CostError(f"the cost table {settings.table} counts {table.unit}: give one in ms")
             table.check_covers(supernet.options(), settings.table)
+            table.check_plausible(settings.table)
             if not settings.foreign_table:
                 table.check_conditions(conditions_of(supernet, self.size, settings), settings.table)
             table.save(path)
             return table
+
+    def _unfinished(self, table: CostTable, supernet: Supernet) -> bool:
+        """Whether the measurement of a table was cut short before its last step, and can go on here."""
+        settings = self.config.latency
+        own = settings.table is None and table.conditions == conditions_of(supernet, self.size, settings)
+        return own and table.floor is None
 
     def costs(self, supernet: Supernet) -> tuple[CostTable, CostTable]:
         """(in the budget's unit, in milliseconds)."""
@@ -275,7 +282,10 @@ class Run:
         path = self.dir / "results.json"
         if not path.exists():
             save_json(path, self._measure())
-        report.write(self.dir, load_json(path), self._history())
+        results = load_json(path)
+        if missed := report.budget_missed(results):
+            log.warning("%s; what was written is valid all the same", missed)
+        report.write(self.dir, results, self._history())
 
     def _measure(self) -> dict[str, Any]:
         settings = dataclasses.replace(self.config.latency, device="here")
@@ -310,13 +320,19 @@ class Run:
                     "speedup": times[name].speedup_over(times["baseline accelerated"]),
                 }
             )
+        table = CostTable.load(self.dir / "latency.json")
+        conditions = conditions_of(supernet, self.size, settings)
+        choices = self.search().mapping()
+        here = not table.differing(conditions)
         return {
             "model": self.source.name,
             "model_kwargs": self.source.kwargs,
-            "conditions": conditions_of(supernet, self.size, settings),
-            "chosen_by": CostTable.load(self.dir / "latency.json").conditions,
+            "conditions": conditions,
+            "chosen_by": table.conditions,
+            "noisy_latencies": table.noisy(),
             "rows": rows,
-            "choices": self.search().mapping(),
+            "budget": report.check_budget(self.config.search, rows, choices, here),
+            "choices": choices,
             "blocks": supernet.options(),
             "merge": load_json(self.dir / "merge.json")["summary"],
         }

@@ -56,7 +56,7 @@ class CostTable:
         return {path: paying[0] for path, paying in names.items() if paying}
 
     def is_noise(self, saved: float, spread: float) -> bool:
-        """Whether a saving with this standard error says little, and the block's cost does not make up for it."""
+        """Whether a standard error is too large: beside the saving, and beside what a block costs on average."""
         return spread > max(_NOISE_OF_SAVING * abs(saved), _NOISE_OF_BLOCK * self.whole / len(self.saved))
 
     def noisy(self) -> list[str]:
@@ -95,7 +95,11 @@ class CostTable:
 
     def check_plausible(self, where: str | Path) -> None:
         """Raise CostError where subnets would cost nothing or less, or a number is none."""
-        numbers = [self.whole, *(saved for names in self.saved.values() for saved in names.values())]
+        numbers = [
+            self.whole,
+            self.floor or 0.0,
+            *(saved for names in self.saved.values() for saved in names.values()),
+        ]
         if all(map(math.isfinite, numbers)) and self.cost(self.best()) > 0:
             return
         raise CostError(

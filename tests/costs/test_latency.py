@@ -367,3 +367,13 @@ def test_tables_that_cannot_be_true_are_refused(number):
         with pytest.raises(CostError, match="cannot be true"):
             CostTable({}, "ms", whole, {"a": {"dense": -0.5}}).check_plausible("table.json")
     CostTable({}, "ms", 1.0, {"a": {"dense": 0.9, "drop": -3.0}}).check_plausible("table.json")
+
+
+def test_a_real_measurement(tmp_path):
+    """Whatever the clock says here and now, the table can be true."""
+    supernet, size = small("vit")
+    table = measure_latencies(supernet, size, LatencyConfig(rounds=2), tmp_path / "latency.json")
+    table.check_covers(supernet.options(), "the table")
+    table.check_plausible("the table")
+    assert 0 < table.floor <= table.whole and table.cost(table.best()) > 0.89 * table.floor
+    assert all(set(table.spread[path]) == set(names) for path, names in table.saved.items())

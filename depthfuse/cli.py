@@ -178,7 +178,7 @@ class LatencyArguments:
     """Keyword arguments of timm.create_model, as name=value."""
     batch: int = 1
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    device: Literal["here", "mi100", "mi210", "mi300x", "a100", "h100"] = "here"
+    device: config.LatencyDevice = "here"
     """Measured here, or predicted by a roofline for another device."""
     input_size: tuple[int, int, int] | None = None
     """Channels, height, width; default the model's own."""
@@ -236,7 +236,7 @@ def _print_latencies(table: CostTable, out: Path) -> None:
     rows = Table("block", "merge candidate", "saves ms", "% of the whole", title=title)
     for path, saved in table.saved.items():
         for name, saved_ms in saved.items():
-            rows.add_row(path, name, f"{saved_ms:.4f}", f"{100 * saved_ms / table.whole:.2f}")
+            rows.add_row(path, name, table.saving_in_words(path, name), f"{100 * saved_ms / table.whole:.2f}")
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(rows)
     console.print(f"table: {out}", soft_wrap=True)

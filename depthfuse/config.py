@@ -12,9 +12,12 @@ from typing import Any, Literal
 import torch
 
 from depthfuse.data import DataConfig
+from depthfuse.devices import OPTIONS
 from depthfuse.errors import ConfigError
 
 Schedule = Literal["linear", "cosine", "none"]
+# "here", or a GPU that latencies can be predicted for
+LatencyDevice = Literal[("here", *OPTIONS)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -122,7 +125,7 @@ class LatencyConfig:
     rounds: int = 15
     """Interleaved rounds; medians are reported."""
     backend: Literal["auto", "triton", "reference"] = "auto"
-    device: Literal["here", "mi100", "mi210", "mi300x", "a100", "h100"] = "here"
+    device: LatencyDevice = "here"
     """What to prune for; latencies are predicted by a roofline where it is not 'here'."""
     table: Path | None = None
     """A latency table made before (latency.json of another run, or of `depthfuse latency`), in place of measuring."""

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from depthfuse.devices import DEVICES
 from depthfuse.kernels.device.epilogue import ACTIVATIONS
 
 
@@ -34,11 +35,8 @@ class Target:
 
 
 TARGETS = {
-    "gfx908": Target("hip", "gfx908", 120, 65536),  # MI100
-    "gfx90a": Target("hip", "gfx90a", 104, 65536),  # MI210, or one die of an MI250
-    "gfx942": Target("hip", "gfx942", 304, 65536),  # MI300X
-    "sm_80": Target("cuda", "sm_80", 108, 166912),  # A100
-    "sm_90": Target("cuda", "sm_90", 132, 232448),  # H100 SXM
+    arch: Target(device.backend, arch, device.compute_units, device.shared_bytes)
+    for arch, device in DEVICES.items()
 }
 INTERPRETER = Target("interpreter", "cpu", 1, 1 << 30)
 

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import types
 
 import pytest
 from rich.console import Console
@@ -27,6 +28,7 @@ def terminal(monkeypatch):
 
 @pytest.fixture
 def no_terminal(monkeypatch):
+    monkeypatch.setattr(log, "time", types.SimpleNamespace(monotonic=lambda: 0.0))
     monkeypatch.setattr(log, "console", Console(file=io.StringIO(), force_terminal=False))
 
 

@@ -133,7 +133,7 @@ def rows_of(
         if device.type == "cuda":
             timings = cold.time_cold(runs, rounds)
         else:
-            timings = time_interleaved(runs, rounds, CPU_ROUND_MS)
+            timings = time_interleaved(runs, rounds, CPU_ROUND_MS, device=device)
     peaks = peaks_of(device, dtype)
     bytes_moved = case.elements_moved() * dtype.itemsize
     least_us = 1e3 * peaks.least_ms(case.flops(), bytes_moved, case.matrix)

@@ -17,11 +17,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from depthfuse.devices import DEVICES
 from depthfuse.kernels.launch import Launch, Target
 
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 _REGISTERS_PER_MULTIPROCESSOR = 65536
-_SHARED_PER_MULTIPROCESSOR = {"sm_80": 167936, "sm_90": 233472}
 _WARPS_PER_MULTIPROCESSOR = 64
 
 
@@ -186,7 +186,7 @@ def _nvidia_resources(kernel: CompiledKernel, target: Target) -> Resources:
     programs = _REGISTERS_PER_MULTIPROCESSOR // (-(-registers * 32 // 256) * 256 * warps)
     programs = min(
         programs,
-        _SHARED_PER_MULTIPROCESSOR[target.arch] // (shared + 1024),
+        DEVICES[target.arch].shared_bytes_per_unit // (shared + 1024),
         _WARPS_PER_MULTIPROCESSOR // warps,
     )
     opcodes = _NVIDIA_OPCODE.findall(code)

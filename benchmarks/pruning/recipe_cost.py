@@ -18,8 +18,8 @@ from torch import nn
 
 import depthfuse
 from depthfuse.config import PruneConfig, SearchConfig, load_yaml
+from depthfuse.devices import OPTIONS
 from depthfuse.measuring.counting import count_macs, count_parameters
-from depthfuse.measuring.roofline import DEVICES
 from depthfuse.merging.supernet import Supernet
 from depthfuse.searching.space import SearchSpace
 from depthfuse.searching.strategies import find_strategy
@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 IMAGES, VALIDATION_IMAGES = 1_281_167, 50_000
 # Assumed: share of the bf16 peak that training sustains. Depthwise and attention-light nets are bound by memory.
 SUSTAINED = {"resnet34": 0.30, "mobilenetv2_140": 0.08, "convnext_tiny": 0.20, "deit_tiny_patch16_224": 0.20}
-TARGETS = {"MI100": "gfx908", "MI300X": "gfx942", "A100": "sm_80", "H100": "sm_90"}
+CARDS = {option.upper(): OPTIONS[option] for option in ("mi100", "mi300x", "a100", "h100")}
 NOTE = (
     "Estimated, not measured. GPU hours: all passes of all stages (a backward pass counts as two) at `sustained_share` "
     "of the published bf16 peak, which is an assumption, the same for every device: at half the share it takes twice "
@@ -113,8 +113,7 @@ def estimate(path: Path) -> dict[str, str]:
     passes = forward_passes(config, scored)
     share = SUSTAINED[config.model.partition(".")[0]]
     hours = {
-        name: passes * 2 * macs / (DEVICES[arch].bf16_tflops * 1e12 * share) / 3600
-        for name, arch in TARGETS.items()
+        name: passes * 2 * macs / (card.bf16_tflops * 1e12 * share) / 3600 for name, card in CARDS.items()
     }
     read = (config.supernet.epochs + config.finetune.epochs) * IMAGES
     return {
@@ -131,7 +130,7 @@ def estimate(path: Path) -> dict[str, str]:
 
 def comment(row: dict[str, str]) -> str:
     """What a recipe says of its cost."""
-    hours = ", ".join(f"{row[f'{name}_gpu_hours']} {name}" for name in TARGETS)
+    hours = ", ".join(f"{row[f'{name}_gpu_hours']} {name}" for name in CARDS)
     return (
         f"# Cost (estimated by benchmarks/recipe_cost.py, not measured): GPU hours {hours},\n"
         f"# at {float(row['sustained_share']):.0%} of the bf16 peak and no wait for images; "

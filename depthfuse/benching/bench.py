@@ -86,7 +86,7 @@ def compare(
             continue
         runs[name], errors[name] = run, error
     calls = {name: (lambda run=run: run(x)) for name, run in runs.items()}
-    timings = time_interleaved(calls, rounds, round_ms)
+    timings = time_interleaved(calls, rounds, round_ms, device=x.device)
     return [_row(label, x, name, timing, timings[OURS], errors[name]) for name, timing in timings.items()]
 
 

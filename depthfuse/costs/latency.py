@@ -3,15 +3,20 @@
 A block timed by itself has its data in the cache and its launches to itself, so that the sums come out wrong. Here the
 whole model is timed, with all blocks of one kind merged in one way, against the whole model as it is, A B A B; what it
 saves is shared out evenly among these blocks.
+
+Nothing else should run meanwhile. Where something did, it shows in the spread over the rounds: the variant is measured
+again, longer, and what stays noisy is said. In the end the subnet of all best candidates is timed as a whole: no sum of
+savings may promise more.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
+import math
 import random
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +31,7 @@ from depthfuse.costs.table import CostTable
 from depthfuse.devices import device_name
 from depthfuse.errors import CostError
 from depthfuse.log import progress
-from depthfuse.measuring.timing import time_interleaved
+from depthfuse.measuring.timing import quartiles, time_interleaved
 from depthfuse.merging.supernet import Supernet
 from depthfuse.merging.variants import kept_copy, merged_model, variants_of
 from depthfuse.spec import KEEP
@@ -35,6 +40,13 @@ log = logging.getLogger(__name__)
 
 Size = tuple[int, int, int]  # (C, H, W)
 Checked = tuple[dict[str, str], float, float]  # choices, predicted ms, measured ms
+IsNoise = Callable[[float, float], bool]  # of a median and its standard error
+
+_ATTEMPTS = 3  # of a measurement that is noisy, each in twice the rounds of the one before
+_WHOLE_WITHIN = (
+    0.05  # standard error of the whole model's latency, relatively: only budgets in ms depend on it
+)
+_SUMS_WITHIN = 0.1  # how far below its measured latency the sums may put the subnet of all best candidates
 
 
 def make_latencies(
@@ -78,29 +90,79 @@ def measure_latencies(
         input_size: (C, H, W).
         cache: where the table is written after each variant. One that stands there and was measured under the same
             conditions is taken over; where it was cut short, what it lacks is measured.
+
+    Noisy savings are measured again, and a warning names those that stay so. For the floor see `bounded`.
     """
     config = config or LatencyConfig()
     conditions = conditions_of(supernet, input_size, config)
     table = None if cache is None else _read(cache, conditions)
-    if table is not None and not table.lacking(supernet.options()):
+    if table is not None and table.floor is not None and not table.lacking(supernet.options()):
         return table
     net = kept_copy(supernet)
     x = _images(net, input_size, config.batch_size)
     variants = variants_of(net, x)
     whole = _call(merged_model(net, {}), x, config)
     if table is None:
-        whole_ms = time_interleaved({"whole": whole}, rounds=config.rounds)["whole"].median_ms
-        table = CostTable(conditions, "ms", whole_ms, {path: {} for path in net.blocks})
+        table = CostTable(conditions, "ms", _whole_ms(whole, x, config), {path: {} for path in net.blocks})
+    spread = {path: dict(table.spread.get(path, {})) for path in net.blocks}
+    table = dataclasses.replace(table, floor=None, spread=spread)
     missing = [v for v in variants if any(v.candidate not in table.saved[path] for path in v.paths)]
-    with progress("latency table", total=len(variants), done=len(variants) - len(missing)) as bar:
+    with progress("latency table", total=len(variants) + 1, done=len(variants) - len(missing)) as bar:
         for variant in missing:
-            ratio = _ratio(whole, merged_model(net, variant.choices()), x, config)
+            each_ms = table.whole / len(variant.paths)
+            model = merged_model(net, variant.choices())
+            ratio, error = _ratio(whole, model, x, config, _noise_in(table, each_ms))
             for path in variant.paths:
-                table.saved[path][variant.candidate] = table.whole * (1 - ratio) / len(variant.paths)
+                table.saved[path][variant.candidate] = each_ms * (1 - ratio)
+                table.spread[path][variant.candidate] = each_ms * error
             if cache is not None:
                 table.save(cache)
             bar.advance()
+        ratio, best = 1.0, table.best()
+        if best:
+            ratio, _ = _ratio(
+                whole, merged_model(net, best), x, config, _noise_in(table, table.whole), "best"
+            )
+        table = bounded(table, table.whole * ratio)
+        if cache is not None:
+            table.save(cache)
+        bar.advance()
+    if noisy := table.noisy():
+        log.warning(
+            "%d of %d latencies are noisy, though measured %d times: %s%s. Stop what else runs here, delete the table, "
+            "and measure again",
+            len(noisy),
+            sum(map(len, table.saved.values())),
+            _ATTEMPTS,
+            ", ".join(noisy[:3]),
+            ", ..." if len(noisy) > 3 else "",
+        )
     return table
+
+
+def bounded(table: CostTable, floor_ms: float) -> CostTable:
+    """The table with the latency of the subnet of all best candidates, measured as a whole, as its floor.
+
+    Savings that sum up to more than that are scaled down until they do not, and a warning says so.
+    """
+    floor_ms = min(floor_ms, table.whole)  # what does not pay is not merged
+    promised_ms = table.cost(table.best())
+    saved = table.saved
+    if promised_ms < (1 - _SUMS_WITHIN) * floor_ms:
+        scale = (table.whole - floor_ms) / (table.whole - promised_ms)
+        log.warning(
+            "with all best merges the latencies sum up to %.4g ms, but %.4g ms of %.4g ms were measured: savings are "
+            "scaled by %.2f. Was the machine busy?",
+            promised_ms,
+            floor_ms,
+            table.whole,
+            scale,
+        )
+        saved = {
+            path: {name: scale * value if value > 0 else value for name, value in names.items()}
+            for path, names in saved.items()
+        }
+    return dataclasses.replace(table, saved=saved, floor=floor_ms)
 
 
 def _read(cache: Path, conditions: dict[str, Any]) -> CostTable | None:
@@ -133,10 +195,11 @@ def check_prediction(
     net = kept_copy(supernet)
     x = _images(net, input_size, config.batch_size)
     whole = _call(merged_model(net, {}), x, config)
+    is_noise = _noise_in(table, table.whole)
     checked = []
     with progress("check of the latency table", total=subnets) as bar:
         for choices in _draw(net, subnets, random.Random(seed)):
-            ratio = _ratio(whole, merged_model(net, choices), x, config)
+            ratio, _ = _ratio(whole, merged_model(net, choices), x, config, is_noise)
             checked.append((choices, table.cost(choices), table.whole * ratio))
             bar.advance()
     return checked
@@ -168,8 +231,55 @@ def _call(model: nn.Module, x: Tensor, config: LatencyConfig) -> Callable[[], ob
     return functools.partial(fast, x.to(DTYPES[config.dtype]))
 
 
-def _ratio(whole: Callable[[], object], model: nn.Module, x: Tensor, config: LatencyConfig) -> float:
-    """Median over the rounds of model / whole. The accelerated model is dropped on return: two are the most at once."""
-    calls = {"whole": whole, "variant": _call(model, x, config)}
-    times = time_interleaved(calls, rounds=config.rounds)
-    return statistics.median(times["variant"].ratios_to(times["whole"]))
+def _noise_in(table: CostTable, each_ms: float) -> IsNoise:
+    """For ratios to the whole: what they save, and their error, is `each_ms` times as much of one block."""
+    return lambda ratio, error: table.is_noise(each_ms * (1 - ratio), each_ms * error)
+
+
+def _whole_ms(whole: Callable[[], object], x: Tensor, config: LatencyConfig) -> float:
+    def rounds_ms(rounds: int) -> Sequence[float]:
+        return time_interleaved({"whole": whole}, rounds=rounds, device=x.device)["whole"].rounds_ms
+
+    def is_noise(latency_ms: float, error_ms: float) -> bool:
+        return error_ms > _WHOLE_WITHIN * latency_ms
+
+    latency_ms, error_ms = _settled(rounds_ms, config.rounds, is_noise)
+    if is_noise(latency_ms, error_ms):
+        log.warning("the whole model's latency is noisy: %.4g ± %.2g ms", latency_ms, error_ms)
+    return latency_ms
+
+
+def _ratio(
+    whole: Callable[[], object],
+    model: nn.Module,
+    x: Tensor,
+    config: LatencyConfig,
+    is_noise: IsNoise,
+    name: str = "variant",
+) -> tuple[float, float]:
+    """Latency of `model` over that of the whole: the median over the rounds, and its standard error.
+
+    The accelerated model is dropped on return: two are the most at once.
+    """
+    calls = {"whole": whole, name: _call(model, x, config)}
+
+    def ratios(rounds: int) -> Sequence[float]:
+        times = time_interleaved(calls, rounds=rounds, device=x.device)
+        return times[name].ratios_to(times["whole"])
+
+    return _settled(ratios, config.rounds, is_noise)
+
+
+def _settled(
+    measure: Callable[[int], Sequence[float]], rounds: int, is_noise: IsNoise
+) -> tuple[float, float]:
+    """Median of what `measure(rounds)` gives, and its standard error: measured again, longer, while that is noise."""
+    values: list[float] = []
+    for attempt in range(_ATTEMPTS):
+        values += measure(rounds * 2**attempt)
+        low, median, high = quartiles(values)
+        # The quartiles of a normal distribution are 1.35 deviations apart, the median's error is 1.25 / sqrt(n) of one.
+        error = 1.25 / 1.35 * (high - low) / math.sqrt(len(values))
+        if not is_noise(median, error):
+            break
+    return median, error

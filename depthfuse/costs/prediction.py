@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,16 +18,15 @@ from torch import Tensor, nn
 from depthfuse.acceleration import accelerate
 from depthfuse.acceleration.checking.profile import count_operations
 from depthfuse.costs.table import CostTable
+from depthfuse.devices import OPTIONS, Device, Peaks
 from depthfuse.errors import CostError
 from depthfuse.log import progress
-from depthfuse.measuring.roofline import DEVICES, Device, Peaks
 from depthfuse.merging.supernet import Supernet
 from depthfuse.merging.variants import kept_copy, merged_model, variants_of
 from depthfuse.spec import ModelSource
 
 log = logging.getLogger(__name__)
 
-TARGETS = {"mi100": "gfx908", "mi210": "gfx90a", "mi300x": "gfx942", "a100": "sm_80", "h100": "sm_90"}
 LAUNCH_US = 2.0  # assumed: what an operation of a replayed graph takes beside its work
 
 
@@ -40,7 +40,7 @@ def predict_latencies(
     """Predict what each candidate of each block saves, in milliseconds; the same each time.
 
     Args:
-        input_size: (C, H, W). device: one of `TARGETS`. dtype: float32, float16 or bfloat16.
+        input_size: (C, H, W). device: one of `depthfuse.devices.OPTIONS`. dtype: float32, float16 or bfloat16.
 
     Raises CostError for an unknown device, or a dtype whose peak is not known.
     """
@@ -62,7 +62,8 @@ def predict_latencies(
             for path in variant.paths:
                 saved[path][variant.candidate] = saved_ms
             bar.advance()
-    return CostTable(conditions, "ms", whole_ms, saved)
+    table = CostTable(conditions, "ms", whole_ms, saved)
+    return replace(table, floor=table.cost(table.best()))  # no noise: sums are trusted
 
 
 def predict_model_ms(
@@ -93,11 +94,11 @@ def predicted_conditions(
 
 
 def _target(device: str) -> Device:
-    if device not in TARGETS:
+    if device not in OPTIONS:
         raise CostError(
-            f"no peaks of {device!r} are known: latencies can be predicted for {', '.join(TARGETS)}"
+            f"no peaks of {device!r} are known: latencies can be predicted for {', '.join(OPTIONS)}"
         )
-    return DEVICES[TARGETS[device]]
+    return OPTIONS[device]
 
 
 def _peaks(device: str, dtype: torch.dtype) -> Peaks:

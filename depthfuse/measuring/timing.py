@@ -49,14 +49,26 @@ class Timing:
 
 @torch.inference_mode()
 def time_interleaved(
-    calls: Mapping[str, Callable[[], object]], rounds: int = 15, min_round_ms: float = 5.0, warmup: int = 3
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int = 15,
+    min_round_ms: float = 5.0,
+    warmup: int = 3,
+    *,
+    device: torch.device,
 ) -> dict[str, Timing]:
     """Time each call once a round, in turn, each repeated until a round lasts `min_round_ms`.
 
-    Each turn starts with one call that is not timed: threads and caches are cold after another's turn. On a GPU the
-    device is synchronised around each round. Nothing else may run on the machine.
+    Each turn starts with one call that is not timed: threads and caches are cold after another's turn. Nothing else may
+    run on the machine.
+
+    Args:
+        device: where the calls compute. A GPU is synchronised around each round, as a call only launches its work;
+            which is why there is no default: without the right one the launches alone would be timed.
     """
-    sync = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+
+    def sync() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     def run_ms(call: Callable[[], object], repeats: int) -> float:
         sync()

@@ -280,7 +280,8 @@ class Comparison:
 
 
 def _time(nets: Mapping[str, nn.Module], x: torch.Tensor, rounds: int) -> dict[str, Timing]:
-    return time_interleaved({name: (lambda net=net: net(x)) for name, net in nets.items()}, rounds=rounds)
+    calls = {name: (lambda net=net: net(x)) for name, net in nets.items()}
+    return time_interleaved(calls, rounds=rounds, device=x.device)
 
 
 def compare(config: CompareConfig, until: str = "measure") -> Path:

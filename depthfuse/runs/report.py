@@ -7,12 +7,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from depthfuse.config import SearchConfig
 from depthfuse.costs.table import CostTable
 from depthfuse.merging.merge import MergeReport
 from depthfuse.searching.search import SearchResult
+from depthfuse.searching.space import TOLERANCE, budget_unit
 from depthfuse.training.loop import history_csv
 
 Row = Mapping[str, Any]
+
+# Medians of interleaved rounds repeat no better than this; counts are exact.
+_MEASURED_WITHIN = 0.01
+# Where the closing table shows a budget: by the search's setting, the column and how it is written there.
+_BUDGET_CELLS = {
+    "blocks": (0, "{:.0f} blocks"),
+    "budget_ms": (4, "<= {:.3f}"),
+    "speedup": (5, ">= {:.2f}x"),
+    "macs": (3, "<= {:.2%}"),
+    "parameters": (2, "<= {:.2%}"),
+}
 
 
 def merge_document(merged: MergeReport) -> dict[str, Any]:
@@ -41,8 +54,60 @@ def write(directory: Path, results: Mapping[str, Any], history: Sequence[Row]) -
     (directory / "report.md").write_text(markdown(results))
 
 
+def check_budget(
+    search: SearchConfig, rows: Sequence[Row], choices: Mapping[str, str], here: bool
+) -> dict[str, Any] | None:
+    """The budget beside what came out: {"name", "unit", "wanted", "reached", "met"}; None where none was set.
+
+    Times are those measured of the whole merged and accelerated model; MACs and parameters are shares of the
+    baseline's, counted.
+
+    Args:
+        rows: of the closing comparison, see `Run`. choices: {block: candidate} of the pruned blocks.
+        here: whether the latencies that the subnet was chosen by are this machine's. Where they are not, budgets in
+            time cannot be checked: "reached" and "met" are None.
+    """
+    if budget_unit(search) is None:
+        return None
+    by_net = {row["net"]: row for row in rows}
+    baseline, fast = by_net["baseline"], by_net["merged accelerated"]
+    name, wanted = next((n, value) for n in _BUDGET_CELLS if (value := getattr(search, n)) is not None)
+    if name == "blocks":
+        unit, reached = "blocks", len(choices)
+        met = reached == wanted
+    elif name == "speedup":
+        unit, reached = "x", fast["speedup"]
+        met = reached >= wanted * (1 - _MEASURED_WITHIN)
+    elif name == "budget_ms":
+        unit, reached = "ms", fast["latency_ms"]
+        met = reached <= wanted * (1 + _MEASURED_WITHIN)
+    else:  # a share
+        unit, reached = f"of the baseline's {budget_unit(search)}", fast[name] / baseline[name]
+        met = reached <= wanted * (1 + TOLERANCE)
+    known = here or name not in ("speedup", "budget_ms")
+    return {
+        "name": name,
+        "unit": unit,
+        "wanted": wanted,
+        "reached": reached if known else None,
+        "met": met if known else None,
+    }
+
+
+def budget_missed(results: Mapping[str, Any]) -> str | None:
+    """What to say where the measured result misses its budget; None where it is met or cannot be checked."""
+    budget = results.get("budget")
+    if budget is None or budget["met"] is not False:
+        return None
+    return f"the budget was missed: {_named(budget)} was asked for, {budget['reached']:.4g} {budget['unit']} came out"
+
+
+def _named(budget: Mapping[str, Any]) -> str:
+    return f"search.{budget['name']}={budget['wanted']:g}"
+
+
 def comparison_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """The closing table, first row its head."""
+    """The closing table, first row its head; the last one is the budget."""
     head = ["net", "top-1 %", "parameters", "MACs", "latency ms", "speed-up*"]
     rows = [
         [
@@ -55,6 +120,14 @@ def comparison_rows(results: Mapping[str, Any]) -> list[list[str]]:
         ]
         for row in results["rows"]
     ]
+    budget = results.get("budget")
+    if budget is not None:
+        column, text = _BUDGET_CELLS[budget["name"]]
+        said = {True: "budget (met)", False: "budget (MISSED)", None: "budget (of another machine)"}
+        cells = [said[budget["met"]], *[""] * (len(head) - 1)]
+        wanted = text.format(budget["wanted"])
+        cells[column] = f"{cells[column]}: {wanted}" if column == 0 else wanted
+        rows.append(cells)
     return [head, *rows]
 
 
@@ -66,11 +139,13 @@ def markdown(results: Mapping[str, Any]) -> str:
     conditions = in_words(results["conditions"])
     lines += [
         "",
+        *_budget_in_words(results),
         "\\* over the accelerated baseline; medians of interleaved rounds, ratio taken round by round.",
         "",
         f"Measured with: {conditions}.",
         "",
         *chosen_by(results),
+        *_noise_in_words(results),
         f"Pruned {len(results['choices'])} of {len(results['blocks'])} prunable blocks:",
         "",
         *(f"- `{block}`: {candidate}" for block, candidate in results["choices"].items()),
@@ -82,6 +157,19 @@ def markdown(results: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _budget_in_words(results: Mapping[str, Any]) -> list[str]:
+    """Said only where the budget was not met, or could not be checked."""
+    if missed := budget_missed(results):
+        return [f"**{missed[0].upper()}{missed[1:]}.**", ""]
+    budget = results.get("budget")
+    if budget is not None and budget["met"] is None:
+        return [
+            f"{_named(budget)} holds for the machine that was pruned for, and cannot be checked here.",
+            "",
+        ]
+    return []
 
 
 def in_words(conditions: Mapping[str, Any]) -> str:
@@ -104,6 +192,18 @@ def chosen_by(results: Mapping[str, Any]) -> list[str]:
             "",
         ]
     return []
+
+
+def _noise_in_words(results: Mapping[str, Any]) -> list[str]:
+    """Said only where the latency table is noisy."""
+    noisy = results.get("noisy_latencies", [])
+    if not noisy:
+        return []
+    return [
+        f"{len(noisy)} of the latencies that the subnet was chosen by are NOISY, as of a busy machine: "
+        f"{', '.join(noisy)}.",
+        "",
+    ]
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -187,9 +187,10 @@ class Run:
 
     def _make_latency(self, supernet: Supernet) -> None:
         path, settings = self.dir / "latency.json", self.config.latency
-        # what the run has been planned with stays, whatever the machine does today
-        if path.exists() and not CostTable.load(path).lacking(supernet.options()):
-            return
+        if path.exists():  # what the run has been planned with stays, whatever the machine does today
+            table = CostTable.load(path)
+            if not table.lacking(supernet.options()) and not self._unfinished(table, supernet):
+                return
         if settings.table is None:  # also goes on with a table that was cut short
             make_latencies(supernet, self.size, settings, cache=path)
             return
@@ -197,9 +198,16 @@ class Run:
         if table.unit != "ms":
             raise CostError(f"the cost table {settings.table} counts {table.unit}: give one in ms")
         table.check_covers(supernet.options(), settings.table)
+        table.check_plausible(settings.table)
         if not settings.foreign_table:
             table.check_conditions(conditions_of(supernet, self.size, settings), settings.table)
         table.save(path)
+
+    def _unfinished(self, table: CostTable, supernet: Supernet) -> bool:
+        """Whether the measurement of a table was cut short before its last step, and can go on here."""
+        settings = self.config.latency
+        own = settings.table is None and table.conditions == conditions_of(supernet, self.size, settings)
+        return own and table.floor is None
 
     def costs(self, supernet: Supernet) -> tuple[CostTable, CostTable]:
         """(in the budget's unit, in milliseconds)."""
@@ -291,7 +299,13 @@ class Run:
             spec = self.search()
             assert spec is not None  # there is a budget, or the run would not go on to here
             on_one(self.accelerator, lambda: save_json(path, self._measure(*nets, spec)))
-        on_one(self.accelerator, lambda: report.write(self.dir, load_json(path), self._history()))
+        on_one(self.accelerator, self._tell)
+
+    def _tell(self) -> None:
+        results = load_json(self.dir / "results.json")
+        if missed := report.budget_missed(results):
+            log.warning("%s; what was written is valid all the same", missed)
+        report.write(self.dir, results, self._history())
 
     def _measure(
         self, baseline: nn.Module, pruned: nn.Module, merged: nn.Module, spec: SubnetSpec
@@ -312,7 +326,7 @@ class Run:
         calls: dict[str, Callable[[], object]] = {
             name: functools.partial(net, given) for name, net in timed.items()
         }
-        times = time_interleaved(calls, rounds=max(settings.rounds, 15))
+        times = time_interleaved(calls, rounds=max(settings.rounds, 15), device=self.device)
         supernet = Supernet(baseline)
         rows = []
         for name, net in nets.items():
@@ -328,13 +342,19 @@ class Run:
                     "speedup": times[name].speedup_over(times["baseline accelerated"]),
                 }
             )
+        table = CostTable.load(self.dir / "latency.json")
+        conditions = conditions_of(supernet, self.size, settings)
+        choices = spec.mapping()
+        here = not table.differing(conditions)
         return {
             "model": self.source.name,
             "model_kwargs": self.source.kwargs,
-            "conditions": conditions_of(supernet, self.size, settings),
-            "chosen_by": CostTable.load(self.dir / "latency.json").conditions,
+            "conditions": conditions,
+            "chosen_by": table.conditions,
+            "noisy_latencies": table.noisy(),
             "rows": rows,
-            "choices": spec.mapping(),
+            "budget": report.check_budget(self.config.search, rows, choices, here),
+            "choices": choices,
             "blocks": supernet.options(),
             "merge": load_json(self.dir / "merge.json")["summary"],
         }

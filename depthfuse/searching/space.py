@@ -45,7 +45,7 @@ class SearchSpace:
         latency: what decides which merges pay; default `costs`.
 
     Raises BudgetError for a budget that nothing meets (it names the cheapest subnet), and for blocks to force or
-    exclude that are not there.
+    exclude that are not there; CostError for a table by which subnets would cost nothing or less.
     """
 
     def __init__(
@@ -63,6 +63,9 @@ class SearchSpace:
             if path in excluded:
                 raise BudgetError(f"block {path} is both forced and excluded")
         latency = latency or costs
+        for table in (costs, latency):
+            if table is not None:
+                table.check_plausible(f"of {table.conditions.get('model')}")
         self.options: dict[str, list[str]] = {}
         for path, names in options.items():
             allowed = [name for name in names if name not in excluded.get(path, ())]
@@ -90,7 +93,8 @@ class SearchSpace:
             self.limit = config.budget_ms
         elif self.unit is not None:  # a share
             self.limit = costs.whole * (config.macs if self.unit == "MACs" else config.parameters)
-        least_cost = costs.cost(self.cheapest())
+        # what was measured as a whole counts for more than a sum
+        least_cost = max(costs.cost(self.cheapest()), costs.floor or 0.0)
         if self.limit is not None and least_cost > self.limit * (1 + TOLERANCE):
             raise BudgetError(
                 f"no subnet costs {self.limit:.4g} {costs.unit} or less: the fastest reachable takes {least_cost:.4g}, "

@@ -1,24 +1,25 @@
 """Cost tables: savings that add up, measurements that go on where they were cut short, and predictions.
 
-Nothing is timed: a model "takes" as many milliseconds as it has parameters.
+Nothing is timed: see `fake_clock`.
 """
 
 import dataclasses
 import functools
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fake_clock import Clock
 from nets import SMALL, build, random_subnet
 
 from depthfuse import Supernet
 from depthfuse.cli import main
-from depthfuse.config import LatencyConfig
-from depthfuse.costs import latency
+from depthfuse.config import LatencyConfig, SearchConfig
 from depthfuse.costs.counting import count_costs
 from depthfuse.costs.latency import (
     check_prediction,
@@ -29,43 +30,18 @@ from depthfuse.costs.latency import (
 )
 from depthfuse.costs.prediction import predict_latencies
 from depthfuse.costs.table import CostTable
-from depthfuse.errors import CostError
+from depthfuse.errors import BudgetError, CostError
 from depthfuse.measuring.counting import count_macs, count_parameters
-from depthfuse.measuring.timing import Timing
 from depthfuse.merging.variants import kept_copy, merged_model, variants_of
+from depthfuse.searching.space import SearchSpace
 from depthfuse.spec import ModelSource
 
 CONFIG = LatencyConfig(rounds=3)
 
 
-class Clock:
-    """In the place of `accelerate` and `time_interleaved`. measured: what was timed beside the whole, in order."""
-
-    def __init__(self):
-        self.measured, self.dies_after, self.before = [], None, lambda: None
-
-    def accelerate(self, model, x, **_):
-        latency_ms = float(count_parameters(model))
-        return lambda given: latency_ms
-
-    def time_interleaved(self, calls, rounds):
-        if "variant" in calls:
-            if len(self.measured) == self.dies_after:
-                raise KeyboardInterrupt
-            self.before()
-            self.measured.append(calls["variant"]())
-        # the machine gets slower from round to round: only ratios taken round by round are exact
-        return {
-            name: Timing(tuple(call() * (1 + r) / 2 for r in range(rounds))) for name, call in calls.items()
-        }
-
-
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(latency, "accelerate", clock.accelerate)
-    monkeypatch.setattr(latency, "time_interleaved", clock.time_interleaved)
-    return clock
+    return Clock().install(monkeypatch)
 
 
 def small(family):
@@ -168,10 +144,9 @@ def test_the_same_cache_under_another_measurement(clock, tmp_path):
 
 def test_two_processes_with_one_cache(tmp_path):
     code = (
-        "import sys, pathlib, test_latency\n"
+        "import sys, pathlib, pytest, fake_clock, test_latency\n"
         "from depthfuse.costs import latency\n"
-        "clock = test_latency.Clock()\n"
-        "latency.accelerate, latency.time_interleaved = clock.accelerate, clock.time_interleaved\n"
+        "fake_clock.Clock().install(pytest.MonkeyPatch())\n"
         "supernet, size = test_latency.small('resnet')\n"
         "table = latency.measure_latencies(supernet, size, test_latency.CONFIG, pathlib.Path(sys.argv[1]))\n"
         "assert not table.lacking(supernet.options())"
@@ -237,7 +212,7 @@ def test_a_prediction_counts_any_batch_exactly(monkeypatch):
     from depthfuse.acceleration import accelerate
     from depthfuse.acceleration.checking.profile import count_operations
     from depthfuse.costs import prediction
-    from depthfuse.measuring.roofline import DEVICES
+    from depthfuse.devices import DEVICES
 
     supernet, size = small("mobilenet")
     whole = merged_model(kept_copy(supernet), {})
@@ -298,3 +273,107 @@ def test_command_line(clock, tmp_path, capsys):
     assert CostTable.load(out).conditions["device"] == "MI300X"
     assert main([*command, str(out), "--device", "mi100", "--check", "2"]) == 1
     assert "--check measures here" in capsys.readouterr().err
+
+
+def busy(name, latency_ms, index):
+    """Something else runs now beside the variant, now beside the whole."""
+    return latency_ms * (1.0 if name == "whole" else 0.6 if index % 2 else 1.6)
+
+
+def test_noise_is_measured_again_and_then_told(clock, caplog):
+    supernet, size = small("vit")
+    quiet = measure_latencies(supernet, size, CONFIG)
+    assert set(clock.rounds) == {3} and not quiet.noisy() and "noisy" not in caplog.text
+    assert all(spread == 0.0 for names in quiet.spread.values() for spread in names.values())
+    clock.rounds.clear()
+    clock.disturb = busy
+    table = measure_latencies(supernet, size, CONFIG)
+    assert clock.rounds[1:4] == [3, 6, 12] and max(clock.rounds) == 12  # bounded
+    entries = {f"{path} ({name})": (path, name) for path, names in table.saved.items() for name in names}
+    assert table.noisy() and set(table.noisy()) <= set(entries)
+    assert f"{len(table.noisy())} of {len(entries)} latencies are noisy" in caplog.text
+    assert table.noisy()[0] in caplog.text
+    path, name = entries[table.noisy()[0]]
+    assert table.saving_in_words(path, name).endswith("(noisy)")
+    assert "±" in quiet.saving_in_words(path, name) and "noisy" not in quiet.saving_in_words(path, name)
+
+
+def test_a_disturbance_that_ends_is_measured_away(clock, caplog):
+    supernet, size = small("vit")
+    wanted = measure_latencies(supernet, size, CONFIG)
+    # of the first three rounds two are disturbed, of the 21 that more rounds make of it still only these
+    clock.disturb = lambda name, ms, index: (
+        ms * 5 if name == "variant" and index < 2 and clock.rounds[-1] == 3 else ms
+    )
+    table = measure_latencies(supernet, size, CONFIG)
+    assert table.saved == wanted.saved and not table.noisy() and "noisy" not in caplog.text
+
+
+@pytest.mark.parametrize(("family", "slower"), [("resnet", 0.01), ("vit", 0.2), ("vit", 100.0)])
+def test_no_subnet_costs_nothing_however_busy_the_machine(family, slower, clock, tmp_path, caplog):
+    """The variants seem fast, since the whole ran beside other work; the closing check finds out."""
+    supernet, size = small(family)
+    clock.disturb = lambda name, ms, index: ms * slower if name == "variant" else ms
+    table = measure_latencies(supernet, size, CONFIG, tmp_path / "latency.json")
+    best = table.best()
+    options = supernet.options()
+    if slower < 1:
+        (as_a_whole,) = clock.closed
+        assert table.floor == pytest.approx(as_a_whole)
+        assert table.cost(best) == pytest.approx(as_a_whole)
+        assert "savings are scaled by" in caplog.text
+    else:  # nothing pays
+        assert best == {} and table.floor == table.whole
+    rng = random.Random(0)
+    for _ in range(50):
+        choices = {path: rng.choice(names) for path, names in options.items()}
+        assert table.cost(choices) >= 0.9 * table.floor > 0
+    table.check_plausible("here")
+    assert CostTable.load(tmp_path / "latency.json") == table
+    with pytest.raises(BudgetError, match="the fastest reachable takes"):
+        SearchSpace(options, SearchConfig(speedup=50.0), table)
+
+
+def test_a_table_that_lacks_only_the_closing_check_is_closed(clock, tmp_path):
+    supernet, size = small("vit")
+    wanted = measure_latencies(supernet, size, CONFIG)
+    cache, clock.dies_closing = tmp_path / "latency.json", True
+    with pytest.raises(KeyboardInterrupt):
+        measure_latencies(supernet, size, CONFIG, cache)
+    assert CostTable.load(cache).floor is None and not CostTable.load(cache).lacking(supernet.options())
+    clock.dies_closing = False
+    clock.measured.clear()
+    assert measure_latencies(supernet, size, CONFIG, cache) == wanted == CostTable.load(cache)
+    assert not clock.measured
+    # one of an earlier version holds neither floor nor spread
+    document = json.loads(cache.read_text())
+    cut = {key: document[key] for key in ("conditions", "unit", "whole", "saved")}
+    nonsense = {path: {n: 10 * v for n, v in names.items()} for path, names in document["saved"].items()}
+    CostTable(**cut | {"saved": nonsense}).save(cache)
+    table = measure_latencies(supernet, size, CONFIG, cache)
+    assert not clock.measured and table.floor == wanted.floor
+    assert table.cost(table.best()) == pytest.approx(wanted.floor)
+
+
+@pytest.mark.parametrize("number", [1e9, float("nan"), float("inf"), float("-inf")])
+def test_tables_that_cannot_be_true_are_refused(number):
+    saved = {"a": {"dense": 0.5, "drop": number}, "b": {"dense": 0.4}}
+    table = CostTable({"model": "toy"}, "ms", 1.0, saved)
+    with pytest.raises(CostError, match="table.json cannot be true"):
+        table.check_plausible("table.json")
+    with pytest.raises(CostError, match="of toy cannot be true"):
+        SearchSpace({"a": ["dense", "drop"], "b": ["dense"]}, SearchConfig(blocks=1), None, table)
+    for whole in (0.0, -1.0, float("nan")):
+        with pytest.raises(CostError, match="cannot be true"):
+            CostTable({}, "ms", whole, {"a": {"dense": -0.5}}).check_plausible("table.json")
+    CostTable({}, "ms", 1.0, {"a": {"dense": 0.9, "drop": -3.0}}).check_plausible("table.json")
+
+
+def test_a_real_measurement(tmp_path):
+    """Whatever the clock says here and now, the table can be true."""
+    supernet, size = small("vit")
+    table = measure_latencies(supernet, size, LatencyConfig(rounds=2), tmp_path / "latency.json")
+    table.check_covers(supernet.options(), "the table")
+    table.check_plausible("the table")
+    assert 0 < table.floor <= table.whole and table.cost(table.best()) > 0.89 * table.floor
+    assert all(set(table.spread[path]) == set(names) for path, names in table.saved.items())

@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torch
+from fake_clock import Clock
 
 import depthfuse.rivals.compare as compare_module
 from depthfuse.checkpoint import load_json
@@ -49,7 +50,9 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("comparison")
     methods = tuple(m for m in CONFIG.methods if m != "channels" or HAS_TORCH_PRUNING)
     config = dataclasses.replace(CONFIG, out=out, methods=methods)
-    compare(config)
+    with pytest.MonkeyPatch.context() as patch:  # which merges pay is not left to chance
+        Clock().install(patch)
+        compare(config)
     return config
 
 

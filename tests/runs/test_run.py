@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_clock import Clock
 
 from depthfuse import PruneConfig, Supernet, load, open_data
 from depthfuse.checkpoint import load_tensors
@@ -32,7 +33,6 @@ CONFIG = PruneConfig(
     data=DataConfig(max_train_images=640, batch_size=64, holdout=0.1),
     baseline=TrainConfig(epochs=1, lr=2e-3, warmup_epochs=0.0),
     supernet=SupernetConfig(epochs=1, warmup_epochs=0.0),
-    # losing merges: on nets this small what pays is chance
     search=SearchConfig(
         blocks=2, population=4, parents=2, generations=1, calibration_images=64, losing_merges=True
     ),
@@ -45,10 +45,17 @@ CONFIG = PruneConfig(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that nobody disturbed."""
+    """A run that nobody disturbed. Its latency table is not measured: a busy machine changes nothing."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    prune(dataclasses.replace(CONFIG, out=out))
+    with pytest.MonkeyPatch.context() as patch:
+        Clock().install(patch)
+        prune(dataclasses.replace(CONFIG, out=out))
     return out
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock().install(monkeypatch)
 
 
 def test_it_leaves_what_it_promises(finished):
@@ -199,6 +206,32 @@ def test_infeasible_budgets_are_refused_before_the_supernet_is_trained(tmp_path,
     assert not (out / "supernet.state").exists()
 
 
+def test_a_missed_budget_is_said(finished, tmp_path, caplog):
+    """The table promised a thousandfold; what was measured in the end is what counts."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("results.json", "config.yaml"))
+    search = dataclasses.replace(CONFIG.search, blocks=None, speedup=1000.0)
+    prune(dataclasses.replace(CONFIG, out=out, search=search))
+    results = json.loads((out / "results.json").read_text())
+    budget = results["budget"]
+    fast = next(row for row in results["rows"] if row["net"] == "merged accelerated")
+    assert budget == {
+        "name": "speedup",
+        "unit": "x",
+        "wanted": 1000.0,
+        "reached": fast["speedup"],
+        "met": False,
+    }
+    missed = report.budget_missed(results)
+    assert missed.startswith("the budget was missed: search.speedup=1000 was asked for, ")
+    assert missed in [record.message.partition(";")[0] for record in caplog.records]
+    assert missed[1:] in (out / "report.md").read_text()
+    assert ["budget (MISSED)", "", "", "", "", ">= 1000.00x"] in report.comparison_rows(results)
+    first = json.loads((finished / "results.json").read_text())
+    assert first["budget"] == {"name": "blocks", "unit": "blocks", "wanted": 2, "reached": 2, "met": True}
+    assert report.budget_missed(first) is None and first["noisy_latencies"] == []
+
+
 def latencies(config, out, **changes):
     """The table that a run plans with, without training anything."""
     run = Run(
@@ -219,20 +252,28 @@ def test_foreign_latency_tables_are_refused_unless_asked_for(finished, tmp_path)
     assert flagged == foreign == CostTable.load(tmp_path / "run2" / "latency.json")
     with pytest.raises(CostError, match="dtype 'float32' there, 'float16' here"):
         latencies(CONFIG, tmp_path / "run3", table=finished / "latency.json", dtype="fp16")
+    nonsense = {path: dict.fromkeys(names, own.whole) for path, names in own.saved.items()}
+    dataclasses.replace(own, saved=nonsense).save(tmp_path / "nonsense.json")
+    with pytest.raises(CostError, match=r"nonsense.json cannot be true"):
+        latencies(CONFIG, tmp_path / "run5", table=tmp_path / "nonsense.json")
+    assert not (tmp_path / "run5" / "latency.json").exists()
     dataclasses.replace(own, unit="MACs").save(tmp_path / "macs.json")
     with pytest.raises(CostError, match="counts MACs"):
         latencies(CONFIG, tmp_path / "run4", table=tmp_path / "macs.json")
 
 
-def test_a_latency_table_cut_short_is_completed(finished, tmp_path):
+def test_a_latency_table_cut_short_is_completed(finished, tmp_path, clock):
     own = CostTable.load(finished / "latency.json")
     short = CostTable.load(finished / "latency.json")
     del short.saved["layer2.0"]["dense"]
     (tmp_path / "run").mkdir()
     short.save(tmp_path / "run" / "latency.json")
     table = latencies(CONFIG, tmp_path / "run")
-    assert isinstance(table.saved["layer2.0"].pop("dense"), float)
-    assert table.saved == short.saved and table.whole == own.whole
+    assert table == own and len(clock.measured) == 1
+    # without its closing check it is not whole, either
+    dataclasses.replace(own, floor=None).save(tmp_path / "run" / "latency.json")
+    assert latencies(CONFIG, tmp_path / "run") == own
+    assert len(clock.measured) == 1 and len(clock.closed) == 2
 
 
 def test_a_run_for_another_device_says_that_its_latencies_are_predicted(finished, tmp_path):

@@ -1,5 +1,6 @@
 """Every strategy keeps its budget and resumes to the same answer; the exact one equals brute force."""
 
+import dataclasses
 import itertools
 import random
 
@@ -231,6 +232,10 @@ def test_infeasible_budgets_name_what_is_reachable():
         SearchSpace(options, SearchConfig(speedup=50.0), table)
     fastest = table.cost({p: max(s, key=s.get) for p, s in table.saved.items()})
     SearchSpace(options, SearchConfig(budget_ms=fastest), table)  # just reachable
+    measured = dataclasses.replace(table, floor=1.2 * fastest)  # of the fastest as a whole
+    with pytest.raises(BudgetError, match=rf"the fastest reachable takes {1.2 * fastest:.4g}"):
+        SearchSpace(options, SearchConfig(budget_ms=1.1 * fastest), measured)
+    SearchSpace(options, SearchConfig(budget_ms=1.2 * fastest), measured)
     with pytest.raises(BudgetError, match="possible: 1 to 8"):
         SearchSpace(options, SearchConfig(blocks=9), table)
     with pytest.raises(BudgetError, match="possible: 2 to 8"):
@@ -239,6 +244,20 @@ def test_infeasible_budgets_name_what_is_reachable():
         SearchSpace(options, SearchConfig(blocks=1, speedup=1.1), table)
     with pytest.raises(BudgetError, match="needs a table of costs"):
         SearchSpace(options, SearchConfig(speedup=1.1))
+
+
+def test_no_search_goes_by_a_table_that_cannot_be_true(supernet):
+    """Measured on a busy machine, a table promised 50x and more, and the search went along."""
+    options = supernet.options()
+    table = make_table(options)
+    saved = {path: {n: 1.2 * len(options) / 7 for n in names} for path, names in options.items()}
+    nonsense = dataclasses.replace(table, saved=saved)
+    for budget in ({"speedup": 50.0}, {"blocks": 2}, {"macs": 0.9}, {}):
+        costs = table if "macs" in budget else None
+        with pytest.raises(CostError, match="cannot be true: of 9.6 ms for the whole model"):
+            search(
+                supernet, None, SearchConfig(**budget), nonsense, costs=costs, judge=additive_judge(options)
+            )
 
 
 def test_bad_names_list_the_known(supernet):

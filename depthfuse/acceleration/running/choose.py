@@ -172,9 +172,10 @@ def _compare(
             logger.warning("%s cannot be copied, and is not compared with: %s", type(model).__name__, error)
             continue
         runs[name] = functools.partial(candidate, *inputs)
-    judged = judge(execution, time_interleaved(runs, _ROUNDS, _ROUND_MS, warmup=1))
+    device = plan.device
+    judged = judge(execution, time_interleaved(runs, _ROUNDS, _ROUND_MS, warmup=1, device=device))
     if judged.ratios and 1 / _CLOSE < min(judged.ratios.values()) < _CLOSE:
-        return judge(execution, time_interleaved(runs, _ROUNDS_IF_CLOSE, _ROUND_MS, warmup=1))
+        return judge(execution, time_interleaved(runs, _ROUNDS_IF_CLOSE, _ROUND_MS, warmup=1, device=device))
     return judged
 
 

@@ -167,6 +167,6 @@ def clearly_faster(name: Hashable, usual: Hashable, latency_ms: dict) -> bool:
 
 
 def least_ms(runs: Mapping[Any, Callable[[], object]], rounds: int = _ROUNDS) -> dict[Any, float]:
-    """The least time in ms of each of `runs`, taken in turns: {name: ms}. The least, as disturbances only add to it."""
-    timings = time_interleaved(runs, rounds, _ROUND_MS, warmup=1)
+    """The least time in ms of each of `runs` on a CPU, in turns: {name: ms}. Disturbances only add to it."""
+    timings = time_interleaved(runs, rounds, _ROUND_MS, warmup=1, device=torch.device("cpu"))
     return {name: timing.least_ms for name, timing in timings.items()}

@@ -389,7 +389,7 @@ def test_measuring_prefers_the_usual_unless_another_is_clearly_faster():
         calls[name] += 1
 
     times = least_ms({name: lambda name=name: count(name) for name in calls}, rounds=2)
-    assert set(times) == set(calls) and all(0 < value < 1e3 for value in times.values())
+    assert set(times) == set(calls) and all(value > 0 for value in times.values())
     assert all(value >= 2 for value in calls.values())
 
 

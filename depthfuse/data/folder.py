@@ -1,9 +1,6 @@
-"""Find the splits of a folder of images, and check what timm's reader would pass over in silence."""
+"""Find the splits of a data set, and check that they fit together."""
 
-import os
 from pathlib import Path
-
-from timm.data.readers.img_extensions import get_img_extensions
 
 from depthfuse.errors import DataError
 
@@ -12,6 +9,7 @@ _SYNONYMS = {
     "validation": ("validation", "val", "valid", "eval", "evaluation", "test"),
 }
 _SYNONYMS |= {name: _SYNONYMS["validation"] for name in ("val", "valid", "eval", "evaluation")}
+USUAL_SPLITS = frozenset(name for names in _SYNONYMS.values() for name in names)
 
 
 def split_folder(root: Path, split: str) -> Path:
@@ -29,29 +27,6 @@ def split_folder(root: Path, split: str) -> Path:
         f"{root} has no folder for the split {split!r} (tried {', '.join(tried)}; "
         f"found {', '.join(found[:10]) or 'none'}): it needs one folder a split, and in it one folder a class"
     )
-
-
-def check_classes(folder: Path) -> None:
-    """Check that a split holds one folder a class, each with an image.
-
-    timm would drop an empty class, shifting the numbers of all later ones, and take loose images for a class.
-
-    Raises:
-        DataError: naming the folder.
-    """
-    extensions = get_img_extensions(as_set=True)
-    for path, subfolders, files in os.walk(folder, followlinks=True):
-        has_images = any(os.path.splitext(name)[1].lower() in extensions for name in files)
-        if Path(path) == folder:
-            if has_images:
-                raise DataError(f"images lie directly in {folder}: it needs one sub-folder for each class")
-            if not subfolders:
-                raise DataError(f"{folder} is empty: it needs one sub-folder for each class")
-        elif not has_images and not subfolders:
-            raise DataError(
-                f"the class folder {path} holds no image ({', '.join(sorted(extensions)[:6])}, ...): "
-                "add some, or remove the folder"
-            )
 
 
 def check_same_classes(train: list[str], other: list[str], train_name: str, other_name: str) -> None:

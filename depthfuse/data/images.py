@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from depthfuse.data import order
+from depthfuse.data import decoding, order, scanning
 from depthfuse.errors import DataError
 
 Transform = Callable[[Image.Image], Tensor]
@@ -19,13 +19,22 @@ Transform = Callable[[Image.Image], Tensor]
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
+def class_names(items: Any) -> list[str]:
+    """Names of the classes of a reader or data set, in the order of their numbers; empty where it does not tell."""
+    numbers = getattr(items, "class_to_idx", None) or {}
+    first = {
+        number: name for name, number in reversed(numbers.items())
+    }  # torchvision's ImageNet gives synonyms
+    return [str(first[number]) for number in sorted(first)]
+
+
 class DecodedImages(Dataset):
-    """Position -> (image, class) of a timm `ImageDataset` or a torchvision data set.
+    """Position -> (image, class) of `FolderImages`, a timm `ImageDataset` or a torchvision data set.
 
     timm's own `__getitem__` replaces an unreadable image by the next one and logs it; here it is an error.
 
     Args:
-        dataset: without a transform.
+        dataset: without a transform. Where torchvision would convert images in a loader, that is replaced.
         mode: "RGB" or "L".
     """
 
@@ -33,6 +42,8 @@ class DecodedImages(Dataset):
         self.mode = mode
         self.reader = getattr(dataset, "reader", None)
         self.items = dataset if self.reader is None else self.reader
+        if hasattr(dataset, "loader"):
+            dataset.loader = decoding.open_image
 
     def __len__(self) -> int:
         return len(self.items)
@@ -40,17 +51,24 @@ class DecodedImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         try:
             source, label = self.items[index][:2]
-            with source if isinstance(source, Image.Image) else Image.open(source) as image:
-                return image.convert(self.mode), int(label)
+            with source if isinstance(source, Image.Image) else decoding.open_image(source) as image:
+                return decoding.to_mode(image, self.mode), int(label)
         except _DECODE_ERRORS as error:
             raise DataError(f"cannot read image {self._name(index)}: {error}. Repair or remove it") from error
 
     def _name(self, index: int) -> str:
-        name = self.reader.filename(index, absolute=True) if self.reader is not None else None
-        return str(name or f"number {index}")
+        if hasattr(self.items, "samples"):
+            name = self.items.samples[index][0]
+        else:
+            name = self.reader.filename(index, absolute=True) if self.reader is not None else None
+        return scanning.shown(str(name or f"number {index}"))
 
     def labels(self) -> Tensor | None:
-        """[N] int64 without decoding, or None where the data set does not tell."""
+        """[N] int64 without decoding, or None where the data set does not tell.
+
+        Raises:
+            DataError: a label is no whole number.
+        """
         if hasattr(self.items, "samples"):
             labels = [label for _, label, *_ in self.items.samples]
         elif hasattr(self.items, "targets"):
@@ -59,12 +77,16 @@ class DecodedImages(Dataset):
             labels = self.items.dataset[self.items.label_key]
         else:
             return None
-        return torch.as_tensor(np.asarray(labels), dtype=torch.int64)
+        numbers = np.asarray(labels)
+        if numbers.dtype.kind not in "iu":
+            raise DataError(
+                f"labels must be class numbers, but some are like {labels[0]!r} ({numbers.dtype})"
+            )
+        return torch.as_tensor(numbers, dtype=torch.int64)
 
     def class_names(self) -> list[str]:
         """In the order of class numbers; empty where the data set does not tell."""
-        numbers = getattr(self.items, "class_to_idx", None) or {}
-        return [str(name) for name in sorted(numbers, key=numbers.__getitem__)]
+        return class_names(self.items)
 
 
 class ArrayImages(Dataset):

@@ -1,16 +1,18 @@
 """`open_data`: from a `DataConfig` to a `DataBundle`, with every fault of the data named here and now."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import timm.data
 import torch
 from torch import Tensor
+from torchvision.transforms import Compose
 
-from depthfuse.data import embedded, folder, order, transforms
+from depthfuse.data import decoding, embedded, folder, order, scanning, transforms
 from depthfuse.data.bundle import DataBundle, IndexedBundle
 from depthfuse.data.config import DataConfig
-from depthfuse.data.images import ArrayImages, DecodedImages, ImageSource
+from depthfuse.data.images import ArrayImages, DecodedImages, ImageSource, class_names
 from depthfuse.data.pixels import DecodedOnce, PixelSource
 from depthfuse.data.stream import StreamBundle
 from depthfuse.data.transforms import InputFormat
@@ -19,6 +21,8 @@ from depthfuse.errors import DataError
 EMBEDDED = "fashion-mnist"
 _STREAMS = ("hfids", "tfds", "wds")
 _NAMED = ("torch", "hfds", *_STREAMS)
+# torchvision's reader of class folders, by timm's two names; it orders classes otherwise than timm's own.
+_TORCHVISION_FOLDERS = ("torch/image_folder", "torch/folder")
 
 # Of the 10,000 embedded training images (the script that cut them is benchmarks/cut_fashion_mnist.py).
 _EMBEDDED_MEAN, _EMBEDDED_STD = 0.2863, 0.3526
@@ -48,6 +52,11 @@ def open_data(
             bundle = _open_stream(config, format, num_classes)
         else:
             bundle = _open_indexed(config, format)
+    if bundle.num_classes < 2:
+        raise DataError(
+            f"{config.data} has {bundle.num_classes} class(es), and there is nothing to tell apart: "
+            "a classifier needs two"
+        )
     if num_classes is not None and num_classes != bundle.num_classes:
         shown = ", ".join(bundle.class_names[:5]) + (", ..." if bundle.num_classes > 5 else "")
         raise DataError(
@@ -104,18 +113,26 @@ def _open_indexed(config: DataConfig, format: InputFormat) -> DataBundle:
         _check_path(config)
     both = transforms.build(config, format)
 
-    def open_source(split: str) -> tuple[ImageSource | PixelSource, Tensor | None, list[str]]:
+    def open_split(split: str) -> tuple[DecodedImages, Tensor | None, list[str]]:
         images = DecodedImages(_create(config, split), format.pillow_mode)
         labels, names = images.labels(), images.class_names()
         if labels is not None and not names:
             names = [str(number) for number in range(int(labels.max()) + 1)]
+        if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
+            raise DataError(
+                f"the split {split!r} of {config.data} has labels from {int(labels.min())} to {int(labels.max())}, "
+                f"where 0 to {len(names) - 1} are expected; a negative one often marks an image without a class"
+            )
+        return images, labels, names
+
+    def make_source(images: DecodedImages, labels: Tensor | None) -> ImageSource | PixelSource:
         if not config.in_memory:
-            return ImageSource(images, *both, config.workers), labels, names
+            return ImageSource(images, *both, config.workers)
         if labels is None:
             raise DataError(f"{config.data} does not tell its labels without decoding: leave in_memory out")
         size = format.img_size
         pixels = DecodedOnce(images, transforms.to_pixels(format), (format.in_chans, size, size))
-        source = PixelSource(
+        return PixelSource(
             pixels,
             labels,
             img_size=size,
@@ -125,18 +142,22 @@ def _open_indexed(config: DataConfig, format: InputFormat) -> DataBundle:
             augment=config.augment == "light",
             padding=transforms.shift_padding(size),
         )
-        return source, labels, names
 
-    train, labels, class_names = open_source(config.train_split)
-    val, _, val_names = open_source(config.val_split)
-    folder.check_same_classes(class_names, val_names, config.train_split, config.val_split)
+    train_images, labels, class_names = open_split(config.train_split)
+
+    def open_other(split: str) -> ImageSource | PixelSource:
+        images, other_labels, names = open_split(split)
+        folder.check_same_classes(class_names, names, config.train_split, split)
+        _check_apart(config, train_images.items, images.items, split)
+        return make_source(images, other_labels)
+
+    train = make_source(train_images, labels)
+    val = open_other(config.val_split)
+    positions, held_out = _divide(config, labels, len(train_images))
     if config.holdout_split is None:
         holdout = train
-        positions, held_out = _divide(config, labels, len(train.images))
     else:
-        holdout, _, names = open_source(config.holdout_split)
-        folder.check_same_classes(class_names, names, config.train_split, config.holdout_split)
-        positions, _ = _divide(config, labels, len(train.images))
+        holdout = open_other(config.holdout_split)
         held_out = torch.arange(len(holdout.images))
     return IndexedBundle(
         config,
@@ -152,18 +173,40 @@ def _open_indexed(config: DataConfig, format: InputFormat) -> DataBundle:
     )
 
 
+def _check_apart(config: DataConfig, train: Any, other: Any, split: str) -> None:
+    """Raises DataError if images of another split are training images too."""
+    shared = None
+    if isinstance(train, scanning.FolderImages):
+        shared = train.shared_with(other)
+    # torchvision's small sets take every other name for that of their test part.
+    elif split == config.train_split or getattr(train, "train", None) is getattr(other, "train", ...):
+        shared = f"{config.train_split} = {split}"
+    if shared is not None:
+        raise DataError(
+            f"the split {split!r} of {config.data} holds images of the split {config.train_split!r}, which are trained "
+            f"on ({scanning.shown(shared)}): it would measure nothing; give it images of its own"
+        )
+
+
 def _open_stream(config: DataConfig, format: InputFormat, num_classes: int | None) -> DataBundle:
     if config.in_memory:
         raise DataError(f"{config.data} is a stream, which is not kept in memory: leave in_memory out")
 
     def open_split(split: str, is_training: bool, seed: int) -> Any:
-        return _create(config, split, is_training=is_training, seed=seed, input_img_mode=format.pillow_mode)
+        return _create(config, split, is_training=is_training, seed=seed, input_img_mode=reader_mode)
 
-    numbers = getattr(open_split(config.train_split, False, 0).reader, "class_to_idx", None) or {}
-    names = [str(name) for name in sorted(numbers, key=numbers.__getitem__)]
+    # TensorFlow decodes by itself; the others give Pillow images, which are left to us as they are.
+    reader_mode = format.pillow_mode if _prefix(config.data) == "tfds" else ""
+    for split in (config.val_split, config.holdout_split):
+        if split == config.train_split:
+            raise DataError(f"{split!r} of {config.data} is trained on and measured on: name another split")
+    names = class_names(open_split(config.train_split, False, 0).reader)
     if not names and num_classes is None:
         raise DataError(f"the stream {config.data} does not name its classes: the model must say how many")
-    train_transform, eval_transform = transforms.build(config, format)
+    to_mode = functools.partial(decoding.to_mode, mode=format.pillow_mode)
+    train_transform, eval_transform = (
+        Compose([to_mode, transform]) for transform in transforms.build(config, format)
+    )
     return StreamBundle(
         config,
         names or [str(number) for number in range(num_classes or 0)],
@@ -201,15 +244,19 @@ def _check_path(config: DataConfig) -> None:
 
 
 def _create(config: DataConfig, split: str, **stream: Any) -> Any:
-    """timm's data set for a split, without a transform."""
+    """The images of a split, without a transform: of a folder, or timm's data set."""
     wanted = {"input_key": config.input_key, "target_key": config.target_key}
     keys: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
     if _prefix(config.data) not in _NAMED:
-        path = folder.split_folder(Path(config.data), split)
-        folder.check_classes(path)
-        return timm.data.create_dataset("", root=str(path), search_split=False)
+        return scanning.scan(folder.split_folder(Path(config.data), split))
+    if config.data.lower() in _TORCHVISION_FOLDERS:
+        if config.data_dir is None or not Path(config.data_dir).is_dir():
+            raise DataError(
+                f"{config.data} needs the folder of its splits as data_dir, not {config.data_dir}"
+            )
+        return scanning.scan(folder.split_folder(Path(config.data_dir), split), natural=False)
     try:
-        return timm.data.create_dataset(
+        dataset = timm.data.create_dataset(
             config.data,
             root=config.data_dir,
             split=split,
@@ -225,3 +272,6 @@ def _create(config: DataConfig, split: str, **stream: Any) -> Any:
             f"cannot open the split {split!r} of {config.data} (data_dir {config.data_dir}): "
             f"{type(error).__name__}: {error}"
         ) from error
+    if isinstance(getattr(dataset, "train", None), bool) and split not in folder.USUAL_SPLITS:
+        raise DataError(f"{config.data} has the splits train and test, but not {split!r}")
+    return dataset

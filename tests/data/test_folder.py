@@ -40,14 +40,15 @@ def test_format_comes_from_the_model(folder):
 def test_evaluation_shows_the_pixels_themselves(tmp_path):
     pixels = np.random.RandomState(0).randint(0, 256, (24, 24, 3), dtype=np.uint8)
     for split in ("train", "val"):
-        (tmp_path / split / "only").mkdir(parents=True)
-        Image.fromarray(pixels).save(tmp_path / split / "only" / "image.png")
-    bundle = open_folder(tmp_path, num_classes=1, augment="none", crop_pct=1.0, batch_size=1)
+        for name in ("one", "other"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(pixels).save(tmp_path / split / name / "image.png")
+    bundle = open_folder(tmp_path, num_classes=2, augment="none", crop_pct=1.0, batch_size=2)
     expected = torch.from_numpy(pixels).permute(2, 0, 1).double() / 255
     expected = (expected - torch.tensor(bundle.mean).view(3, 1, 1)) / torch.tensor(bundle.std).view(3, 1, 1)
     for loader in (bundle.val_loader(), bundle.train_loader(seed=0, epoch=0), bundle.calibration_loader(1)):
         ((images, _),) = list(loader)
-        assert torch.allclose(images[0].double(), expected, atol=1e-6)
+        assert torch.allclose(images.double(), expected.expand(2, 3, 24, 24)[: len(images)], atol=1e-6)
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
@@ -111,8 +112,8 @@ def test_max_train_images_is_balanced(folder):
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
 def test_usual_names_of_the_validation_folder_are_found(make_folder, name):
-    root = make_folder({"train": {"ant": 4}, name: {"ant": 2}})
-    assert len(open_folder(root, num_classes=1).val_positions) == 2
+    root = make_folder({"train": {"ant": 4, "bee": 4}, name: {"ant": 1, "bee": 1}})
+    assert len(open_folder(root, num_classes=2).val_positions) == 2
 
 
 def test_torchvision_data_set_by_name(tmp_path):
@@ -154,7 +155,7 @@ def test_named_set_that_is_not_there(tmp_path):
 
 
 def test_missing_split(make_folder):
-    root = make_folder({"train": {"ant": 4}, "other": {"ant": 2}})
+    root = make_folder({"train": {"ant": 4, "bee": 4}, "other": {"ant": 2}})
     with pytest.raises(DataError, match="no folder for the split 'validation'.*found other, train"):
         open_folder(root)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from depthfuse import ops
+from depthfuse.kernels.arguments import Tail, Window
 from depthfuse.ops import cpu
 from depthfuse.ops.activations import activation
 from depthfuse.ops.conv2d import check_arguments as check_conv2d
@@ -192,8 +193,8 @@ class _FusedProduct(FusedModule):
         self.act = act
         self.norm_eps = norm_eps
 
-    def _epilogue(self) -> cpu.Epilogue:
-        return cpu.Epilogue(self.bias, self.scale, self.shift, self.act)
+    def _tail(self, residual: Tensor | None) -> Tail:
+        return Tail(self.bias, residual, self.scale, self.shift, self.act)
 
     def _check(self, x: Tensor, residual: Tensor | None) -> None:
         raise NotImplementedError
@@ -302,8 +303,10 @@ class FusedConv2d(_FusedProduct):
         return (depthwise if is_depthwise else conv2d).pack_weight(self.weight)
 
     def _bind_cpu(self, name: str, input_size: Sequence[int]) -> cpu.Runner:
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return cpu.bind_conv2d(name, self.weight, self._epilogue(), *geometry, input_size)
+        return cpu.bind_conv2d(name, self.weight, self._tail(None), self._window(), input_size)
+
+    def _window(self) -> Window:
+        return Window(self.stride, self.padding, self.dilation, self.groups)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [N, C, H, W]; residual: [N, K, P, Q] or None. Returns [N, K, P, Q] in channels_last."""
@@ -318,23 +321,17 @@ class FusedConv2d(_FusedProduct):
             if residual is not None and residual.shape != y.shape:
                 self._check(x, residual)
             return y
-        vectors = (self.bias, residual, self.scale, self.shift)
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        tail, window = self._tail(residual), self._window()
         if torch.jit.is_tracing():  # what TorchScript knows how to fuse
-            names = ("stride", "padding", "dilation", "groups")
-            keywords: dict[str, Any] = dict(zip(names, geometry, strict=True))
-            options = {"act": self.act, "norm_eps": self.norm_eps}
-            return ops.conv2d_reference(x, self.weight, *vectors, **keywords, **options)
+            return ops.conv2d_reference(x, self.weight, tail, window, self.norm_eps)
         weight = self.weight if self._packed is None else self._packed
         options = (self.act, self._op_backend())
         if self._bound == "winograd":
-            return torch.ops.depthfuse.winograd_conv2d(x, weight, *vectors, self.padding, *options)
-        return torch.ops.depthfuse.conv2d(x, weight, *vectors, *geometry, *options, self.norm_eps)
+            return torch.ops.depthfuse.winograd_conv2d(x, weight, *tail[:4], self.padding, *options)
+        return torch.ops.depthfuse.conv2d(x, weight, *tail[:4], *window, *options, self.norm_eps)
 
     def _check(self, x: Tensor, residual: Tensor | None) -> None:
-        vectors = (self.bias, residual, self.scale, self.shift)
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        check_conv2d(x, self.weight, *vectors, *geometry, self.act, self.norm_eps)
+        check_conv2d(x, self.weight, self._tail(residual), self._window(), self.norm_eps)
 
     def extra_repr(self) -> str:
         filters, group_channels, *kernel = self.weight.shape
@@ -372,7 +369,7 @@ class FusedLinear(_FusedProduct):
         return ["plain"] if self.norm_eps is not None else cpu.linear_candidates(self.weight)
 
     def _bind_cpu(self, name: str, input_size: Sequence[int]) -> cpu.Runner:
-        return cpu.bind_linear(name, self.weight, self._epilogue(), input_size)
+        return cpu.bind_linear(name, self.weight, self._tail(None), input_size)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [..., C]; residual: [..., K] or None. Returns [..., K]."""
@@ -382,14 +379,14 @@ class FusedLinear(_FusedProduct):
             if residual is not None and residual.shape != (*x.shape[:-1], self.weight.shape[0]):
                 self._check(x, residual)
             return self._run_bound(x, residual)
-        vectors = (self.bias, residual, self.scale, self.shift)
+        tail = self._tail(residual)
         if torch.jit.is_tracing():
-            return ops.linear_reference(x, self.weight, *vectors, act=self.act, norm_eps=self.norm_eps)
+            return ops.linear_reference(x, self.weight, tail, self.norm_eps)
         options = (self.act, self._op_backend(), self.norm_eps)
-        return torch.ops.depthfuse.linear(x, self.weight, *vectors, *options)
+        return torch.ops.depthfuse.linear(x, self.weight, *tail[:4], *options)
 
     def _check(self, x: Tensor, residual: Tensor | None) -> None:
-        check_linear(x, self.weight, self.bias, residual, self.scale, self.shift, self.act, self.norm_eps)
+        check_linear(x, self.weight, self._tail(residual), self.norm_eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, {super().extra_repr()}"

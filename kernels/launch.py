@@ -33,6 +33,13 @@ class Target:
     compute_units: int
     shared_bytes: int
 
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """(major, minor) of a CUDA device, (10, 0) for "sm_100"; None elsewhere. As words, those do not compare."""
+        if self.backend != "cuda":
+            return None
+        return divmod(int(self.arch.removeprefix("sm_")), 10)
+
 
 TARGETS = {
     "gfx908": Target("hip", "gfx908", 120, 65536),  # MI100
@@ -120,8 +127,18 @@ def compiler_options(
 
 
 def needs_wide_offsets(*tensors: torch.Tensor | None) -> bool:
-    """Whether any tensor has offsets beyond int32. 32-bit offsets are cheaper, and AMD's buffer loads need them."""
-    return any(t is not None and t.numel() >= 2**31 for t in tensors)
+    """Whether any tensor has offsets beyond int32. 32-bit offsets are cheaper, and AMD's buffer loads need them.
+
+    What counts is how far apart its elements lie: of a view there may be few.
+    """
+    return any(t is not None and extent(t) >= 2**31 for t in tensors)
+
+
+def extent(tensor: torch.Tensor) -> int:
+    """Elements from the first of a tensor to its last, those between its own included."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def require_channels_last(**tensors: torch.Tensor | None) -> None:

@@ -199,7 +199,7 @@ def config_for(target: Target) -> WinogradConfig:
     if target.backend == "hip":
         return WinogradConfig(32, 64, 32, 8)
     # NVIDIA's threads have half the registers of AMD's; Hopper's warp group instruction takes 64 rows.
-    return WinogradConfig(64, 16, 16, 8) if target.arch >= "sm_90" else WinogradConfig(16, 64, 16, 8)
+    return WinogradConfig(64, 16, 16, 8) if target.capability >= (9, 0) else WinogradConfig(16, 64, 16, 8)
 
 
 def supports(

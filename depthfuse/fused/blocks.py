@@ -16,8 +16,13 @@ from torch import Tensor
 
 from depthfuse import ops
 from depthfuse.fused.layers import FusedConv2d, FusedLinear, FusedModule
+from depthfuse.kernels.arguments import ThreeLayers, TwoLayers
 from depthfuse.ops import cpu
 from depthfuse.ops.activations import activation
+from depthfuse.ops.attention import refusal as attention_refusal
+from depthfuse.ops.depthwise_pointwise import refusal as depthwise_pointwise_refusal
+from depthfuse.ops.inverted_residual import refusal as inverted_residual_refusal
+from depthfuse.ops.mlp import refusal as mlp_refusal
 
 
 class FusedBlock(FusedModule):
@@ -90,6 +95,10 @@ class FusedInvertedResidual(FusedBlock):
 
         return pack_weight(self.w2)
 
+    def _refusal(self, x: Tensor) -> str | None:
+        weights = ThreeLayers(self.w1, self.b1, self.w2, self.b2, self.w3)
+        return inverted_residual_refusal(x, weights, self._config["stride"])
+
     def _layers(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
         w2 = self._weights()["w2"]
         inner = {"act": self._config["act_inner"], "backend": backend}
@@ -139,6 +148,9 @@ class FusedDepthwisePointwise(FusedBlock):
 
         return pack_weight(self.w1)
 
+    def _refusal(self, x: Tensor) -> str | None:
+        return depthwise_pointwise_refusal(x, TwoLayers(self.w1, self.b1, self.w2))
+
     def _layers(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
         w1 = self._weights()["w1"]
         geometry = {name: self._config[name] for name in ("stride", "padding", "dilation")}
@@ -165,6 +177,9 @@ class FusedMlp(FusedBlock):
         tensors = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "scale": scale, "shift": shift}
         super().__init__(backend, {"act_inner": act_inner, "act": act, "norm_eps": norm_eps}, **tensors)
 
+    def _refusal(self, x: Tensor) -> str | None:
+        return mlp_refusal(x, TwoLayers(self.w1, self.b1, self.w2))
+
     def _layers(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
         inner = {"act": self._config["act_inner"], "norm_eps": self._config["norm_eps"], "backend": backend}
         hidden = ops.linear(x, self.w1, self.b1, **inner)
@@ -185,6 +200,9 @@ class FusedAttention(FusedBlock):
 
     def _triton_candidates(self) -> list[str]:
         return ["triton"]
+
+    def _refusal(self, x: Tensor) -> str | None:
+        return attention_refusal(x, **self._config) if x.dim() == 3 else super()._refusal(x)
 
     def _cpu_candidates(self) -> list[str]:
         return cpu.attention_candidates(self.like.dtype)

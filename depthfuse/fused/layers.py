@@ -19,7 +19,9 @@ from depthfuse import ops
 from depthfuse.kernels.arguments import Tail, Window
 from depthfuse.ops import cpu
 from depthfuse.ops.activations import activation
+from depthfuse.ops.backend import dtype_refusal, product_refusal, refused
 from depthfuse.ops.conv2d import check_arguments as check_conv2d
+from depthfuse.ops.conv2d import refusal as conv2d_refusal
 from depthfuse.ops.linear import check_arguments as check_linear
 
 _local = threading.local()
@@ -100,25 +102,49 @@ class FusedModule(nn.Module):
 
     def _resolved(self) -> tuple[str, bool]:
         """The backend of the unbound module, and whether that is the reference on a CPU."""
-        device = next(self.buffers()).device
-        name, _ = ops.resolve_backend(self.backend, device)
-        return name, name == "reference" and device.type == "cpu"
+        buffer = next(self.buffers())
+        name, _ = ops.resolve_backend(self.backend, buffer.device)
+        if self.backend == "auto" and dtype_refusal(buffer.dtype):
+            name = "reference"
+        return name, name == "reference" and buffer.device.type == "cpu"
 
     def _op_backend(self) -> str:
-        """What to pass to the op as its backend."""
-        return self._bound if self._bound in ("triton", "reference") else self.backend
+        """What to pass to the op as its backend. Bound to "triton" by a choice of ours it may still fall back, for a
+        call that the kernel does not take.
+        """
+        return "reference" if self._bound == "reference" else self.backend
 
-    def candidates(self) -> list[str]:
+    def _refusal(self, x: Tensor) -> str | None:
+        """What the Triton kernel does not take of this module on `x`, its dtype apart, in words, or None."""
+        return product_refusal(x.dtype)
+
+    def candidates(self, input_size: Sequence[int] | None = None) -> list[str]:
         """The implementations that can run this module where it is, the usual best first.
 
         On a CPU those of `depthfuse.ops.cpu`; on a GPU those of Triton, and "reference", which is the vendor's library.
+
+        Args:
+            input_size: the shape of x; None where it is not known yet, which refuses no shape.
+
+        Raises:
+            BackendError: the backend is "triton", by name, and no kernel takes this module on such an input.
         """
         name, on_cpu = self._resolved()
         if on_cpu:
             return self._cpu_candidates()
         if name != "triton":
             return [name]
-        return [*self._triton_candidates(), *(["reference"] if self.backend == "auto" else [])]
+        dtype = next(self.buffers()).dtype
+        ours, what = self._triton_candidates(), dtype_refusal(dtype)
+        if what is not None:
+            ours = []
+        elif what := self._refusal(torch.empty(input_size or (), dtype=dtype, device="meta")):
+            ours = [name for name in ours if name == "layers"]  # whose kernels are others
+        if self.backend == "auto":
+            return [*ours, "reference"]
+        if not ours:
+            raise refused(type(self).__name__, what)
+        return ours
 
     def use(self, name: str, input_size: Sequence[int]) -> None:
         """Bind the implementation `name`, one of `candidates()` or "plain", which is none of them.
@@ -129,7 +155,7 @@ class FusedModule(nn.Module):
         Raises:
             ValueError: an unknown implementation.
         """
-        names = list(dict.fromkeys([*self.candidates(), "plain"]))
+        names = list(dict.fromkeys([*self.candidates(input_size), "plain"]))
         if name not in names:
             raise ValueError(f"unknown implementation {name!r}; expected one of {', '.join(names)}")
         self._unbind()
@@ -144,7 +170,7 @@ class FusedModule(nn.Module):
 
     def prepare(self, input_size: Sequence[int]) -> None:
         """Bind the implementation that is usually best; `depthfuse.accelerate` measures instead."""
-        self.use(self.candidates()[0], input_size)
+        self.use(self.candidates(input_size)[0], input_size)
 
     def _cpu_candidates(self) -> list[str]:
         return ["plain"]
@@ -285,6 +311,9 @@ class FusedConv2d(_FusedProduct):
         if self.norm_eps is not None:
             return ["plain"]
         return cpu.conv2d_candidates(self.weight, self.padding, self.groups)
+
+    def _refusal(self, x: Tensor) -> str | None:
+        return conv2d_refusal(x, self.weight, self._tail(None), self._window(), self.norm_eps)
 
     def _triton_candidates(self) -> list[str]:
         from depthfuse.kernels import winograd

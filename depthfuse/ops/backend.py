@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Callable
 
 import torch
@@ -19,11 +21,21 @@ _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _logged: set[tuple[str, str]] = set()
 
 
+@functools.cache
+def _amd_architecture(device: torch.device) -> str:
+    """ "gfx942", ... of a ROCm device."""
+    return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+
+
 def _why_not_triton(device: torch.device) -> str | None:
     """The reason why the Triton kernels cannot run on `device`, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cuda":
+        arch = _amd_architecture(device) if torch.version.hip else ""
+        # RDNA: gfx10xx, gfx11xx, gfx12xx; CDNA are gfx9xx.
+        if re.match(r"gfx1\d", arch):
+            return f"{arch} runs waves of 32 lanes, and the Triton kernels are laid out for AMD's 64 (gfx9)"
         return None
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None

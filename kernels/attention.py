@@ -26,8 +26,6 @@ from depthfuse.kernels.launch import (
     compiler_options,
     needs_wide_offsets,
     next_power_of_2,
-    require_dot,
-    require_operands,
     require_rows,
     target_of,
 )
@@ -186,25 +184,14 @@ def attention(
     """softmax(q k^T scale) v for every head, without mask or dropout; `scale` None is 1 / sqrt(D).
 
     float16, bfloat16 or float32 in and out; scores and sums are float32, the softmax's weights the dtype of `qkv`.
+    That the arguments fit each other, and `supports`, is for the caller to check, as `depthfuse.ops.attention` does.
 
     Raises:
-        ValueError: a width that is no three times `heads`, a size that `supports` does not, or a tensor not contiguous.
-        TypeError: a dtype that is not supported.
+        ValueError: a tensor that is not contiguous.
     """
     target = target_of(qkv)
-    require_operands(qkv)
-    require_dot(qkv)
-    if qkv.dim() != 3 or qkv.shape[2] % (3 * heads):
-        raise ValueError(
-            f"qkv has shape {list(qkv.shape)}, expected [B, N, 3 * heads * D] with heads={heads}"
-        )
-    batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    if not supports(tokens, width // heads):
-        raise ValueError(
-            f"{tokens} tokens with heads of {width // heads}: expected at most {MAX_TOKENS} tokens and heads of "
-            f"{HEAD_DIMS[0]} to {HEAD_DIMS[1]}; use torch.nn.functional.scaled_dot_product_attention instead"
-        )
     require_rows(qkv=qkv)
+    batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     y = torch.empty((batch, tokens, width), dtype=qkv.dtype, device=qkv.device)
     scale = (width // heads) ** -0.5 if scale is None else scale
     plan(qkv, y, heads=heads, scale=scale, config=config, target=target).run(qkv)

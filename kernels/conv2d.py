@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from depthfuse.kernels import linear
+from depthfuse.kernels.arguments import NO_TAIL, POINTWISE, Tail, Window
 from depthfuse.kernels.device import splitk
 from depthfuse.kernels.device.epilogue import finish
 from depthfuse.kernels.device.patches import join_positions
@@ -32,10 +33,7 @@ from depthfuse.kernels.launch import (
     ceil_div,
     empty_image,
     needs_wide_offsets,
-    output_shape,
     require_channels_last,
-    require_dot,
-    require_operands,
     require_tail,
     target_of,
 )
@@ -225,17 +223,10 @@ def _filter_stride(weight: torch.Tensor) -> int:
 def plan(
     x: torch.Tensor,  # [N, C, H, W] channels_last
     weight: torch.Tensor,  # [K, C / groups, R, S] channels_last, or from pack_weight
-    bias: torch.Tensor | None,  # [K]
-    residual: torch.Tensor | None,  # [N, K, P, Q] channels_last
-    scale: torch.Tensor | None,  # [K]
-    shift: torch.Tensor | None,  # [K]
+    tail: Tail,  # residual [N, K, P, Q] channels_last
     y: torch.Tensor,  # [N, K, P, Q] channels_last
+    window: Window,
     *,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    act: str,
     config: GemmConfig | None,
     target: Target,
 ) -> list[Launch]:
@@ -246,24 +237,15 @@ def plan(
     _, channels, height, width = x.shape
     batch, out_channels, out_height, out_width = y.shape
     _, group_channels, r, s = weight.shape
-    if (r, s) == (1, 1) and stride == (1, 1) and padding == (0, 0) and groups == 1:
-        rows = [
-            None if t is None else t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (x, residual, y)
-        ]
-        weight = weight.reshape(out_channels, channels)
-        return linear.plan(
-            rows[0],
-            weight,
-            bias,
-            rows[1],
-            scale,
-            shift,
-            rows[2],
-            act=act,
-            norm_eps=None,
-            config=config,
-            target=target,
+    groups = window.groups
+    if (r, s) == (1, 1) and window == Window(dilation=window.dilation):
+        x, residual, y = (
+            None if t is None else t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+            for t in (x, tail.residual, y)
         )
+        weight = weight.reshape(out_channels, channels)
+        tail = tail._replace(residual=residual)
+        return linear.plan(x, weight, tail, y, norm_eps=None, config=config, target=target)
     pixels = batch * out_height * out_width
     group_outputs = out_channels // groups
     shape = {"pixels": pixels, "channels": group_channels, "out_channels": group_outputs, "taps": r * s}
@@ -271,13 +253,13 @@ def plan(
     if config is None:
         config = config_for(pixels, group_channels, group_outputs, r * s, groups, x.dtype, target)
     wide = needs_wide_offsets(x, weight, y)
-    tail = {"bias": bias, "residual": residual, "scale": scale, "shift": shift}
     split = config.splits > 1
+    own = NO_TAIL if split else tail
     parts = splitk.workspace(config.splits, pixels, out_channels, y.device) if split else y
     arguments = {
         "x": x,
         "weight": weight,
-        **(dict.fromkeys(tail) if split else tail),
+        **own.tensors(),
         "y": parts,
         "pixels": pixels,
         "height": height,
@@ -290,13 +272,8 @@ def plan(
         "R": r,
         "S": s,
         "W_STRIDE": _filter_stride(weight),
-        "STRIDE_H": stride[0],
-        "STRIDE_W": stride[1],
-        "PADDING_H": padding[0],
-        "PADDING_W": padding[1],
-        "DILATION_H": dilation[0],
-        "DILATION_W": dilation[1],
-        "ACTIVATION": "none" if split else act,
+        **window.constants(),
+        "ACTIVATION": own.act,
         "WIDE": wide,
         "FLAT": group_channels < FLAT_BELOW,
         "INTERLEAVE": 4 if target.backend != "cuda" and group_channels % 4 else 1,
@@ -309,56 +286,32 @@ def plan(
     grid = (ceil_div(pixels, config.block_m) * ceil_div(group_outputs, config.block_n), groups, config.splits)
     launches = [Launch(conv2d_kernel, grid, arguments, config.options(target))]
     if split:
-        launches.append(splitk.plan(parts, **tail, y=y, act=act, wide=wide, target=target))
+        launches.append(splitk.plan(parts, tail, y, wide=wide, target=target))
     return launches
 
 
 def conv2d(
     x: torch.Tensor,  # [N, C, H, W] channels_last
     weight: torch.Tensor,  # [K, C / groups, R, S] channels_last, or from pack_weight
-    bias: torch.Tensor | None = None,  # [K]
-    residual: torch.Tensor | None = None,  # [N, K, P, Q] channels_last
-    scale: torch.Tensor | None = None,  # [K]
-    shift: torch.Tensor | None = None,  # [K]
+    tail: Tail = NO_TAIL,  # residual [N, K, P, Q] channels_last
+    window: Window = POINTWISE,
     *,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    groups: int = 1,
-    act: str = "none",
     config: GemmConfig | None = None,
 ) -> torch.Tensor:  # [N, K, P, Q] channels_last
-    """Convolution with bias, residual, activation and affine in one pass; see this file's head for the formula.
+    """Convolution with its tail in one pass; see this file's head for the formula.
 
     float16, bfloat16 or float32 in and out, float32 accumulation (true float32 products for float32 inputs).
-    `config` None takes `config_for`'s choice.
+    `config` None takes `config_for`'s choice. That the arguments fit each other is for the caller to check, as
+    `depthfuse.ops.conv2d` does.
 
     Raises:
-        ValueError: shapes that do not fit each other, or a layout other than channels_last.
-        TypeError: a dtype that the target cannot multiply.
+        ValueError: a layout other than channels_last.
     """
     target = target_of(x)
-    require_operands(x, weight=weight, bias=bias, residual=residual, scale=scale, shift=shift)
-    require_dot(x)
-    y = empty_image(output_shape(x, weight, stride, padding, dilation, groups), x)
-    require_tail(y, bias=bias, residual=residual, scale=scale, shift=shift, act=act)
-    require_channels_last(x=x, weight=None if is_packed(weight) else weight, residual=residual)
-    launches = plan(
-        x,
-        weight,
-        bias,
-        residual,
-        scale,
-        shift,
-        y,
-        stride=tuple(stride),
-        padding=tuple(padding),
-        dilation=tuple(dilation),
-        groups=groups,
-        act=act,
-        config=config,
-        target=target,
-    )
-    for launch in launches:
+    require_channels_last(x=x, weight=None if is_packed(weight) else weight)
+    require_tail(tail, require_channels_last)
+    size = window.output_size(x.shape[2:], weight.shape[2:])
+    y = empty_image((x.shape[0], weight.shape[0], *size), x)
+    for launch in plan(x, weight, tail, y, window, config=config, target=target):
         launch.run(x)
     return y

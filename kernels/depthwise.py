@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from depthfuse.kernels.arguments import NO_TAIL, POINTWISE, Tail, Window
 from depthfuse.kernels.device.epilogue import finish, normalize
 from depthfuse.kernels.launch import (
     Launch,
@@ -33,9 +34,7 @@ from depthfuse.kernels.launch import (
     empty_image,
     needs_wide_offsets,
     next_power_of_2,
-    output_shape,
     require_channels_last,
-    require_operands,
     require_tail,
     target_of,
 )
@@ -289,16 +288,10 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
 def plan(
     x: torch.Tensor,  # [N, C, H, W] channels_last
     weight: torch.Tensor,  # [C, 1, R, S] contiguous, or from pack_weight
-    bias: torch.Tensor | None,  # [C]
-    residual: torch.Tensor | None,  # [N, C, P, Q] channels_last
-    scale: torch.Tensor | None,  # [C]
-    shift: torch.Tensor | None,  # [C]
+    tail: Tail,  # residual [N, C, P, Q] channels_last
     y: torch.Tensor,  # [N, C, P, Q] channels_last
+    window: Window,  # whose groups are C, whatever it says
     *,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    act: str,
     norm_eps: float | None,
     config: DepthwiseConfig | None,
     target: Target,
@@ -313,20 +306,17 @@ def plan(
         "out_width": out_width,
         "kernel_h": r,
         "kernel_w": s,
-        "stride_h": stride[0],
-        "stride_w": stride[1],
+        "stride_h": window.stride[0],
+        "stride_w": window.stride[1],
         "norm": int(norm_eps is not None),
     }
     config = config or tuned("depthwise_conv2d", DepthwiseConfig, x, target, **shape)
     if config is None:
-        config = config_for(channels, out_width, (r, s), stride, norm_eps is not None, x.dtype, target)
+        config = config_for(channels, out_width, (r, s), window.stride, norm_eps is not None, x.dtype, target)
     arguments = {
         "x": x,
         "weight": weight,
-        "bias": bias,
-        "residual": residual,
-        "scale": scale,
-        "shift": shift,
+        **tail.tensors(),
         "y": y,
         "batch": batch,
         "height": height,
@@ -336,16 +326,11 @@ def plan(
         "CHANNELS": channels,
         "R": r,
         "S": s,
-        "STRIDE_H": stride[0],
-        "STRIDE_W": stride[1],
-        "PADDING_H": padding[0],
-        "PADDING_W": padding[1],
-        "DILATION_H": dilation[0],
-        "DILATION_W": dilation[1],
+        **window.constants(),
         "W_STRIDE_C": weight.stride(0),
         "W_STRIDE_TAP": weight.stride(3),
         "NORM_EPS": norm_eps,
-        "ACTIVATION": act,
+        "ACTIVATION": tail.act,
         "WIDE": needs_wide_offsets(x, y),
         "PATCH_H": config.patch_h,
         "PATCH_W": config.patch_w,
@@ -357,57 +342,37 @@ def plan(
     return Launch(depthwise_kernel, grid, arguments, config.options(target))
 
 
+def require_taps(**weights: torch.Tensor) -> None:
+    """Raise ValueError for a [C, 1, R, S] weight whose taps do not lie a fixed stride apart."""
+    for name, weight in weights.items():
+        if weight.stride(2) != weight.shape[3] * weight.stride(3):
+            raise ValueError(
+                f"{name} has strides {list(weight.stride())}, expected contiguous or depthwise.pack_weight({name})"
+            )
+
+
 def depthwise_conv2d(
     x: torch.Tensor,  # [N, C, H, W] channels_last
     weight: torch.Tensor,  # [C, 1, R, S] contiguous (which is channels_last too), or from pack_weight
-    bias: torch.Tensor | None = None,  # [C]
-    residual: torch.Tensor | None = None,  # [N, C, P, Q] channels_last
-    scale: torch.Tensor | None = None,  # [C]
-    shift: torch.Tensor | None = None,  # [C]
+    tail: Tail = NO_TAIL,  # residual [N, C, P, Q] channels_last
+    window: Window = POINTWISE,  # whose groups are C, whatever it says
     *,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    act: str = "none",
     norm_eps: float | None = None,
     config: DepthwiseConfig | None = None,
 ) -> torch.Tensor:  # [N, C, P, Q] channels_last
-    """Depthwise convolution with bias, LayerNorm, residual, activation and affine in one pass; see this file's head.
+    """Depthwise convolution, LayerNorm where `norm_eps` is given, and its tail in one pass; see this file's head.
 
-    float16, bfloat16 or float32 in and out, float32 sums. `config` None takes `config_for`'s choice.
+    float16, bfloat16 or float32 in and out, float32 sums. `config` None takes `config_for`'s choice. That the arguments
+    fit each other is for the caller to check, as `depthfuse.ops.conv2d` does.
 
     Raises:
-        ValueError: shapes that do not fit each other, or a layout other than the above.
-        TypeError: dtypes that differ or are not supported.
+        ValueError: a layout other than the above.
     """
     target = target_of(x)
-    require_operands(x, weight=weight, bias=bias, residual=residual, scale=scale, shift=shift)
-    y = empty_image(output_shape(x, weight, stride, padding, dilation, groups=x.shape[1]), x)
-    if weight.shape[0] != x.shape[1]:
-        raise ValueError(
-            f"weight {list(weight.shape)} must have one filter for each of x's {x.shape[1]} channels"
-        )
-    require_tail(y, bias=bias, residual=residual, scale=scale, shift=shift, act=act)
-    require_channels_last(x=x, residual=residual)
-    if weight.stride(2) != weight.shape[3] * weight.stride(3):
-        raise ValueError(
-            f"weight has strides {list(weight.stride())}, expected contiguous or pack_weight(weight)"
-        )
-    launch = plan(
-        x,
-        weight,
-        bias,
-        residual,
-        scale,
-        shift,
-        y,
-        stride=tuple(stride),
-        padding=tuple(padding),
-        dilation=tuple(dilation),
-        act=act,
-        norm_eps=norm_eps,
-        config=config,
-        target=target,
-    )
-    launch.run(x)
+    require_channels_last(x=x)
+    require_taps(weight=weight)
+    require_tail(tail, require_channels_last)
+    size = window.output_size(x.shape[2:], weight.shape[2:])
+    y = empty_image((*x.shape[:2], *size), x)
+    plan(x, weight, tail, y, window, norm_eps=norm_eps, config=config, target=target).run(x)
     return y

@@ -19,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from depthfuse.kernels.depthwise import add_row, load_row
+from depthfuse.kernels.arguments import NO_TAIL, POINTWISE, Tail, TwoLayers, Window
+from depthfuse.kernels.depthwise import add_row, load_row, require_taps
 from depthfuse.kernels.device.epilogue import activate, finish
 from depthfuse.kernels.device.patches import join_positions
 from depthfuse.kernels.launch import (
@@ -30,10 +31,8 @@ from depthfuse.kernels.launch import (
     empty_image,
     needs_wide_offsets,
     next_power_of_2,
-    output_shape,
     require_channels_last,
-    require_dot,
-    require_operands,
+    require_rows,
     require_tail,
     target_of,
 )
@@ -169,45 +168,33 @@ def supports(out_channels: int) -> bool:
 
 def plan(
     x: torch.Tensor,  # [N, C, H, W] channels_last
-    w1: torch.Tensor,  # [C, 1, R, S] contiguous, or from depthwise.pack_weight
-    b1: torch.Tensor | None,  # [C]
-    w2: torch.Tensor,  # [K, C, 1, 1]
-    b2: torch.Tensor | None,  # [K]
-    residual: torch.Tensor | None,  # [N, K, P, Q] channels_last
-    scale: torch.Tensor | None,  # [K]
-    shift: torch.Tensor | None,  # [K]
+    weights: TwoLayers,  # [C, 1, R, S] contiguous or from depthwise.pack_weight, [C], [K, C, 1, 1]
+    tail: Tail,  # residual [N, K, P, Q] channels_last
     y: torch.Tensor,  # [N, K, P, Q] channels_last
+    window: Window,  # of the depthwise convolution, whose groups are C, whatever it says
     *,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
     act_inner: str,
-    act: str,
     config: DepthwisePointwiseConfig | None,
     target: Target,
 ) -> Launch:
     """The launch that computes `y`."""
     _, channels, height, width = x.shape
     batch, out_channels, out_height, out_width = y.shape
+    w1 = weights.w1
     shape = {
         "pixels": batch * out_height * out_width,
         "channels": channels,
         "out_channels": out_channels,
         "kernel_h": w1.shape[2],
         "kernel_w": w1.shape[3],
-        "stride_w": stride[1],
+        "stride_w": window.stride[1],
     }
     config = config or tuned("depthwise_pointwise", DepthwisePointwiseConfig, x, target, **shape)
     config = config or config_for(out_channels, target)
     arguments = {
         "x": x,
-        "w1": w1,
-        "b1": b1,
-        "w2": w2,
-        "b2": b2,
-        "residual": residual,
-        "scale": scale,
-        "shift": shift,
+        **weights._asdict(),
+        **tail.tensors("b2"),
         "y": y,
         "batch": batch,
         "height": height,
@@ -218,16 +205,11 @@ def plan(
         "OUT_CHANNELS": out_channels,
         "R": w1.shape[2],
         "S": w1.shape[3],
-        "STRIDE_H": stride[0],
-        "STRIDE_W": stride[1],
-        "PADDING_H": padding[0],
-        "PADDING_W": padding[1],
-        "DILATION_H": dilation[0],
-        "DILATION_W": dilation[1],
+        **window.constants(),
         "W1_STRIDE_C": w1.stride(0),
         "W1_STRIDE_TAP": w1.stride(3),
         "ACT_INNER": act_inner,
-        "ACTIVATION": act,
+        "ACTIVATION": tail.act,
         "WIDE": needs_wide_offsets(x, y),
         "PATCH_W": config.patch_w,
         "PATCHES": config.patches,
@@ -242,57 +224,28 @@ def plan(
 
 def depthwise_pointwise(
     x: torch.Tensor,  # [N, C, H, W] channels_last
-    w1: torch.Tensor,  # [C, 1, R, S] contiguous, or from depthwise.pack_weight
-    b1: torch.Tensor | None,  # [C]
-    w2: torch.Tensor,  # [K, C, 1, 1]
-    b2: torch.Tensor | None = None,  # [K]
-    residual: torch.Tensor | None = None,  # [N, K, P, Q] channels_last
-    scale: torch.Tensor | None = None,  # [K]
-    shift: torch.Tensor | None = None,  # [K]
+    weights: TwoLayers,  # [C, 1, R, S] contiguous or from depthwise.pack_weight, [C], [K, C, 1, 1]
+    tail: Tail = NO_TAIL,  # residual [N, K, P, Q] channels_last
+    window: Window = POINTWISE,  # of the depthwise convolution, whose groups are C, whatever it says
     *,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
     act_inner: str = "none",
-    act: str = "none",
     config: DepthwisePointwiseConfig | None = None,
 ) -> torch.Tensor:  # [N, K, P, Q] channels_last
-    """Depthwise convolution, activation, 1x1 convolution with a fused tail, in one launch; this file's head has the
-    formula.
+    """Depthwise convolution, activation, 1x1 convolution with its tail, in one launch; see this file's head.
 
     float16, bfloat16 or float32 in and out, float32 sums; the filtered tensor is rounded to the dtype of `x`.
-    `config` None takes `config_for`'s choice.
+    `config` None takes `config_for`'s choice. That the arguments fit each other, and K `supports`, is for the caller to
+    check, as `depthfuse.ops.depthwise_pointwise` does.
 
     Raises:
-        ValueError: more than MAX_OUT_CHANNELS outputs, shapes that do not fit each other, or a wrong layout.
-        TypeError: dtypes that differ or are not supported.
+        ValueError: a layout other than the above.
     """
     target = target_of(x)
-    require_operands(x, w1=w1, b1=b1, w2=w2, b2=b2, residual=residual, scale=scale, shift=shift)
-    require_dot(x)
-    batch, _, *size = output_shape(x, w1, stride, padding, dilation, groups=x.shape[1])
-    channels, out_channels = x.shape[1], w2.shape[0]
-    expected = {
-        "w1": (w1, (channels, 1, *w1.shape[2:])),
-        "b1": (b1, (channels,)),
-        "w2": (w2, (out_channels, channels, 1, 1)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
-    if not supports(out_channels):
-        raise ValueError(
-            f"{out_channels} output channels: expected at most {MAX_OUT_CHANNELS}; "
-            "use depthwise_conv2d and conv2d instead"
-        )
-    y = empty_image((batch, out_channels, *size), x)
-    require_tail(y, bias=b2, residual=residual, scale=scale, shift=shift, act=act)
-    require_channels_last(x=x, w2=w2, residual=residual)
-    if w1.stride(2) != w1.shape[3] * w1.stride(3):
-        raise ValueError(
-            f"w1 has strides {list(w1.stride())}, expected contiguous or depthwise.pack_weight(w1)"
-        )
-    options = {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation)}
-    options |= {"act_inner": act_inner, "act": act, "config": config, "target": target}
-    plan(x, w1, b1, w2, b2, residual, scale, shift, y, **options).run(x)
+    require_channels_last(x=x, w2=weights.w2)
+    require_taps(w1=weights.w1)
+    require_rows(b1=weights.b1)
+    require_tail(tail, require_channels_last)
+    size = window.output_size(x.shape[2:], weights.w1.shape[2:])
+    y = empty_image((x.shape[0], weights.w2.shape[0], *size), x)
+    plan(x, weights, tail, y, window, act_inner=act_inner, config=config, target=target).run(x)
     return y

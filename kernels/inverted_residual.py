@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+from depthfuse.kernels.arguments import NO_TAIL, Tail, ThreeLayers
+from depthfuse.kernels.depthwise import require_taps
 from depthfuse.kernels.device.epilogue import activate, finish
 from depthfuse.kernels.device.patches import join_positions, split_positions
 from depthfuse.kernels.device.tile import within_reduction
@@ -34,8 +36,7 @@ from depthfuse.kernels.launch import (
     needs_wide_offsets,
     next_power_of_2,
     require_channels_last,
-    require_dot,
-    require_operands,
+    require_rows,
     require_tail,
     target_of,
 )
@@ -196,32 +197,24 @@ def supports(channels: int, out_channels: int, kernel: int, stride: int) -> bool
 
 def plan(
     x: torch.Tensor,  # [N, C, H, W] channels_last
-    w1: torch.Tensor,  # [hidden, C, 1, 1]
-    b1: torch.Tensor,  # [hidden]
-    w2: torch.Tensor,  # [hidden, 1, R, R] contiguous, or from depthwise.pack_weight
-    b2: torch.Tensor,  # [hidden]
-    w3: torch.Tensor,  # [K, hidden, 1, 1]
-    b3: torch.Tensor | None,  # [K]
-    residual: torch.Tensor | None,  # [N, K, P, Q] channels_last
-    scale: torch.Tensor | None,  # [K]
-    shift: torch.Tensor | None,  # [K]
+    weights: ThreeLayers,  # [hidden, C, 1, 1], [hidden], [hidden, 1, R, R] (*), [hidden], [K, hidden, 1, 1]
+    tail: Tail,  # residual [N, K, P, Q] channels_last
     y: torch.Tensor,  # [N, K, P, Q] channels_last
     *,
     stride: int,
-    padding: int,
     act_inner: str,
-    act: str,
     config: InvertedResidualConfig | None,
     target: Target,
 ) -> Launch:
-    """The launch that computes `y`."""
+    """The launch that computes `y`. (*) contiguous, or from depthwise.pack_weight."""
     _, channels, height, width = x.shape
     batch, out_channels, out_height, out_width = y.shape
+    hidden, w2 = weights.w1.shape[0], weights.w2
     kernel = w2.shape[2]
     shape = {
         "pixels": batch * out_height * out_width,
         "channels": channels,
-        "hidden": w1.shape[0],
+        "hidden": hidden,
         "out_channels": out_channels,
         "stride": stride,
     }
@@ -231,15 +224,8 @@ def plan(
     out_w = (config.in_w - kernel) // stride + 1
     arguments = {
         "x": x,
-        "w1": w1,
-        "b1": b1,
-        "w2": w2,
-        "b2": b2,
-        "w3": w3,
-        "b3": b3,
-        "residual": residual,
-        "scale": scale,
-        "shift": shift,
+        **weights._asdict(),
+        **tail.tensors("b3"),
         "y": y,
         "batch": batch,
         "height": height,
@@ -247,15 +233,15 @@ def plan(
         "out_height": out_height,
         "out_width": out_width,
         "CHANNELS": channels,
-        "HIDDEN": w1.shape[0],
+        "HIDDEN": hidden,
         "OUT_CHANNELS": out_channels,
         "KERNEL": kernel,
         "STRIDE": stride,
-        "PADDING": padding,
+        "PADDING": kernel // 2,
         "W2_STRIDE_C": w2.stride(0),
         "W2_STRIDE_TAP": w2.stride(3),
         "ACT_INNER": act_inner,
-        "ACTIVATION": act,
+        "ACTIVATION": tail.act,
         "WIDE": needs_wide_offsets(x, y),
         "PATCHES": config.patches,
         "IN_H": config.in_h,
@@ -274,76 +260,30 @@ def plan(
 
 def inverted_residual(
     x: torch.Tensor,  # [N, C, H, W] channels_last
-    w1: torch.Tensor,  # [hidden, C, 1, 1]
-    b1: torch.Tensor,  # [hidden]
-    w2: torch.Tensor,  # [hidden, 1, 3, 3] contiguous, or from depthwise.pack_weight
-    b2: torch.Tensor,  # [hidden]
-    w3: torch.Tensor,  # [K, hidden, 1, 1]
-    b3: torch.Tensor | None = None,  # [K]
-    residual: torch.Tensor | None = None,  # [N, K, P, Q] channels_last; x itself where the block has a skip
-    scale: torch.Tensor | None = None,  # [K]
-    shift: torch.Tensor | None = None,  # [K]
+    weights: ThreeLayers,  # [hidden, C, 1, 1], [hidden], [hidden, 1, 3, 3] (*), [hidden], [K, hidden, 1, 1]
+    tail: Tail = NO_TAIL,  # residual [N, K, P, Q] channels_last; x itself where the block has a skip
     *,
     stride: int = 1,
     act_inner: str = "relu6",
-    act: str = "none",
     config: InvertedResidualConfig | None = None,
 ) -> torch.Tensor:  # [N, K, P, Q] channels_last
     """Expand 1x1, depthwise 3x3 (padding 1), project 1x1 and skip in one launch; this file's head has the formula.
 
+    (*) contiguous, or from depthwise.pack_weight.
+
     float16, bfloat16 or float32 in and out; the expanded tensors are float32 up to the projection, which takes them in
-    the dtype of `x`. `config` None takes `config_for`'s choice.
+    the dtype of `x`. `config` None takes `config_for`'s choice. That the arguments fit each other, and `supports`, is
+    for the caller to check, as `depthfuse.ops.inverted_residual` does.
 
     Raises:
-        ValueError: a shape that `supports` does not, shapes that do not fit each other, or a wrong layout.
-        TypeError: dtypes that differ or are not supported.
+        ValueError: a layout other than the above.
     """
     target = target_of(x)
-    require_operands(x, w1=w1, b1=b1, w2=w2, b2=b2, w3=w3, b3=b3, residual=residual, scale=scale, shift=shift)
-    require_dot(x)
-    n, channels, height, width = x.shape
-    hidden, out_channels, kernel = w1.shape[0], w3.shape[0], w2.shape[-1]
-    expected = {
-        "w1": (w1, (hidden, channels, 1, 1)),
-        "b1": (b1, (hidden,)),
-        "w2": (w2, (hidden, 1, kernel, kernel)),
-        "b2": (b2, (hidden,)),
-        "w3": (w3, (out_channels, hidden, 1, 1)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
-    if not supports(channels, out_channels, kernel, stride):
-        raise ValueError(
-            f"{channels} -> {out_channels} channels, kernel {kernel}, stride {stride}: expected at most {MAX_CHANNELS} "
-            "channels, a 3x3 kernel and stride 1 or 2; use conv2d and depthwise_conv2d instead"
-        )
-    size = [(extent - 1) // stride + 1 for extent in (height, width)]
-    y = empty_image((n, out_channels, *size), x)
-    require_tail(y, bias=b3, residual=residual, scale=scale, shift=shift, act=act)
-    require_channels_last(x=x, w1=w1, w3=w3, residual=residual)
-    if w2.stride(2) != kernel * w2.stride(3):
-        raise ValueError(
-            f"w2 has strides {list(w2.stride())}, expected contiguous or depthwise.pack_weight(w2)"
-        )
-    launch = plan(
-        x,
-        w1,
-        b1,
-        w2,
-        b2,
-        w3,
-        b3,
-        residual,
-        scale,
-        shift,
-        y,
-        stride=stride,
-        padding=1,
-        act_inner=act_inner,
-        act=act,
-        config=config,
-        target=target,
-    )
-    launch.run(x)
+    require_channels_last(x=x, w1=weights.w1, w3=weights.w3)
+    require_taps(w2=weights.w2)
+    require_rows(b1=weights.b1, b2=weights.b2)
+    require_tail(tail, require_channels_last)
+    size = [(extent - 1) // stride + 1 for extent in x.shape[2:]]
+    y = empty_image((x.shape[0], weights.w3.shape[0], *size), x)
+    plan(x, weights, tail, y, stride=stride, act_inner=act_inner, config=config, target=target).run(x)
     return y

@@ -6,6 +6,7 @@ running lets `benchmarks/prove.py` compile, for cards that are not there, exactl
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 
 from depthfuse.devices import DEVICES
-from depthfuse.kernels.device.epilogue import ACTIVATIONS
+from depthfuse.kernels.arguments import Tail
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ class Target:
     arch: str
     compute_units: int
     shared_bytes: int
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """(major, minor) of a CUDA device, (10, 0) for "sm_100"; None elsewhere. As words, those do not compare."""
+        if self.backend != "cuda":
+            return None
+        return divmod(int(self.arch.removeprefix("sm_")), 10)
 
 
 TARGETS = {
@@ -117,8 +125,18 @@ def compiler_options(
 
 
 def needs_wide_offsets(*tensors: torch.Tensor | None) -> bool:
-    """Whether any tensor has offsets beyond int32. 32-bit offsets are cheaper, and AMD's buffer loads need them."""
-    return any(t is not None and t.numel() >= 2**31 for t in tensors)
+    """Whether any tensor has offsets beyond int32. 32-bit offsets are cheaper, and AMD's buffer loads need them.
+
+    What counts is how far apart its elements lie: of a view there may be few.
+    """
+    return any(t is not None and extent(t) >= 2**31 for t in tensors)
+
+
+def extent(tensor: torch.Tensor) -> int:
+    """Elements from the first of a tensor to its last, those between its own included."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def require_channels_last(**tensors: torch.Tensor | None) -> None:
@@ -142,61 +160,13 @@ def require_rows(**tensors: torch.Tensor | None) -> None:
             )
 
 
-def require_tail(
-    y: torch.Tensor,  # [N, K, P, Q], or [..., K] where channel_dim is -1
-    *,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    act: str,
-    channel_dim: int = 1,
-) -> None:
-    """Raise ValueError where an operand of the fused tail does not fit the output `y`."""
-    channels = y.shape[channel_dim]
-    for name, vector in (("bias", bias), ("scale", scale), ("shift", shift)):
-        if vector is not None and (vector.shape != (channels,) or not vector.is_contiguous()):
-            raise ValueError(
-                f"{name} has shape {list(vector.shape)} and strides {list(vector.stride())}, "
-                f"expected contiguous [{channels}], one value per output channel"
-            )
-    if residual is not None and residual.shape != y.shape:
-        raise ValueError(f"residual has shape {list(residual.shape)}, expected the output's {list(y.shape)}")
-    if act not in ACTIVATIONS:
-        raise ValueError(f"act is {act!r}, expected one of {', '.join(ACTIVATIONS)}")
+def require_tail(tail: Tail, require_residual: Callable[..., None]) -> None:
+    """Raise ValueError where a tensor of the tail is not laid out as the kernels read it.
 
-
-def output_shape(
-    x: torch.Tensor,  # [N, C, H, W]
-    weight: torch.Tensor,  # [K, C / groups, R, S]
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> tuple[int, int, int, int]:
-    """N, K, P, Q of a convolution of `x` by `weight`.
-
-    Raises:
-        ValueError: channels that do not fit each other, or a window larger than the padded image.
+    `require_residual` is `require_channels_last` for images and `require_rows` for rows.
     """
-    if x.dim() != 4 or weight.dim() != 4:
-        raise ValueError(
-            f"x {list(x.shape)} and weight {list(weight.shape)} must be 4-d: [N, C, H, W], [K, C/groups, R, S]"
-        )
-    n, c, *image = x.shape
-    k, group_c, *window = weight.shape
-    if c != group_c * groups or k % groups:
-        raise ValueError(
-            f"x has {c} channels and weight {list(weight.shape)} with groups={groups} takes {group_c * groups} "
-            f"and gives {k}; expected C = weight.shape[1] * groups and K divisible by groups"
-        )
-    out = [(image[i] + 2 * padding[i] - dilation[i] * (window[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
-    if min(out) < 1:
-        raise ValueError(
-            f"kernel {window} with dilation {list(dilation)} is larger than the image {image} "
-            f"with padding {list(padding)}"
-        )
-    return n, k, out[0], out[1]
+    require_rows(bias=tail.bias, scale=tail.scale, shift=tail.shift)
+    require_residual(residual=tail.residual)
 
 
 def empty_image(shape: tuple[int, int, int, int], like: torch.Tensor) -> torch.Tensor:
@@ -204,30 +174,11 @@ def empty_image(shape: tuple[int, int, int, int], like: torch.Tensor) -> torch.T
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def require_operands(x: torch.Tensor, **operands: torch.Tensor | None) -> None:
-    """Raise where an operand's dtype or device differs from that of `x`, or the dtype is not one of the kernels'.
-
-    Raises:
-        TypeError: a dtype.
-        ValueError: a device.
-    """
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise TypeError(f"x has dtype {x.dtype}, expected float16, bfloat16 or float32")
-    for name, tensor in operands.items():
-        if tensor is None:
-            continue
-        if tensor.dtype is not x.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, expected that of x, {x.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, expected the device of x, {x.device}")
-
-
-def require_dot(x: torch.Tensor) -> None:
-    """Raise TypeError where matrix products of the dtype of `x` are wrong: bfloat16 in Triton's interpreter."""
-    if x.dtype is torch.bfloat16 and INTERPRETED:
-        raise TypeError(
-            "x has dtype bfloat16, whose matrix products are wrong in Triton's interpreter; use a GPU"
-        )
+def dot_refusal(dtype: torch.dtype) -> str | None:
+    """Why matrix products of `dtype` are wrong here, or None: bfloat16 in Triton's interpreter."""
+    if dtype is torch.bfloat16 and INTERPRETED:
+        return "bfloat16 in Triton's interpreter, whose matrix products of it are wrong"
+    return None
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from depthfuse.kernels.arguments import NO_TAIL, Tail
 from depthfuse.kernels.device import splitk
 from depthfuse.kernels.device.epilogue import finish
 from depthfuse.kernels.device.splitk import part_of
@@ -24,8 +25,6 @@ from depthfuse.kernels.launch import (
     Target,
     ceil_div,
     needs_wide_offsets,
-    require_dot,
-    require_operands,
     require_rows,
     require_tail,
     target_of,
@@ -144,13 +143,9 @@ def config_for(rows: int, channels: int, out_channels: int, dtype: torch.dtype, 
 def plan(
     x: torch.Tensor,  # [rows, C], contiguous along C
     weight: torch.Tensor,  # [K, C] contiguous
-    bias: torch.Tensor | None,  # [K]
-    residual: torch.Tensor | None,  # [rows, K] contiguous
-    scale: torch.Tensor | None,  # [K]
-    shift: torch.Tensor | None,  # [K]
+    tail: Tail,  # residual [rows, K] contiguous
     y: torch.Tensor,  # [rows, K] contiguous
     *,
-    act: str,
     norm_eps: float | None,
     config: GemmConfig | None,
     target: Target,
@@ -167,20 +162,20 @@ def plan(
     config = config or tuned("linear", GemmConfig, x, target, **shape)
     config = config or config_for(rows, channels, out_channels, x.dtype, target)
     wide = needs_wide_offsets(x, weight, y)
-    tail = {"bias": bias, "residual": residual, "scale": scale, "shift": shift}
     split = config.splits > 1
+    own = NO_TAIL if split else tail
     parts = splitk.workspace(config.splits, rows, out_channels, y.device) if split else y
     arguments = {
         "x": x,
         "weight": weight,
-        **(dict.fromkeys(tail) if split else tail),
+        **own.tensors(),
         "y": parts,
         "rows": rows,
         "X_STRIDE": x.stride(0),
         "CHANNELS": channels,
         "OUT_CHANNELS": out_channels,
         "NORM_EPS": norm_eps,
-        "ACTIVATION": "none" if split else act,
+        "ACTIVATION": own.act,
         "WIDE": wide,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -191,49 +186,38 @@ def plan(
     grid = (ceil_div(rows, config.block_m) * ceil_div(out_channels, config.block_n), config.splits)
     launches = [Launch(linear_kernel, grid, arguments, config.options(target))]
     if split:
-        launches.append(splitk.plan(parts, **tail, y=y, act=act, wide=wide, target=target))
+        launches.append(splitk.plan(parts, tail, y, wide=wide, target=target))
     return launches
 
 
 def linear(
     x: torch.Tensor,  # [..., C]
     weight: torch.Tensor,  # [K, C]
-    bias: torch.Tensor | None = None,  # [K]
-    residual: torch.Tensor | None = None,  # [..., K]
-    scale: torch.Tensor | None = None,  # [K]
-    shift: torch.Tensor | None = None,  # [K]
+    tail: Tail = NO_TAIL,  # residual [..., K]
     *,
-    act: str = "none",
     norm_eps: float | None = None,
     config: GemmConfig | None = None,
 ) -> torch.Tensor:  # [..., K]
-    """Linear layer, after LayerNorm where `norm_eps` is given, with bias, residual, activation and affine in one pass.
+    """Linear layer, after LayerNorm where `norm_eps` is given, with its tail in one pass; see this file's head.
 
     float16, bfloat16 or float32 in and out, float32 accumulation (true float32 products for float32 inputs).
     Tensors are contiguous; a two-dimensional `x` may have rows further apart (the class token of a batch).
-    `config` None takes `config_for`'s choice.
+    `config` None takes `config_for`'s choice. That the arguments fit each other is for the caller to check, as
+    `depthfuse.ops.linear` does.
 
     Raises:
-        ValueError: shapes that do not fit each other, or a layout other than the above.
-        TypeError: a dtype that the target cannot multiply.
+        ValueError: a layout other than the above.
     """
     target = target_of(x)
-    require_operands(x, weight=weight, bias=bias, residual=residual, scale=scale, shift=shift)
-    require_dot(x)
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"x {list(x.shape)} and weight {list(weight.shape)} do not fit: expected [..., C] and [K, C]"
-        )
-    out_channels = weight.shape[0]
-    y = torch.empty((*x.shape[:-1], out_channels), dtype=x.dtype, device=x.device)
-    require_tail(y, bias=bias, residual=residual, scale=scale, shift=shift, act=act, channel_dim=-1)
     strided_rows = x.dim() == 2 and x.stride(1) == 1
-    require_rows(x=None if strided_rows else x, weight=weight, residual=residual)
+    require_rows(x=None if strided_rows else x, weight=weight)
+    require_tail(tail, require_rows)
+    y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
     x2, residual2, y2 = (
         t if t is None or t.dim() == 2 else t.view(-1, t.shape[-1])  # a view: checked above
-        for t in (x, residual, y)
+        for t in (x, tail.residual, y)
     )
-    options = {"act": act, "norm_eps": norm_eps, "config": config, "target": target}
-    for launch in plan(x2, weight, bias, residual2, scale, shift, y2, **options):
+    options = {"norm_eps": norm_eps, "config": config, "target": target}
+    for launch in plan(x2, weight, tail._replace(residual=residual2), y2, **options):
         launch.run(x)
     return y

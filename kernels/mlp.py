@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from depthfuse.kernels.arguments import NO_TAIL, Tail, TwoLayers
 from depthfuse.kernels.device.epilogue import activate, finish, normalize
 from depthfuse.kernels.device.tile import within_reduction
 from depthfuse.kernels.launch import (
@@ -27,8 +28,6 @@ from depthfuse.kernels.launch import (
     compiler_options,
     needs_wide_offsets,
     next_power_of_2,
-    require_dot,
-    require_operands,
     require_rows,
     require_tail,
     target_of,
@@ -137,28 +136,22 @@ def supports(channels: int, out_channels: int, dtype: torch.dtype) -> bool:
 
 def plan(
     x: torch.Tensor,  # [rows, C] contiguous
-    w1: torch.Tensor,  # [hidden, C] contiguous
-    b1: torch.Tensor | None,  # [hidden]
-    w2: torch.Tensor,  # [K, hidden] contiguous
-    b2: torch.Tensor | None,  # [K]
-    residual: torch.Tensor | None,  # [rows, K] contiguous
-    scale: torch.Tensor | None,  # [K]
-    shift: torch.Tensor | None,  # [K]
+    weights: TwoLayers,  # [hidden, C], [hidden], [K, hidden], all contiguous
+    tail: Tail,  # residual [rows, K] contiguous
     y: torch.Tensor,  # [rows, K] contiguous
     *,
     act_inner: str,
-    act: str,
     norm_eps: float | None,
     config: MlpConfig | None,
     target: Target,
 ) -> Launch:
     """The launch that computes `y`."""
     rows, channels = x.shape
-    out_channels = w2.shape[0]
+    hidden, out_channels = weights.w1.shape[0], weights.w2.shape[0]
     shape = {
         "rows": rows,
         "channels": channels,
-        "hidden": w1.shape[0],
+        "hidden": hidden,
         "out_channels": out_channels,
         "norm": int(norm_eps is not None),
     }
@@ -166,21 +159,16 @@ def plan(
     config = config or config_for(max(channels, out_channels), target)
     arguments = {
         "x": x,
-        "w1": w1,
-        "b1": b1,
-        "w2": w2,
-        "b2": b2,
-        "residual": residual,
-        "scale": scale,
-        "shift": shift,
+        **weights._asdict(),
+        **tail.tensors("b2"),
         "y": y,
         "rows": rows,
         "CHANNELS": channels,
-        "HIDDEN": w1.shape[0],
+        "HIDDEN": hidden,
         "OUT_CHANNELS": out_channels,
         "NORM_EPS": norm_eps,
         "ACT_INNER": act_inner,
-        "ACTIVATION": act,
+        "ACTIVATION": tail.act,
         "WIDE": needs_wide_offsets(x, y),
         "BLOCK_M": config.block_m,
         "BLOCK_C": max(16, next_power_of_2(channels)),
@@ -192,47 +180,26 @@ def plan(
 
 def mlp(
     x: torch.Tensor,  # [..., C]
-    w1: torch.Tensor,  # [hidden, C]
-    b1: torch.Tensor | None,  # [hidden]
-    w2: torch.Tensor,  # [K, hidden]
-    b2: torch.Tensor | None = None,  # [K]
-    residual: torch.Tensor | None = None,  # [..., K]
-    scale: torch.Tensor | None = None,  # [K]
-    shift: torch.Tensor | None = None,  # [K]
+    weights: TwoLayers,  # [hidden, C], [hidden], [K, hidden]
+    tail: Tail = NO_TAIL,  # residual [..., K]
     *,
     act_inner: str = "gelu",
-    act: str = "none",
     norm_eps: float | None = None,
     config: MlpConfig | None = None,
 ) -> torch.Tensor:  # [..., K]
     """Linear, activation, linear in one launch, after LayerNorm where `norm_eps` is given; see this file's head.
 
     float16, bfloat16 or float32 in and out, float32 accumulation; the hidden step is rounded to the dtype of `x`.
+    That the arguments fit each other, and `supports`, is for the caller to check, as `depthfuse.ops.mlp` does.
 
     Raises:
-        ValueError: more channels than `supports` takes, shapes that do not fit each other, or a tensor not contiguous.
-        TypeError: dtypes that differ or are not supported.
+        ValueError: a tensor that is not contiguous.
     """
     target = target_of(x)
-    require_operands(x, w1=w1, b1=b1, w2=w2, b2=b2, residual=residual, scale=scale, shift=shift)
-    require_dot(x)
-    fits = w1.dim() == w2.dim() == 2 and x.shape[-1:] == w1.shape[1:] and w2.shape[1] == w1.shape[0]
-    if not fits:
-        raise ValueError(
-            f"x {list(x.shape)}, w1 {list(w1.shape)} and w2 {list(w2.shape)} do not fit: "
-            "expected [..., C], [hidden, C] and [K, hidden]"
-        )
-    if not supports(x.shape[-1], w2.shape[0], x.dtype):
-        raise ValueError(
-            f"{x.shape[-1]} -> {w2.shape[0]} channels: expected at most {MAX_CHANNELS}, of float32 half of that; "
-            "use linear twice instead"
-        )
-    if b1 is not None and b1.shape != w1.shape[:1]:
-        raise ValueError(f"b1 has shape {list(b1.shape)}, expected [{w1.shape[0]}]")
-    y = torch.empty((*x.shape[:-1], w2.shape[0]), dtype=x.dtype, device=x.device)
-    require_tail(y, bias=b2, residual=residual, scale=scale, shift=shift, act=act, channel_dim=-1)
-    require_rows(x=x, w1=w1, b1=b1, w2=w2, residual=residual)
-    x2, residual2, y2 = (None if t is None else t.view(-1, t.shape[-1]) for t in (x, residual, y))
-    options = {"act_inner": act_inner, "act": act, "norm_eps": norm_eps, "config": config, "target": target}
-    plan(x2, w1, b1, w2, b2, residual2, scale, shift, y2, **options).run(x)
+    require_rows(x=x, **weights._asdict())
+    require_tail(tail, require_rows)
+    y = torch.empty((*x.shape[:-1], weights.w2.shape[0]), dtype=x.dtype, device=x.device)
+    x2, residual2, y2 = (None if t is None else t.view(-1, t.shape[-1]) for t in (x, tail.residual, y))
+    options = {"act_inner": act_inner, "norm_eps": norm_eps, "config": config, "target": target}
+    plan(x2, weights, tail._replace(residual=residual2), y2, **options).run(x)
     return y

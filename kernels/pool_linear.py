@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from depthfuse.kernels import linear
+from depthfuse.kernels.arguments import Tail
 from depthfuse.kernels.launch import (
     Launch,
     Target,
@@ -24,10 +25,7 @@ from depthfuse.kernels.launch import (
     compiler_options,
     needs_wide_offsets,
     require_channels_last,
-    require_dot,
-    require_operands,
     require_rows,
-    require_tail,
     target_of,
 )
 
@@ -189,8 +187,8 @@ def plan(
     means = torch.empty((images, channels), dtype=x.dtype, device=x.device)
     grid = (images, ceil_div(channels, config.block_c))
     pool = Launch(pool_kernel, grid, shared | {"y": means}, config.options(target))
-    options = {"act": "none", "norm_eps": norm_eps, "config": None, "target": target}
-    return [pool, *linear.plan(means, weight, bias, None, None, None, y, **options)]
+    options = {"norm_eps": norm_eps, "config": None, "target": target}
+    return [pool, *linear.plan(means, weight, Tail(bias), y, **options)]
 
 
 def pool_linear(
@@ -204,24 +202,16 @@ def pool_linear(
     """Mean over the pixels, LayerNorm where `norm_eps` is given, linear layer; this file's head has the formula.
 
     float16, bfloat16 or float32 in and out, float32 sums; in two launches the means are rounded to the dtype of `x`.
-    `config` None takes `config_for`'s choice.
+    `config` None takes `config_for`'s choice. That the arguments fit each other is for the caller to check, as
+    `depthfuse.ops.pool_linear` does.
 
     Raises:
-        ValueError: no pixels, shapes that do not fit each other, or a wrong layout.
-        TypeError: dtypes that differ or are not supported.
+        ValueError: a layout other than the above.
     """
     target = target_of(x)
-    require_operands(x, weight=weight, bias=bias)
-    require_dot(x)
-    if x.dim() != 4 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or 0 in x.shape[2:]:
-        raise ValueError(
-            f"x {list(x.shape)} and weight {list(weight.shape)} do not fit: expected [N, C, H, W] with at least one "
-            "pixel, and [K, C]"
-        )
     require_channels_last(x=x)
-    require_rows(weight=weight)
+    require_rows(weight=weight, bias=bias)
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-    require_tail(y, bias=bias, residual=None, scale=None, shift=None, act="none")
     for launch in plan(x, weight, bias, y, norm_eps=norm_eps, config=config, target=target):
         launch.run(x)
     return y

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from depthfuse.kernels.arguments import NO_TAIL, Tail, Window
 from depthfuse.kernels.device.epilogue import finish
 from depthfuse.kernels.device.tile import tile_of
 from depthfuse.kernels.launch import (
@@ -34,13 +35,13 @@ from depthfuse.kernels.launch import (
     empty_image,
     needs_wide_offsets,
     require_channels_last,
-    require_dot,
-    require_operands,
     require_rows,
     require_tail,
     target_of,
 )
 from depthfuse.kernels.tuning.lookup import tuned
+
+SAME = Window(padding=(1, 1))
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def config_for(target: Target) -> WinogradConfig:
     if target.backend == "hip":
         return WinogradConfig(32, 64, 32, 8)
     # NVIDIA's threads have half the registers of AMD's; Hopper's warp group instruction takes 64 rows.
-    return WinogradConfig(64, 16, 16, 8) if target.arch >= "sm_90" else WinogradConfig(16, 64, 16, 8)
+    return WinogradConfig(64, 16, 16, 8) if target.capability >= (9, 0) else WinogradConfig(16, 64, 16, 8)
 
 
 def supports(
@@ -211,14 +212,10 @@ def supports(
 def plan(
     x: torch.Tensor,  # [N, C, H, W] channels_last
     weight: torch.Tensor,  # [16, K, C] from pack_weight
-    bias: torch.Tensor | None,  # [K]
-    residual: torch.Tensor | None,  # [N, K, P, Q] channels_last
-    scale: torch.Tensor | None,  # [K]
-    shift: torch.Tensor | None,  # [K]
+    tail: Tail,  # residual [N, K, P, Q] channels_last
     y: torch.Tensor,  # [N, K, P, Q] channels_last
+    window: Window,  # of which only the padding is free
     *,
-    padding: tuple[int, int],
-    act: str,
     config: WinogradConfig | None,
     target: Target,
 ) -> Launch:
@@ -231,10 +228,7 @@ def plan(
     arguments = {
         "x": x,
         "weight": weight,
-        "bias": bias,
-        "residual": residual,
-        "scale": scale,
-        "shift": shift,
+        **tail.tensors(),
         "y": y,
         "batch": batch,
         "height": height,
@@ -243,9 +237,9 @@ def plan(
         "out_width": out_width,
         "CHANNELS": channels,
         "OUT_CHANNELS": out_channels,
-        "PADDING_H": padding[0],
-        "PADDING_W": padding[1],
-        "ACTIVATION": act,
+        "PADDING_H": window.padding[0],
+        "PADDING_W": window.padding[1],
+        "ACTIVATION": tail.act,
         "WIDE": needs_wide_offsets(x, weight, y),
         "BLOCK_T": config.block_t,
         "BLOCK_N": config.block_n,
@@ -260,38 +254,23 @@ def plan(
 def winograd_conv2d(
     x: torch.Tensor,  # [N, C, H, W] channels_last
     weight: torch.Tensor,  # [16, K, C] from pack_weight
-    bias: torch.Tensor | None = None,  # [K]
-    residual: torch.Tensor | None = None,  # [N, K, P, Q] channels_last
-    scale: torch.Tensor | None = None,  # [K]
-    shift: torch.Tensor | None = None,  # [K]
+    tail: Tail = NO_TAIL,  # residual [N, K, P, Q] channels_last
+    window: Window = SAME,  # of which only the padding is free
     *,
-    padding: tuple[int, int] = (1, 1),
-    act: str = "none",
     config: WinogradConfig | None = None,
 ) -> torch.Tensor:  # [N, K, P, Q] channels_last
-    """Dense 3x3 convolution of stride 1 with bias, residual, activation and affine; this file's head has the formula.
+    """Dense 3x3 convolution of stride 1 with its tail; this file's head has the formula.
 
-    float16, bfloat16 or float32 in and out, float32 accumulation. `config` None takes `config_for`'s choice.
+    float16, bfloat16 or float32 in and out, float32 accumulation. `config` None takes `config_for`'s choice. That the
+    arguments fit each other is for the caller to check, as `depthfuse.ops.winograd_conv2d` does.
 
     Raises:
-        ValueError: shapes that do not fit each other, an image smaller than the kernel, or a wrong layout.
-        TypeError: dtypes that differ or are not supported.
+        ValueError: a layout other than the above.
     """
     target = target_of(x)
-    require_operands(x, weight=weight, bias=bias, residual=residual, scale=scale, shift=shift)
-    require_dot(x)
-    if x.dim() != 4 or weight.dim() != 3 or weight.shape[0] != 16 or weight.shape[2] != x.shape[1]:
-        raise ValueError(
-            f"x {list(x.shape)} and weight {list(weight.shape)} do not fit: expected [N, C, H, W] and [16, K, C], "
-            "the latter from pack_weight"
-        )
-    size = [x.shape[2 + i] + 2 * padding[i] - 2 for i in range(2)]
-    if min(size) < 1:
-        raise ValueError(f"x {list(x.shape)} with padding {list(padding)} is smaller than the 3x3 kernel")
-    y = empty_image((x.shape[0], weight.shape[1], size[0], size[1]), x)
-    require_tail(y, bias=bias, residual=residual, scale=scale, shift=shift, act=act)
-    require_channels_last(x=x, residual=residual)
+    require_channels_last(x=x)
     require_rows(weight=weight)
-    options = {"padding": tuple(padding), "act": act, "config": config, "target": target}
-    plan(x, weight, bias, residual, scale, shift, y, **options).run(x)
+    require_tail(tail, require_channels_last)
+    y = empty_image((x.shape[0], weight.shape[1], *window.output_size(x.shape[2:], (3, 3))), x)
+    plan(x, weight, tail, y, window, config=config, target=target).run(x)
     return y

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
-
-from benchmarks.kernels.cases import ACTIVATIONS, NORM_EPS, Case, channels_last, random, tail
+from benchmarks.kernels.cases import NORM_EPS, Case, channels_last, random
+from depthfuse import ops
+from depthfuse.kernels.arguments import Tail, ThreeLayers, TwoLayers, Window
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ class InvertedResidualCase(Case):
 
         size = self._out_size()
         y = channels_last(random((self.batch, self.out_channels, size, size), dtype, "meta"))
-        arguments = {"stride": self.stride, "padding": 1, "act_inner": self.act, "act": "none"}
-        operands = self.operands(dtype, "meta").values()
-        return [inverted_residual.plan(*operands, None, None, y, **arguments, config=None, target=target)]
+        x, *weights, b3, residual = self.operands(dtype, "meta").values()
+        tail, options = Tail(b3, residual), {"stride": self.stride, "act_inner": self.act}
+        options |= {"config": None, "target": target}
+        return [inverted_residual.plan(x, ThreeLayers(*weights), tail, y, **options)]
 
     def flops(self):
         pixels, out_pixels = self.batch * self.size**2, self.batch * self._out_size() ** 2
@@ -58,15 +59,14 @@ class InvertedResidualCase(Case):
         return pixels * self.channels + out_pixels * self.out_channels + weights
 
     def eager(self, x, w1, b1, w2, b2, w3, b3, residual):
-        act = ACTIVATIONS[self.act]
-        expanded = act(F.conv2d(x, w1, b1))
-        y = F.conv2d(act(F.conv2d(expanded, w2, b2, self.stride, 1, groups=self.hidden)), w3, b3)
-        return y if residual is None else y + residual
+        weights, tail = ThreeLayers(w1, b1, w2, b2, w3), Tail(b3, residual)
+        return ops.inverted_residual_reference(x, weights, tail, self.stride, self.act)
 
     def ours(self, x, w1, b1, w2, b2, w3, b3, residual):
         from depthfuse.kernels.inverted_residual import inverted_residual
 
-        return inverted_residual(x, w1, b1, w2, b2, w3, b3, residual, stride=self.stride, act_inner=self.act)
+        weights, tail = ThreeLayers(w1, b1, w2, b2, w3), Tail(b3, residual)
+        return inverted_residual(x, weights, tail, stride=self.stride, act_inner=self.act)
 
 
 @dataclass(frozen=True)
@@ -100,17 +100,17 @@ class DepthwisePointwiseCase(Case):
             "shift": random((k,), dtype, device) if self.affine else None,
         }
 
-    def _arguments(self) -> dict:
-        padding = (self.kernel // 2,) * 2
-        return {"padding": padding, "act_inner": self.act_inner, "act": self.act}
+    def _window(self) -> Window:
+        return Window(padding=(self.kernel // 2,) * 2)
 
     def launches(self, dtype, target):
         from depthfuse.kernels import depthwise_pointwise
 
         y = channels_last(random((self.batch, self.out_channels, self.size, self.size), dtype, "meta"))
-        arguments = self._arguments() | {"stride": (1, 1), "dilation": (1, 1), "config": None}
-        operands = self.operands(dtype, "meta").values()
-        return [depthwise_pointwise.plan(*operands, y, **arguments, target=target)]
+        x, *weights, b2, residual, scale, shift = self.operands(dtype, "meta").values()
+        tail = Tail(b2, residual, scale, shift, self.act)
+        options = {"act_inner": self.act_inner, "config": None, "target": target}
+        return [depthwise_pointwise.plan(x, TwoLayers(*weights), tail, y, self._window(), **options)]
 
     def flops(self):
         return 2.0 * self.batch * self.size**2 * self.channels * (self.kernel**2 + self.out_channels)
@@ -122,15 +122,14 @@ class DepthwisePointwiseCase(Case):
         )
 
     def eager(self, x, w1, b1, w2, b2, residual, scale, shift):
-        filtered = ACTIVATIONS[self.act_inner](
-            F.conv2d(x, w1, b1, padding=self.kernel // 2, groups=self.channels)
-        )
-        return tail(F.conv2d(filtered, w2, b2), residual, scale, shift, self.act)
+        weights, tail = TwoLayers(w1, b1, w2), Tail(b2, residual, scale, shift, self.act)
+        return ops.depthwise_pointwise_reference(x, weights, tail, self._window(), self.act_inner)
 
     def ours(self, x, w1, b1, w2, b2, residual, scale, shift):
         from depthfuse.kernels.depthwise_pointwise import depthwise_pointwise
 
-        return depthwise_pointwise(x, w1, b1, w2, b2, residual, scale, shift, **self._arguments())
+        weights, tail = TwoLayers(w1, b1, w2), Tail(b2, residual, scale, shift, self.act)
+        return depthwise_pointwise(x, weights, tail, self._window(), act_inner=self.act_inner)
 
 
 @dataclass(frozen=True)
@@ -159,10 +158,9 @@ class MlpCase(Case):
     def launches(self, dtype, target):
         from depthfuse.kernels import mlp
 
-        operands = self.operands(dtype, "meta")
-        options = {"act_inner": "gelu", "act": "none", "norm_eps": self._norm_eps()}
-        y = operands["residual"]
-        return [mlp.plan(*operands.values(), None, None, y, **options, config=None, target=target)]
+        x, *weights, b2, residual = self.operands(dtype, "meta").values()
+        options = {"act_inner": "gelu", "norm_eps": self._norm_eps(), "config": None, "target": target}
+        return [mlp.plan(x, TwoLayers(*weights), Tail(b2, residual), residual, **options)]
 
     def flops(self):
         return 4.0 * self.rows * self.channels * self.hidden
@@ -171,13 +169,13 @@ class MlpCase(Case):
         return 3 * self.rows * self.channels + 2 * self.channels * self.hidden
 
     def eager(self, x, w1, b1, w2, b2, residual):
-        x = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) if self.norm else x
-        return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2) + residual
+        weights, tail = TwoLayers(w1, b1, w2), Tail(b2, residual)
+        return ops.mlp_reference(x, weights, tail, "gelu", self._norm_eps())
 
     def ours(self, x, w1, b1, w2, b2, residual):
         from depthfuse.kernels.mlp import mlp
 
-        return mlp(x, w1, b1, w2, b2, residual, norm_eps=self._norm_eps())
+        return mlp(x, TwoLayers(w1, b1, w2), Tail(b2, residual), norm_eps=self._norm_eps())
 
 
 @dataclass(frozen=True)
@@ -218,9 +216,7 @@ class PoolLinearCase(Case):
         return images + self.channels * self.classes
 
     def eager(self, x, weight, bias):
-        mean = x.mean((2, 3))
-        mean = F.layer_norm(mean, mean.shape[-1:], eps=NORM_EPS) if self.norm else mean
-        return F.linear(mean, weight, bias)
+        return ops.pool_linear_reference(x, weight, bias, self._norm_eps())
 
     def ours(self, x, weight, bias):
         from depthfuse.kernels.pool_linear import pool_linear
@@ -255,8 +251,7 @@ class AttentionCase(Case):
         return 4 * self.batch * self.tokens * self.heads * self.head_dim
 
     def eager(self, qkv):
-        q, k, v = qkv.view(self.batch, self.tokens, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return ops.attention_reference(qkv, self.heads, None)
 
     def ours(self, qkv):
         from depthfuse.kernels.attention import attention

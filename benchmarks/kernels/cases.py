@@ -7,21 +7,13 @@ Every case has the same members, so that the prover, the microbenchmarks and the
 from dataclasses import astuple, dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from depthfuse.kernels.launch import Launch, Target, empty_image, output_shape
+from depthfuse import ops
+from depthfuse.kernels.arguments import Tail, Window
+from depthfuse.kernels.launch import Launch, Target, empty_image
 
 NORM_EPS = 1e-6
-ACTIVATIONS = {
-    "none": lambda z: z,
-    "relu": torch.relu,
-    "relu6": F.relu6,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-}
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,7 @@ class Case:
         raise NotImplementedError
 
     def eager(self, **operands: Tensor | None) -> Tensor:
-        """The operator in PyTorch's own functions: oracle and baseline."""
+        """The operator in PyTorch's own functions: the op's reference, and a baseline."""
         raise NotImplementedError
 
     def ours(self, **operands: Tensor | None) -> Tensor:
@@ -72,15 +64,6 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def tail(z: Tensor, residual: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str) -> Tensor:
-    """scale * act(z + residual) + shift over channels in dimension 1 (images) or last (tokens)."""
-    z = ACTIVATIONS[act](z if residual is None else z + residual)
-    if scale is None:
-        return z
-    wide = (-1, 1, 1) if z.dim() == 4 else (-1,)
-    return z * scale.view(wide) + shift.view(wide)
-
-
 @dataclass(frozen=True)
 class Conv2dCase(Case):
     """Dense convolution. `affine`: scale and shift after the activation, as a merged block has them."""
@@ -97,8 +80,8 @@ class Conv2dCase(Case):
     residual: bool = False
     affine: bool = False
 
-    def _arguments(self) -> dict:
-        return {"stride": (self.stride,) * 2, "padding": (self.padding,) * 2, "dilation": (1, 1)}
+    def _window(self) -> Window:
+        return Window((self.stride,) * 2, (self.padding,) * 2)
 
     def _out_size(self) -> int:
         return (self.size + 2 * self.padding - self.kernel) // self.stride + 1
@@ -123,10 +106,12 @@ class Conv2dCase(Case):
     def launches(self, dtype, target):
         from depthfuse.kernels import conv2d
 
-        o = self.operands(dtype, "meta")
-        arguments = self._arguments()
-        y = empty_image(output_shape(o["x"], o["weight"], *arguments.values(), groups=1), o["x"])
-        return conv2d.plan(*o.values(), y, **arguments, groups=1, act=self.act, config=None, target=target)
+        x, weight, *tail = self.operands(dtype, "meta").values()
+        y = self._output(x)
+        return conv2d.plan(x, weight, Tail(*tail, self.act), y, self._window(), config=None, target=target)
+
+    def _output(self, x: Tensor) -> Tensor:
+        return empty_image((self.batch, self.out_channels, self._out_size(), self._out_size()), x)
 
     def flops(self):
         return 2.0 * self.batch * self._out_size() ** 2 * self.out_channels * self.channels * self.kernel**2
@@ -140,12 +125,13 @@ class Conv2dCase(Case):
         return inputs + weights + pixels * self.out_channels * (2 if self.residual else 1)
 
     def eager(self, x, weight, bias, residual, scale, shift):
-        return tail(F.conv2d(x, weight, bias, self.stride, self.padding), residual, scale, shift, self.act)
+        tail = Tail(bias, residual, scale, shift, self.act)
+        return ops.conv2d_reference(x, weight, tail, self._window())
 
     def ours(self, x, weight, bias, residual, scale, shift):
         from depthfuse.kernels.conv2d import conv2d
 
-        return conv2d(x, weight, bias, residual, scale, shift, **self._arguments(), groups=1, act=self.act)
+        return conv2d(x, weight, Tail(bias, residual, scale, shift, self.act), self._window())
 
 
 @dataclass(frozen=True)
@@ -163,11 +149,9 @@ class WinogradCase(Conv2dCase):
     def launches(self, dtype, target):
         from depthfuse.kernels import winograd
 
-        o = self.operands(dtype, "meta")
-        shape = (self.batch, self.out_channels, self._out_size(), self._out_size())
-        tail = [o[name] for name in ("bias", "residual", "scale", "shift")]
-        options = {"padding": (self.padding,) * 2, "act": self.act, "config": None, "target": target}
-        return [winograd.plan(o["x"], o["packed"], *tail, empty_image(shape, o["x"]), **options)]
+        x, _, *tail, packed = self.operands(dtype, "meta").values()
+        options = {"config": None, "target": target}
+        return [winograd.plan(x, packed, Tail(*tail, self.act), self._output(x), self._window(), **options)]
 
     def eager(self, x, weight, bias, residual, scale, shift, packed):
         return super().eager(x, weight, bias, residual, scale, shift)
@@ -175,8 +159,7 @@ class WinogradCase(Conv2dCase):
     def ours(self, x, weight, bias, residual, scale, shift, packed):
         from depthfuse.kernels.winograd import winograd_conv2d
 
-        options = {"padding": (self.padding,) * 2, "act": self.act}
-        return winograd_conv2d(x, packed, bias, residual, scale, shift, **options)
+        return winograd_conv2d(x, packed, Tail(bias, residual, scale, shift, self.act), self._window())
 
 
 @dataclass(frozen=True)
@@ -196,11 +179,12 @@ class DepthwiseCase(Conv2dCase):
     def launches(self, dtype, target):
         from depthfuse.kernels import depthwise
 
-        o = self.operands(dtype, "meta")
-        arguments = self._arguments()
-        y = empty_image(output_shape(o["x"], o["weight"], *arguments.values(), groups=self.channels), o["x"])
-        norm = {"norm_eps": NORM_EPS if self.norm else None}
-        return [depthwise.plan(*o.values(), y, **arguments, act=self.act, **norm, config=None, target=target)]
+        x, weight, *tail = self.operands(dtype, "meta").values()
+        options = {"norm_eps": self._norm_eps(), "config": None, "target": target}
+        return [depthwise.plan(x, weight, Tail(*tail, self.act), self._output(x), self._window(), **options)]
+
+    def _norm_eps(self) -> float | None:
+        return NORM_EPS if self.norm else None
 
     def flops(self):
         return super().flops() / self.channels
@@ -211,16 +195,14 @@ class DepthwiseCase(Conv2dCase):
         return self.channels * (self.batch * self.size**2 + pixels * (2 if self.residual else 1)) + weights
 
     def eager(self, x, weight, bias, residual, scale, shift):
-        z = F.conv2d(x, weight, bias, self.stride, self.padding, groups=self.channels)
-        if self.norm:
-            z = F.layer_norm(z.permute(0, 2, 3, 1), (self.channels,), eps=NORM_EPS).permute(0, 3, 1, 2)
-        return tail(z, residual, scale, shift, self.act)
+        tail, window = Tail(bias, residual, scale, shift, self.act), self._window()
+        return ops.conv2d_reference(x, weight, tail, window._replace(groups=self.channels), self._norm_eps())
 
     def ours(self, x, weight, bias, residual, scale, shift):
         from depthfuse.kernels.depthwise import depthwise_conv2d
 
-        arguments = self._arguments() | {"act": self.act, "norm_eps": NORM_EPS if self.norm else None}
-        return depthwise_conv2d(x, weight, bias, residual, scale, shift, **arguments)
+        tail = Tail(bias, residual, scale, shift, self.act)
+        return depthwise_conv2d(x, weight, tail, self._window(), norm_eps=self._norm_eps())
 
 
 @dataclass(frozen=True)
@@ -250,10 +232,13 @@ class LinearCase(Case):
     def launches(self, dtype, target):
         from depthfuse.kernels import linear
 
-        o = self.operands(dtype, "meta")
+        x, weight, *tail = self.operands(dtype, "meta").values()
         y = torch.empty(self.rows, self.out_channels, dtype=dtype, device="meta")
-        norm = {"norm_eps": NORM_EPS if self.norm else None}
-        return linear.plan(*o.values(), y, act=self.act, **norm, config=None, target=target)
+        options = {"norm_eps": self._norm_eps(), "config": None, "target": target}
+        return linear.plan(x, weight, Tail(*tail, self.act), y, **options)
+
+    def _norm_eps(self) -> float | None:
+        return NORM_EPS if self.norm else None
 
     def flops(self):
         return 2.0 * self.rows * self.channels * self.out_channels
@@ -263,11 +248,9 @@ class LinearCase(Case):
         return self.rows * self.channels + self.channels * self.out_channels + outputs
 
     def eager(self, x, weight, bias, residual, scale, shift):
-        x = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) if self.norm else x
-        return tail(F.linear(x, weight, bias), residual, scale, shift, self.act)
+        return ops.linear_reference(x, weight, Tail(bias, residual, scale, shift, self.act), self._norm_eps())
 
     def ours(self, x, weight, bias, residual, scale, shift):
         from depthfuse.kernels.linear import linear
 
-        norm_eps = NORM_EPS if self.norm else None
-        return linear(x, weight, bias, residual, scale, shift, act=self.act, norm_eps=norm_eps)
+        return linear(x, weight, Tail(bias, residual, scale, shift, self.act), norm_eps=self._norm_eps())

@@ -141,7 +141,7 @@ def _bound(case: Any, operands: Operands, implementation: str | None) -> Call:
     def bind(module: FusedConv2d | FusedLinear, x: Tensor) -> FusedConv2d | FusedLinear:
         if implementation is None:
             module.prepare(x.shape)
-        elif implementation in module.candidates():
+        elif implementation in module.candidates(x.shape):
             module.use(implementation, x.shape)
         else:
             raise Unavailable(f"{implementation} cannot run this layer")

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from depthfuse.devices import DEVICES
-from depthfuse.kernels.launch import Launch, Target
+from depthfuse.kernels.launch import Launch, Target, extent
 
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 _REGISTERS_PER_MULTIPROCESSOR = 65536
@@ -61,7 +61,7 @@ def source_of(launch: Launch, target: Target) -> ASTSource:
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
-            if target.backend == "hip" and value.numel() * value.element_size() < 2**31:
+            if target.backend == "hip" and extent(value) * value.element_size() < 2**31:
                 attributes[(index,)].append(["tt.pointer_range", 32])
         elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
             signature[parameter.name] = "constexpr"
@@ -91,7 +91,8 @@ def compile_launch(launch: Launch, target: Target) -> CompiledKernel:
     if target.backend == "hip":
         gpu = GPUTarget("hip", target.arch, 64)
     else:
-        gpu = GPUTarget("cuda", int(target.arch.removeprefix("sm_")), 32)
+        major, minor = target.capability
+        gpu = GPUTarget("cuda", 10 * major + minor, 32)
     return triton.compile(source_of(launch, target), target=gpu, options=launch.options)
 
 

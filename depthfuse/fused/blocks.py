@@ -16,12 +16,20 @@ from torch import Tensor
 
 from depthfuse import ops
 from depthfuse.fused.layers import FusedConv2d, FusedLinear, FusedModule
+from depthfuse.kernels.arguments import ThreeLayers, TwoLayers
 from depthfuse.ops import cpu
 from depthfuse.ops.activations import activation
+from depthfuse.ops.attention import refusal as attention_refusal
+from depthfuse.ops.depthwise_pointwise import refusal as depthwise_pointwise_refusal
+from depthfuse.ops.inverted_residual import refusal as inverted_residual_refusal
+from depthfuse.ops.mlp import refusal as mlp_refusal
 
 
 class FusedBlock(FusedModule):
-    """A module of several products. A subclass gives the one op (`_fused`) and the op for each product (`_layers`)."""
+    """A module of several products. A subclass gives the one op (`_op`) and the op for each product (`_layers`)."""
+
+    _op: Callable[..., Tensor]
+    _depthwise: str  # the depthwise weight's name, where there is one
 
     def __init__(self, backend: str, config: dict[str, Any], **tensors: Tensor | None) -> None:
         for name in ("act", "act_inner"):
@@ -47,8 +55,13 @@ class FusedBlock(FusedModule):
             return self._layers(x, residual, "reference")
         return self._fused(x, residual, self._op_backend())
 
+    def _weights(self) -> dict[str, Tensor | None]:
+        """The op's tensor arguments but the inputs, the depthwise weight as the kernels read it fastest."""
+        packed = {} if self._packed is None else {self._depthwise: self._packed}
+        return {**self.tensors(), **packed}
+
     def _fused(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
-        raise NotImplementedError
+        return self._op(x, **self._weights(), residual=residual, **self._config, backend=backend)
 
     def _layers(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
         raise NotImplementedError
@@ -67,6 +80,9 @@ class FusedInvertedResidual(FusedBlock):
         act_inner, act, backend: see `depthfuse.ops.inverted_residual`.
     """
 
+    _op = staticmethod(ops.inverted_residual)
+    _depthwise = "w2"
+
     def __init__(
         self, w1, b1, w2, b2, w3, b3=None, scale=None, shift=None, *, stride, act_inner, act, backend
     ):
@@ -79,13 +95,12 @@ class FusedInvertedResidual(FusedBlock):
 
         return pack_weight(self.w2)
 
-    def _fused(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
-        w2 = self.w2 if self._packed is None else self._packed
-        tensors = (x, self.w1, self.b1, w2, self.b2, self.w3, self.b3, residual, self.scale, self.shift)
-        return ops.inverted_residual(*tensors, **self._config, backend=backend)
+    def _refusal(self, x: Tensor) -> str | None:
+        weights = ThreeLayers(self.w1, self.b1, self.w2, self.b2, self.w3)
+        return inverted_residual_refusal(x, weights, self._config["stride"])
 
     def _layers(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
-        w2 = self.w2 if self._packed is None else self._packed
+        w2 = self._weights()["w2"]
         inner = {"act": self._config["act_inner"], "backend": backend}
         geometry = {"stride": self._config["stride"], "padding": w2.shape[-1] // 2, "groups": len(w2)}
         expanded = ops.conv2d(x, self.w1, self.b1, **inner)
@@ -103,6 +118,9 @@ class FusedDepthwisePointwise(FusedBlock):
         stride, padding, dilation: of the depthwise convolution, (height, width).
         act_inner, act, backend: see `depthfuse.ops.depthwise_pointwise`.
     """
+
+    _op = staticmethod(ops.depthwise_pointwise)
+    _depthwise = "w1"
 
     def __init__(
         self,
@@ -130,13 +148,11 @@ class FusedDepthwisePointwise(FusedBlock):
 
         return pack_weight(self.w1)
 
-    def _fused(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
-        w1 = self.w1 if self._packed is None else self._packed
-        tensors = (x, w1, self.b1, self.w2, self.b2, residual, self.scale, self.shift)
-        return ops.depthwise_pointwise(*tensors, **self._config, backend=backend)
+    def _refusal(self, x: Tensor) -> str | None:
+        return depthwise_pointwise_refusal(x, TwoLayers(self.w1, self.b1, self.w2))
 
     def _layers(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
-        w1 = self.w1 if self._packed is None else self._packed
+        w1 = self._weights()["w1"]
         geometry = {name: self._config[name] for name in ("stride", "padding", "dilation")}
         inner = {"groups": len(w1), "act": self._config["act_inner"], "backend": backend}
         filtered = ops.conv2d(x, w1, self.b1, **geometry, **inner)
@@ -153,15 +169,16 @@ class FusedMlp(FusedBlock):
         act_inner, act, norm_eps, backend: see `depthfuse.ops.mlp`.
     """
 
+    _op = staticmethod(ops.mlp)
+
     def __init__(
         self, w1, b1, w2, b2=None, scale=None, shift=None, *, act_inner, act, norm_eps=None, backend
     ):
         tensors = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "scale": scale, "shift": shift}
         super().__init__(backend, {"act_inner": act_inner, "act": act, "norm_eps": norm_eps}, **tensors)
 
-    def _fused(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
-        tensors = (x, self.w1, self.b1, self.w2, self.b2, residual, self.scale, self.shift)
-        return ops.mlp(*tensors, **self._config, backend=backend)
+    def _refusal(self, x: Tensor) -> str | None:
+        return mlp_refusal(x, TwoLayers(self.w1, self.b1, self.w2))
 
     def _layers(self, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
         inner = {"act": self._config["act_inner"], "norm_eps": self._config["norm_eps"], "backend": backend}
@@ -183,6 +200,9 @@ class FusedAttention(FusedBlock):
 
     def _triton_candidates(self) -> list[str]:
         return ["triton"]
+
+    def _refusal(self, x: Tensor) -> str | None:
+        return attention_refusal(x, **self._config) if x.dim() == 3 else super()._refusal(x)
 
     def _cpu_candidates(self) -> list[str]:
         return cpu.attention_candidates(self.like.dtype)

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from depthfuse import ops
+from depthfuse.kernels.arguments import Tail, Window
 from depthfuse.ops import cpu
 from depthfuse.ops.activations import activation
+from depthfuse.ops.backend import dtype_refusal, product_refusal, refused
 from depthfuse.ops.conv2d import check_arguments as check_conv2d
+from depthfuse.ops.conv2d import refusal as conv2d_refusal
 from depthfuse.ops.linear import check_arguments as check_linear
 
 _local = threading.local()
@@ -99,25 +102,49 @@ class FusedModule(nn.Module):
 
     def _resolved(self) -> tuple[str, bool]:
         """The backend of the unbound module, and whether that is the reference on a CPU."""
-        device = next(self.buffers()).device
-        name, _ = ops.resolve_backend(self.backend, device)
-        return name, name == "reference" and device.type == "cpu"
+        buffer = next(self.buffers())
+        name, _ = ops.resolve_backend(self.backend, buffer.device)
+        if self.backend == "auto" and dtype_refusal(buffer.dtype):
+            name = "reference"
+        return name, name == "reference" and buffer.device.type == "cpu"
 
     def _op_backend(self) -> str:
-        """What to pass to the op as its backend."""
-        return self._bound if self._bound in ("triton", "reference") else self.backend
+        """What to pass to the op as its backend. Bound to "triton" by a choice of ours it may still fall back, for a
+        call that the kernel does not take.
+        """
+        return "reference" if self._bound == "reference" else self.backend
 
-    def candidates(self) -> list[str]:
+    def _refusal(self, x: Tensor) -> str | None:
+        """What the Triton kernel does not take of this module on `x`, its dtype apart, in words, or None."""
+        return product_refusal(x.dtype)
+
+    def candidates(self, input_size: Sequence[int] | None = None) -> list[str]:
         """The implementations that can run this module where it is, the usual best first.
 
         On a CPU those of `depthfuse.ops.cpu`; on a GPU those of Triton, and "reference", which is the vendor's library.
+
+        Args:
+            input_size: the shape of x; None where it is not known yet, which refuses no shape.
+
+        Raises:
+            BackendError: the backend is "triton", by name, and no kernel takes this module on such an input.
         """
         name, on_cpu = self._resolved()
         if on_cpu:
             return self._cpu_candidates()
         if name != "triton":
             return [name]
-        return [*self._triton_candidates(), *(["reference"] if self.backend == "auto" else [])]
+        dtype = next(self.buffers()).dtype
+        ours, what = self._triton_candidates(), dtype_refusal(dtype)
+        if what is not None:
+            ours = []
+        elif what := self._refusal(torch.empty(input_size or (), dtype=dtype, device="meta")):
+            ours = [name for name in ours if name == "layers"]  # whose kernels are others
+        if self.backend == "auto":
+            return [*ours, "reference"]
+        if not ours:
+            raise refused(type(self).__name__, what)
+        return ours
 
     def use(self, name: str, input_size: Sequence[int]) -> None:
         """Bind the implementation `name`, one of `candidates()` or "plain", which is none of them.
@@ -128,7 +155,7 @@ class FusedModule(nn.Module):
         Raises:
             ValueError: an unknown implementation.
         """
-        names = list(dict.fromkeys([*self.candidates(), "plain"]))
+        names = list(dict.fromkeys([*self.candidates(input_size), "plain"]))
         if name not in names:
             raise ValueError(f"unknown implementation {name!r}; expected one of {', '.join(names)}")
         self._unbind()
@@ -143,7 +170,7 @@ class FusedModule(nn.Module):
 
     def prepare(self, input_size: Sequence[int]) -> None:
         """Bind the implementation that is usually best; `depthfuse.accelerate` measures instead."""
-        self.use(self.candidates()[0], input_size)
+        self.use(self.candidates(input_size)[0], input_size)
 
     def _cpu_candidates(self) -> list[str]:
         return ["plain"]
@@ -192,8 +219,8 @@ class _FusedProduct(FusedModule):
         self.act = act
         self.norm_eps = norm_eps
 
-    def _epilogue(self) -> cpu.Epilogue:
-        return cpu.Epilogue(self.bias, self.scale, self.shift, self.act)
+    def _tail(self, residual: Tensor | None) -> Tail:
+        return Tail(self.bias, residual, self.scale, self.shift, self.act)
 
     def _check(self, x: Tensor, residual: Tensor | None) -> None:
         raise NotImplementedError
@@ -285,6 +312,9 @@ class FusedConv2d(_FusedProduct):
             return ["plain"]
         return cpu.conv2d_candidates(self.weight, self.padding, self.groups)
 
+    def _refusal(self, x: Tensor) -> str | None:
+        return conv2d_refusal(x, self.weight, self._tail(None), self._window(), self.norm_eps)
+
     def _triton_candidates(self) -> list[str]:
         from depthfuse.kernels import winograd
 
@@ -302,8 +332,10 @@ class FusedConv2d(_FusedProduct):
         return (depthwise if is_depthwise else conv2d).pack_weight(self.weight)
 
     def _bind_cpu(self, name: str, input_size: Sequence[int]) -> cpu.Runner:
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return cpu.bind_conv2d(name, self.weight, self._epilogue(), *geometry, input_size)
+        return cpu.bind_conv2d(name, self.weight, self._tail(None), self._window(), input_size)
+
+    def _window(self) -> Window:
+        return Window(self.stride, self.padding, self.dilation, self.groups)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [N, C, H, W]; residual: [N, K, P, Q] or None. Returns [N, K, P, Q] in channels_last."""
@@ -318,23 +350,17 @@ class FusedConv2d(_FusedProduct):
             if residual is not None and residual.shape != y.shape:
                 self._check(x, residual)
             return y
-        vectors = (self.bias, residual, self.scale, self.shift)
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        tail, window = self._tail(residual), self._window()
         if torch.jit.is_tracing():  # what TorchScript knows how to fuse
-            names = ("stride", "padding", "dilation", "groups")
-            keywords: dict[str, Any] = dict(zip(names, geometry, strict=True))
-            options = {"act": self.act, "norm_eps": self.norm_eps}
-            return ops.conv2d_reference(x, self.weight, *vectors, **keywords, **options)
+            return ops.conv2d_reference(x, self.weight, tail, window, self.norm_eps)
         weight = self.weight if self._packed is None else self._packed
         options = (self.act, self._op_backend())
         if self._bound == "winograd":
-            return torch.ops.depthfuse.winograd_conv2d(x, weight, *vectors, self.padding, *options)
-        return torch.ops.depthfuse.conv2d(x, weight, *vectors, *geometry, *options, self.norm_eps)
+            return torch.ops.depthfuse.winograd_conv2d(x, weight, *tail[:4], self.padding, *options)
+        return torch.ops.depthfuse.conv2d(x, weight, *tail[:4], *window, *options, self.norm_eps)
 
     def _check(self, x: Tensor, residual: Tensor | None) -> None:
-        vectors = (self.bias, residual, self.scale, self.shift)
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        check_conv2d(x, self.weight, *vectors, *geometry, self.act, self.norm_eps)
+        check_conv2d(x, self.weight, self._tail(residual), self._window(), self.norm_eps)
 
     def extra_repr(self) -> str:
         filters, group_channels, *kernel = self.weight.shape
@@ -372,7 +398,7 @@ class FusedLinear(_FusedProduct):
         return ["plain"] if self.norm_eps is not None else cpu.linear_candidates(self.weight)
 
     def _bind_cpu(self, name: str, input_size: Sequence[int]) -> cpu.Runner:
-        return cpu.bind_linear(name, self.weight, self._epilogue(), input_size)
+        return cpu.bind_linear(name, self.weight, self._tail(None), input_size)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [..., C]; residual: [..., K] or None. Returns [..., K]."""
@@ -382,14 +408,14 @@ class FusedLinear(_FusedProduct):
             if residual is not None and residual.shape != (*x.shape[:-1], self.weight.shape[0]):
                 self._check(x, residual)
             return self._run_bound(x, residual)
-        vectors = (self.bias, residual, self.scale, self.shift)
+        tail = self._tail(residual)
         if torch.jit.is_tracing():
-            return ops.linear_reference(x, self.weight, *vectors, act=self.act, norm_eps=self.norm_eps)
+            return ops.linear_reference(x, self.weight, tail, self.norm_eps)
         options = (self.act, self._op_backend(), self.norm_eps)
-        return torch.ops.depthfuse.linear(x, self.weight, *vectors, *options)
+        return torch.ops.depthfuse.linear(x, self.weight, *tail[:4], *options)
 
     def _check(self, x: Tensor, residual: Tensor | None) -> None:
-        check_linear(x, self.weight, self.bias, residual, self.scale, self.shift, self.act, self.norm_eps)
+        check_linear(x, self.weight, self._tail(residual), self.norm_eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, {super().extra_repr()}"

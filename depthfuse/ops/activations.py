@@ -1,4 +1,4 @@
-"""The activations that every depthfuse op knows, by name: each a PyTorch function and a oneDNN post-op."""
+"""The activations that every depthfuse op knows, by name, and the tail in plain PyTorch that each op ends in."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from depthfuse.kernels.arguments import Tail
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -46,3 +48,11 @@ def activation(name: str) -> Activation:
         return ACTIVATIONS[name]
     except KeyError:
         raise ValueError(f"unknown act {name!r}; expected one of {', '.join(ACTIVATIONS)}") from None
+
+
+def finish(z: Tensor, tail: Tail, shape: tuple[int, ...]) -> Tensor:
+    """scale * act(z + residual) + shift in plain PyTorch; the bias is in `z`. Vectors of `shape` broadcast to z."""
+    y = activation(tail.act).apply(z if tail.residual is None else z + tail.residual)
+    if tail.scale is not None:
+        y = y * tail.scale.view(shape)
+    return y if tail.shift is None else y + tail.shift.view(shape)

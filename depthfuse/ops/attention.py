@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthfuse.ops.backend import runs_triton
+from depthfuse.ops.backend import product_refusal
 from depthfuse.ops.checks import check_channels, check_same_kind, shape_text
 from depthfuse.ops.declare import declare
+from depthfuse.ops.layouts import ROWS
 
 
 def attention(
@@ -50,7 +51,7 @@ def attention_reference(qkv: Tensor, heads: int, scale: float | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
-def check_arguments(qkv: Tensor, heads: int) -> list[int]:
+def check_arguments(qkv: Tensor, heads: int, scale: float | None = None) -> list[int]:
     """Check everything that `attention` promises to check; returns the output's shape."""
     check_same_kind("attention", qkv, {}, first="qkv")
     if heads < 1:
@@ -63,24 +64,15 @@ def check_arguments(qkv: Tensor, heads: int) -> list[int]:
     return [qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3]
 
 
-def _fake(qkv, heads, scale, backend):
-    return qkv.new_empty(check_arguments(qkv, heads))
+def refusal(qkv: Tensor, heads: int, scale: float | None) -> str | None:
+    """What the kernel does not take of a call, in words, or None."""
+    from depthfuse.kernels.attention import supports
+
+    size = (qkv.shape[1], qkv.shape[2] // (3 * heads))
+    return product_refusal(qkv.dtype) if supports(*size) else "{} tokens with heads of {}".format(*size)
 
 
-def _run(qkv, heads, scale, backend):
-    shape = check_arguments(qkv, heads)
-
-    def refusal() -> str | None:
-        from depthfuse.kernels.attention import supports
-
-        size = (shape[1], shape[2] // heads)
-        return None if supports(*size) else "{} tokens with heads of {}".format(*size)
-
-    triton = runs_triton("attention", backend, qkv, refusal)
-    if 0 in shape:
-        return qkv.new_empty(shape)
-    if not triton:
-        return attention_reference(qkv, heads, scale).contiguous()
+def _triton(qkv: Tensor, heads: int, scale: float | None) -> Tensor:
     from depthfuse.kernels.attention import attention as triton_attention
 
     return triton_attention(qkv.contiguous(), heads=heads, scale=scale)
@@ -93,7 +85,11 @@ def _flops(qkv_shape, heads, *args, out_shape=None, **kwargs) -> int:
 
 declare(
     "attention(Tensor qkv, SymInt heads, float? scale, str backend) -> Tensor",
-    fake=_fake,
-    run=_run,
+    values={},
+    layout=ROWS,
+    check=check_arguments,
+    refusal=refusal,
+    reference=attention_reference,
+    triton=_triton,
     flops=_flops,
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Callable
 
 import torch
@@ -19,11 +21,21 @@ _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _logged: set[tuple[str, str]] = set()
 
 
+@functools.cache
+def _amd_architecture(device: torch.device) -> str:
+    """ "gfx942", ... of a ROCm device."""
+    return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+
+
 def _why_not_triton(device: torch.device) -> str | None:
     """The reason why the Triton kernels cannot run on `device`, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cuda":
+        arch = _amd_architecture(device) if torch.version.hip else ""
+        # RDNA: gfx10xx, gfx11xx, gfx12xx; CDNA are gfx9xx.
+        if re.match(r"gfx1\d", arch):
+            return f"{arch} runs waves of 32 lanes, and the Triton kernels are laid out for AMD's 64 (gfx9)"
         return None
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
@@ -69,11 +81,29 @@ def resolve_backend(backend: str, device: torch.device | str) -> tuple[str, str]
     return "reference", reason
 
 
-def runs_triton(op: str, backend: str, x: Tensor, refusal: Callable[[], str | None] = lambda: None) -> bool:
+def dtype_refusal(dtype: torch.dtype) -> str | None:
+    """Why no kernel takes tensors of `dtype`, or None."""
+    return None if dtype in _KERNEL_DTYPES else f"dtype {dtype} (expected float16, bfloat16 or float32)"
+
+
+def product_refusal(dtype: torch.dtype) -> str | None:
+    """Why no kernel with a matrix product in it takes tensors of `dtype`, or None. Only where there is Triton."""
+    from depthfuse.kernels.launch import dot_refusal
+
+    return dot_refusal(dtype)
+
+
+def refused(op: str, what: str) -> BackendError:
+    """The error of an op, or a module, that was to run by Triton and whose kernel does not take `what`."""
+    return BackendError(f"{op}: backend 'triton' does not take {what}; pass backend='auto' or 'reference'")
+
+
+def runs_triton(op: str, backend: str, x: Tensor, refusal: Callable[[], str | None]) -> bool:
     """Whether the op's Triton kernel runs on `x`, and not its reference.
 
     Args:
-        refusal: what the kernel does not take of this call, in words, or None. Called only where Triton runs.
+        refusal: what the kernel does not take of this call, its dtype apart, in words, or None. Called only where
+            Triton runs.
 
     Raises:
         BackendError: Triton was asked for by name, and the kernel does not take the call. With "auto" the reference
@@ -81,16 +111,12 @@ def runs_triton(op: str, backend: str, x: Tensor, refusal: Callable[[], str | No
     """
     if resolve_backend(backend, x.device)[0] == "reference":
         return False
-    refused = refusal()
-    if refused is None and x.dtype not in _KERNEL_DTYPES:
-        refused = f"dtype {x.dtype} (expected float16, bfloat16 or float32)"
-    if refused is None:
+    what = dtype_refusal(x.dtype) or refusal()
+    if what is None:
         return True
     if backend == "triton":
-        raise BackendError(
-            f"{op}: backend 'triton' does not take {refused}; pass backend='auto' or 'reference'"
-        )
+        raise refused(op, what)
     if (op, "refused") not in _logged:
         _logged.add((op, "refused"))
-        logger.info("depthfuse::%s uses the PyTorch reference: its kernel does not take %s", op, refused)
+        logger.info("depthfuse::%s uses the PyTorch reference: its kernel does not take %s", op, what)
     return False

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from depthfuse.kernels.arguments import Tail
+from depthfuse.ops.activations import activation
+
 
 def shape_text(shape: Sequence[int | str]) -> str:
     return "[" + ", ".join(str(size) for size in shape) + "]"
@@ -38,21 +41,17 @@ def check_same_kind(op: str, x: Tensor, others: dict[str, Tensor | None], first:
             raise ValueError(f"{op}: {name} is on {tensor.device}, expected x's device {x.device}")
 
 
-def check_epilogue(
-    op: str,
-    shape: Sequence[int],
-    *,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    channel_dim: int,
-) -> None:
-    """Raise ValueError unless bias, scale and shift are [K] and the residual has the output's `shape`, where given."""
+def check_tail(op: str, shape: Sequence[int], tail: Tail, *, channel_dim: int, bias: str = "bias") -> None:
+    """Raise ValueError unless bias, scale and shift are [K] and the residual has the output's `shape`, where given, or
+    for an unknown activation. `bias` is what the op calls it.
+    """
+    activation(tail.act)
     channels = shape[channel_dim]
-    for name, vector in (("bias", bias), ("scale", scale), ("shift", shift)):
-        check_shape(op, name, vector, [channels], f"the output has {channels} channels")
-    check_shape(op, "residual", residual, shape, "the output's shape")
+    for name, tensor in tail.tensors(bias).items():
+        if name == "residual":
+            check_shape(op, name, tensor, shape, "the output's shape")
+        else:
+            check_shape(op, name, tensor, [channels], f"the output has {channels} channels")
 
 
 def check_channels(op: str, **counts: int) -> None:

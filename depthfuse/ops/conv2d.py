@@ -13,17 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthfuse.ops.activations import activation
-from depthfuse.ops.backend import runs_triton
-from depthfuse.ops.checks import (
-    check_channels,
-    check_epilogue,
-    check_norm_eps,
-    check_same_kind,
-    shape_text,
-)
+from depthfuse.kernels.arguments import Tail, Window
+from depthfuse.ops.activations import finish
+from depthfuse.ops.backend import product_refusal
+from depthfuse.ops.checks import check_channels, check_norm_eps, check_same_kind, check_tail, shape_text
 from depthfuse.ops.declare import declare
-from depthfuse.ops.layouts import contiguous, dense_nhwc, depthwise_weight, empty_nhwc, nhwc
+from depthfuse.ops.layouts import IMAGES, depthwise_weight, image_tail, nhwc
 
 # With LayerNorm a program of the kernel holds all channels of its pixels; more would ask for more warps than there are.
 _MAX_NORM_CHANNELS = 2048
@@ -82,34 +77,13 @@ def conv2d(
 
 
 def conv2d_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    *,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    act: str,
-    norm_eps: float | None = None,
+    x: Tensor, weight: Tensor, tail: Tail, window: Window, norm_eps: float | None = None
 ) -> Tensor:
-    """The op in plain PyTorch: oracle, baseline, and what runs where no kernel does. Shapes as in
-    `conv2d`.
-    """
-    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    """The op in plain PyTorch: oracle, baseline, and what runs where no kernel does. Shapes as in `conv2d`."""
+    y = F.conv2d(x, weight, tail.bias, *window)
     if norm_eps is not None:
         y = F.layer_norm(y.permute(0, 2, 3, 1), (y.shape[1],), eps=norm_eps).permute(0, 3, 1, 2)
-    if residual is not None:
-        y = y + residual
-    y = activation(act).apply(y)
-    if scale is not None:
-        y = y * scale.view(1, -1, 1, 1)
-    if shift is not None:
-        y = y + shift.view(1, -1, 1, 1)
-    return y
+    return finish(y, tail, (1, -1, 1, 1))
 
 
 def conv2d_flops(x_shape, weight_shape, output_shape) -> int:
@@ -121,14 +95,6 @@ def conv2d_flops(x_shape, weight_shape, output_shape) -> int:
     return 2 * batch * height * width * filters * group_channels * kernel_h * kernel_w
 
 
-def output_size(size: Sequence[int], kernel: Sequence[int], stride, padding, dilation) -> list[int]:
-    """Output height and width of a convolution."""
-    return [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
-    ]
-
-
 def as_pair(value: int | Sequence[int]) -> list[int]:
     """One integer for both axes, or (height, width). Raises ValueError for anything else."""
     pair = [value, value] if isinstance(value, int | torch.SymInt) else list(value)
@@ -137,29 +103,27 @@ def as_pair(value: int | Sequence[int]) -> list[int]:
     return pair
 
 
-def check_window(op: str, x: Tensor, kernel: Sequence[int], stride, padding, dilation) -> list[int]:
+def check_window(op: str, x: Tensor, kernel: Sequence[int], window: Window) -> list[int]:
     """Raise ValueError for a geometry that does not fit x [N, C, H, W]; returns the output's height and width."""
-    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+    for name, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        pair = getattr(window, name)
         if min(pair) < least:
             raise ValueError(f"{op}: {name} is {tuple(pair)}, expected at least {least}")
-    size = output_size(x.shape[2:], kernel, stride, padding, dilation)
+    size = window.output_size(x.shape[2:], kernel)
     if min(size) < 1:
         raise ValueError(
             f"{op}: x of {shape_text(x.shape)} is smaller than the kernel {shape_text(kernel)} with "
-            f"padding {tuple(padding)} and dilation {tuple(dilation)}"
+            f"padding {tuple(window.padding)} and dilation {tuple(window.dilation)}"
         )
     return size
 
 
 def check_arguments(
-    x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act, norm_eps=None
+    x: Tensor, weight: Tensor, tail: Tail, window: Window, norm_eps: float | None = None
 ) -> list[int]:
     """Check everything that `conv2d` promises to check; returns the output's shape."""
-    activation(act)
     check_norm_eps("conv2d", norm_eps)
-    check_same_kind(
-        "conv2d", x, {"weight": weight, "bias": bias, "residual": residual, "scale": scale, "shift": shift}
-    )
+    check_same_kind("conv2d", x, {"weight": weight, **tail.tensors()})
     if x.dim() != 4:
         raise ValueError(f"conv2d: x has shape {shape_text(x.shape)}, expected [N, C, H, W]")
     if weight.dim() != 4:
@@ -168,6 +132,7 @@ def check_arguments(
         )
     batch, channels = x.shape[:2]
     filters, group_channels, *kernel = weight.shape
+    groups = window.groups
     check_channels("conv2d", x=channels, weight=filters)
     if groups < 1 or channels % groups or filters % groups:
         raise ValueError(
@@ -178,53 +143,37 @@ def check_arguments(
             f"conv2d: weight has shape {shape_text(weight.shape)}, expected [K, {channels // groups}, R, S] "
             f"(x has {channels} channels, groups is {groups})"
         )
-    out_size = check_window("conv2d", x, kernel, stride, padding, dilation)
-    shape = [batch, filters, *out_size]
-    check_epilogue("conv2d", shape, bias=bias, residual=residual, scale=scale, shift=shift, channel_dim=1)
+    shape = [batch, filters, *check_window("conv2d", x, kernel, window)]
+    check_tail("conv2d", shape, tail, channel_dim=1)
     return shape
 
 
-def _fake(
-    x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act, backend, norm_eps=None
-):
-    geometry = (stride, padding, dilation, groups)
-    return empty_nhwc(check_arguments(x, weight, bias, residual, scale, shift, *geometry, act, norm_eps), x)
+def is_depthwise(weight: Tensor, groups: int) -> bool:
+    """Whether `weight` [K, C / groups, R, S] is one filter for each channel."""
+    return weight.shape[0] == groups and weight.shape[1] == 1
 
 
-def _run(
-    x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act, backend, norm_eps=None
-):
-    shape = check_arguments(
-        x, weight, bias, residual, scale, shift, stride, padding, dilation, groups, act, norm_eps
+def refusal(x: Tensor, weight: Tensor, tail: Tail, window: Window, norm_eps: float | None) -> str | None:
+    """What the kernels do not take of a call, in words, or None."""
+    depthwise = is_depthwise(weight, window.groups)
+    if norm_eps is None or (depthwise and window.groups <= _MAX_NORM_CHANNELS):
+        return None if depthwise else product_refusal(x.dtype)
+    return (
+        f"norm_eps for {window.groups} groups of {shape_text(weight.shape)} "
+        f"(expected depthwise, at most {_MAX_NORM_CHANNELS} channels)"
     )
-    depthwise = groups == x.shape[1] == weight.shape[0]
 
-    def refusal() -> str | None:
-        if norm_eps is None or (depthwise and groups <= _MAX_NORM_CHANNELS):
-            return None
-        return f"norm_eps for {groups} groups of {shape_text(weight.shape)} (expected depthwise, at most 2048 channels)"
 
-    triton = runs_triton("conv2d", backend, x, refusal)
-    if 0 in shape:
-        return empty_nhwc(shape, x)
-    geometry = {"stride": stride, "padding": padding, "dilation": dilation}
-    if not triton:
-        options = {"groups": groups, "act": act, "norm_eps": norm_eps}
-        return dense_nhwc(conv2d_reference(x, weight, bias, residual, scale, shift, **geometry, **options))
-    bias, scale, shift = contiguous(bias, scale, shift)
-    residual = None if residual is None else nhwc(residual)
-    if depthwise:
+def _triton(x: Tensor, weight: Tensor, tail: Tail, window: Window, norm_eps: float | None) -> Tensor:
+    tail = image_tail(tail)
+    if is_depthwise(weight, window.groups):
         from depthfuse.kernels.depthwise import depthwise_conv2d
 
-        tail = (bias, residual, scale, shift)
-        options = {"act": act, "norm_eps": norm_eps}
-        return depthwise_conv2d(nhwc(x), depthwise_weight(weight), *tail, **geometry, **options)
+        return depthwise_conv2d(nhwc(x), depthwise_weight(weight), tail, window, norm_eps=norm_eps)
     from depthfuse.kernels.conv2d import conv2d as triton_conv2d
     from depthfuse.kernels.conv2d import is_packed
 
-    weight = weight if is_packed(weight) else nhwc(weight)
-    tail = (bias, residual, scale, shift)
-    return triton_conv2d(nhwc(x), weight, *tail, **geometry, groups=groups, act=act)
+    return triton_conv2d(nhwc(x), weight if is_packed(weight) else nhwc(weight), tail, window)
 
 
 def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
@@ -235,7 +184,11 @@ declare(
     "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? scale, Tensor? shift, "
     "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, str act, str backend, "
     "float? norm_eps=None) -> Tensor",
-    fake=_fake,
-    run=_run,
+    values={"tail": Tail, "window": Window},
+    layout=IMAGES,
+    check=check_arguments,
+    refusal=refusal,
+    reference=conv2d_reference,
+    triton=_triton,
     flops=_flops,
 )

@@ -12,12 +12,12 @@ one more thing: oneDNN's ReLU and ReLU6 turn NaN into a number (`SWALLOWS_NAN`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from depthfuse.kernels.arguments import Tail, Window
 from depthfuse.ops import onednn
 from depthfuse.ops.activations import activation
 
@@ -28,38 +28,30 @@ SWALLOWS_NAN = frozenset({"relu", "relu6"})
 Runner = Callable[[Tensor, Tensor | None], Tensor]
 
 
-@dataclass(frozen=True)
-class Epilogue:
-    """What follows the product: y = scale * act(product + bias + residual) + shift; vectors of [K] or None."""
+def _affine_(tail: Tail, shape: Sequence[int]) -> Callable[[Tensor], Tensor] | None:
+    """The tail's affine as an in-place function of tensors to which vectors of `shape` broadcast; None for none."""
+    scale = None if tail.scale is None else tail.scale.view(shape)
+    shift = None if tail.shift is None else tail.shift.view(shape)
+    if scale is None:
+        return None if shift is None else lambda y: y.add_(shift)
+    if shift is None:
+        return lambda y: y.mul_(scale)
+    return lambda y: torch.addcmul(shift, y, scale, out=y)
 
-    bias: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
-    act: str
 
-    def affine_(self, shape: Sequence[int]) -> Callable[[Tensor], Tensor] | None:
-        """The affine as an in-place function of tensors to which vectors of `shape` broadcast; None for none."""
-        scale = None if self.scale is None else self.scale.view(shape)
-        shift = None if self.shift is None else self.shift.view(shape)
-        if scale is None:
-            return None if shift is None else lambda y: y.add_(shift)
-        if shift is None:
-            return lambda y: y.mul_(scale)
-        return lambda y: torch.addcmul(shift, y, scale, out=y)
+def _rest_(tail: Tail) -> Runner:
+    """Residual, activation and affine in place, channels on the last axis."""
+    act = None if tail.act == "none" else activation(tail.act).apply_
+    affine_ = _affine_(tail, (-1,))
 
-    def rest_(self) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """Residual, activation and affine in place, channels on the last axis."""
-        act = None if self.act == "none" else activation(self.act).apply_
-        affine_ = self.affine_((-1,))
+    def run(y: Tensor, residual: Tensor | None) -> Tensor:
+        if residual is not None:
+            y.add_(residual)
+        if act is not None:
+            act(y)
+        return y if affine_ is None else affine_(y)
 
-        def run(y: Tensor, residual: Tensor | None) -> Tensor:
-            if residual is not None:
-                y.add_(residual)
-            if act is not None:
-                act(y)
-            return y if affine_ is None else affine_(y)
-
-        return run
+    return run
 
 
 def conv2d_candidates(weight: Tensor, padding: Sequence[int], groups: int) -> list[str]:
@@ -80,21 +72,19 @@ def linear_candidates(weight: Tensor) -> list[str]:
 def bind_conv2d(
     name: str,
     weight: Tensor,  # [K, C / groups, R, S]
-    epilogue: Epilogue,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    tail: Tail,  # without the residual, which each call brings
+    window: Window,
     input_size: Sequence[
         int
     ],  # N, C, H, W: the layout of packed weights suits it, and is right for any other
 ) -> Runner:
     """The implementation `name` ("onednn" or "gemm") with the weights bound to it."""
     if name == "gemm":
-        return _bind_pointwise(weight, epilogue, stride)
-    stride, padding, dilation = list(stride), list(padding), list(dilation)
+        return _bind_pointwise(weight, tail, window.stride)
+    stride, padding, dilation = list(window.stride), list(window.padding), list(window.dilation)
+    groups = window.groups
     packed = onednn.pack_conv2d(weight, input_size, stride, padding, dilation, groups)
-    bias, act, affine_ = epilogue.bias, epilogue.act, epilogue.affine_((1, -1, 1, 1))
+    bias, act, affine_ = tail.bias, tail.act, _affine_(tail, (1, -1, 1, 1))
 
     def run(x: Tensor, residual: Tensor | None) -> Tensor:
         y = onednn.conv2d(x, packed, bias, residual, stride, padding, dilation, groups, act)
@@ -103,9 +93,9 @@ def bind_conv2d(
     return run
 
 
-def _bind_pointwise(weight: Tensor, epilogue: Epilogue, stride: Sequence[int]) -> Runner:
+def _bind_pointwise(weight: Tensor, tail: Tail, stride: Sequence[int]) -> Runner:
     matrix = weight.detach().reshape(weight.shape[:2])
-    bias, rest_ = epilogue.bias, epilogue.rest_()
+    bias, rest_ = tail.bias, _rest_(tail)
     step_h, step_w = stride
 
     def run(x: Tensor, residual: Tensor | None) -> Tensor:
@@ -117,17 +107,17 @@ def _bind_pointwise(weight: Tensor, epilogue: Epilogue, stride: Sequence[int]) -
     return run
 
 
-def bind_linear(name: str, weight: Tensor, epilogue: Epilogue, input_size: Sequence[int]) -> Runner:
+def bind_linear(name: str, weight: Tensor, tail: Tail, input_size: Sequence[int]) -> Runner:
     """The implementation `name` ("onednn" or "gemm") with the weights bound to it; input_size is [..., C]."""
-    bias, act = epilogue.bias, epilogue.act
+    bias, act = tail.bias, tail.act
     if name == "gemm":
-        rest_ = epilogue.rest_()
+        rest_ = _rest_(tail)
         return lambda x, residual: rest_(F.linear(x, weight, bias), residual)
     rows = 1
     for size in input_size[:-1]:
         rows *= size
     packed = onednn.pack_linear(weight, rows)
-    affine_ = epilogue.affine_((-1,))
+    affine_ = _affine_(tail, (-1,))
 
     def run(x: Tensor, residual: Tensor | None) -> Tensor:
         y = onednn.linear(x, packed, bias, residual, act)

@@ -1,26 +1,76 @@
-"""Make an op known to PyTorch: schema, shape inference, implementation and FLOP count, each given once."""
+"""Make an op known to PyTorch: schema, shape inference, implementations and FLOP count, each given once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from depthfuse.ops.backend import runs_triton
+from depthfuse.ops.layouts import Layout
+
 
 def declare(
-    schema: str, *, fake: Callable[..., Tensor], run: Callable[..., Tensor], flops: Callable[..., int]
+    schema: str,
+    *,
+    values: Mapping[str, Any],
+    bias: str = "bias",
+    layout: Layout,
+    check: Callable[..., list[int]],
+    refusal: Callable[..., str | None],
+    reference: Callable[..., Tensor],
+    triton: Callable[..., Tensor],
+    flops: Callable[..., int],
 ) -> None:
     """Declare an op of the namespace `depthfuse`, one that records no gradient.
 
+    The functions take the schema's arguments by name, `backend` apart, and those that belong to a value (such as
+    `Tail`) as that value.
+
     Args:
-        schema: "name(arguments) -> Tensor", as `torch.library.define` takes it.
-        fake: the schema's arguments -> an empty tensor of the result's shape and strides.
-        run: the schema's arguments -> the result; for every device.
-        flops: shapes in place of tensors, and `out_shape` -> floating-point operations, two a multiply-add.
+        schema: "name(arguments) -> Tensor", as `torch.library.define` takes it; the first argument is the input.
+        values: {argument of the functions: NamedTuple of what the schema has by the names of its fields}.
+        bias: which of the schema's arguments is the tail's bias.
+        layout: of the result.
+        check: raises for arguments that do not fit; returns the result's shape.
+        refusal: what the Triton kernel does not take of a call that fits, in words, or None.
+        reference: the op in plain PyTorch, in any layout.
+        triton: the op by its kernel; never asked for an empty result.
+        flops: the schema's arguments with shapes in place of tensors, and `out_shape` -> floating-point operations, two
+            a multiply-add.
     """
     name, parenthesis, rest = schema.partition("(")
+    names = re.findall(r"(\w+)(?:=\w+)?(?=[,)])", rest.partition(" ->")[0])
+    defaults = dict.fromkeys(re.findall(r"(\w+)=None", rest))
+    parts = {
+        part: (kind, {field: bias if field == "bias" else field for field in kind._fields})
+        for part, kind in values.items()
+    }
+
+    def gather(args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+        backend = given.pop("backend")
+        for part, (kind, fields) in parts.items():
+            own = {field: given.pop(argument) for field, argument in fields.items() if argument in given}
+            given[part] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
+        return given, backend
+
+    def fake(*args, **kwargs) -> Tensor:
+        call, _ = gather(args, kwargs)
+        return layout.empty(check(**call), call[names[0]])
+
+    def run(*args, **kwargs) -> Tensor:
+        call, backend = gather(args, kwargs)
+        x, shape = call[names[0]], check(**call)
+        by_triton = runs_triton(name, backend, x, lambda: refusal(**call))
+        if 0 in shape:
+            return layout.empty(shape, x)
+        return triton(**call) if by_triton else layout.dense(reference(**call))
+
     qualified = f"depthfuse::{name}"
     torch.library.define(qualified, parenthesis + rest)
     torch.library.register_fake(qualified, fake)

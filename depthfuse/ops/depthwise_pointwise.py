@@ -13,12 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from depthfuse.kernels.arguments import POINTWISE, Tail, TwoLayers, Window
 from depthfuse.ops.activations import activation
-from depthfuse.ops.backend import runs_triton
-from depthfuse.ops.checks import check_channels, check_epilogue, check_same_kind, check_shape, shape_text
+from depthfuse.ops.backend import product_refusal
+from depthfuse.ops.checks import check_channels, check_same_kind, check_shape, check_tail, shape_text
 from depthfuse.ops.conv2d import as_pair, check_window, conv2d_flops, conv2d_reference
 from depthfuse.ops.declare import declare
-from depthfuse.ops.layouts import contiguous, dense_nhwc, depthwise_weight, empty_nhwc, nhwc
+from depthfuse.ops.layouts import IMAGES, contiguous, depthwise_weight, image_tail, nhwc
 
 
 def depthwise_pointwise(
@@ -63,36 +64,20 @@ def depthwise_pointwise(
 
 
 def depthwise_pointwise_reference(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    *,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    act_inner: str,
-    act: str,
+    x: Tensor, weights: TwoLayers, tail: Tail, window: Window, act_inner: str
 ) -> Tensor:
     """The op in plain PyTorch: oracle, baseline, and what runs where no kernel does."""
-    geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": x.shape[1]}
-    filtered = conv2d_reference(x, w1, b1, None, None, None, **geometry, act=act_inner)
-    unit = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
-    return conv2d_reference(filtered, w2, b2, residual, scale, shift, **unit, act=act)
+    first = Tail(weights.b1, act=act_inner)
+    filtered = conv2d_reference(x, weights.w1, first, window._replace(groups=x.shape[1]))
+    return conv2d_reference(filtered, weights.w2, tail, POINTWISE)
 
 
-def check_arguments(
-    x, w1, b1, w2, b2, residual, scale, shift, stride, padding, dilation, act_inner, act
-) -> list[int]:
+def check_arguments(x: Tensor, weights: TwoLayers, tail: Tail, window: Window, act_inner: str) -> list[int]:
     """Check everything that `depthwise_pointwise` promises to check; returns the output's shape."""
     op = "depthwise_pointwise"
-    activation(act_inner), activation(act)
-    named = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "residual": residual, "scale": scale, "shift": shift}
-    check_same_kind(op, x, named)
+    activation(act_inner)
+    check_same_kind(op, x, {**weights._asdict(), **tail.tensors("b2")})
+    w1, b1, w2 = weights
     for name, tensor, form in (
         ("x", x, "[N, C, H, W]"),
         ("w1", w1, "[C, 1, R, S]"),
@@ -106,37 +91,25 @@ def check_arguments(
     check_shape(op, "w1", w1, [channels, 1, *kernel], f"x has {channels} channels")
     check_shape(op, "b1", b1, [channels], f"x has {channels} channels")
     check_shape(op, "w2", w2, [outputs, channels, 1, 1], f"x has {channels} channels")
-    shape = [batch, outputs, *check_window(op, x, kernel, stride, padding, dilation)]
-    check_epilogue(op, shape, bias=b2, residual=residual, scale=scale, shift=shift, channel_dim=1)
+    shape = [batch, outputs, *check_window(op, x, kernel, window)]
+    check_tail(op, shape, tail, channel_dim=1, bias="b2")
     return shape
 
 
-def _fake(x, w1, b1, w2, b2, residual, scale, shift, stride, padding, dilation, act_inner, act, backend):
-    operands = (x, w1, b1, w2, b2, residual, scale, shift)
-    return empty_nhwc(check_arguments(*operands, stride, padding, dilation, act_inner, act), x)
+def refusal(x: Tensor, weights: TwoLayers, **rest) -> str | None:
+    """What the kernel does not take of a call, in words, or None."""
+    from depthfuse.kernels.depthwise_pointwise import supports
+
+    outputs = weights.w2.shape[0]
+    return product_refusal(x.dtype) if supports(outputs) else f"{outputs} output channels"
 
 
-def _run(x, w1, b1, w2, b2, residual, scale, shift, stride, padding, dilation, act_inner, act, backend):
-    operands = (x, w1, b1, w2, b2, residual, scale, shift)
-    shape = check_arguments(*operands, stride, padding, dilation, act_inner, act)
-
-    def refusal() -> str | None:
-        from depthfuse.kernels.depthwise_pointwise import supports
-
-        return None if supports(w2.shape[0]) else f"{w2.shape[0]} output channels"
-
-    triton = runs_triton("depthwise_pointwise", backend, x, refusal)
-    if 0 in shape:
-        return empty_nhwc(shape, x)
-    options = {"stride": stride, "padding": padding, "dilation": dilation, "act_inner": act_inner, "act": act}
-    if not triton:
-        return dense_nhwc(depthwise_pointwise_reference(*operands, **options))
+def _triton(x: Tensor, weights: TwoLayers, tail: Tail, window: Window, act_inner: str) -> Tensor:
     from depthfuse.kernels.depthwise_pointwise import depthwise_pointwise as triton_depthwise_pointwise
 
-    b1, b2, scale, shift = contiguous(b1, b2, scale, shift)
-    residual = None if residual is None else nhwc(residual)
-    tensors = (nhwc(x), depthwise_weight(w1), b1, nhwc(w2), b2, residual, scale, shift)
-    return triton_depthwise_pointwise(*tensors, **options)
+    w1, b1, w2 = weights
+    weights = TwoLayers(depthwise_weight(w1), *contiguous(b1), nhwc(w2))
+    return triton_depthwise_pointwise(nhwc(x), weights, image_tail(tail), window, act_inner=act_inner)
 
 
 def _flops(x_shape, w1_shape, b1_shape, w2_shape, *args, out_shape=None, **kwargs) -> int:
@@ -148,7 +121,12 @@ declare(
     "depthwise_pointwise(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual, Tensor? scale, "
     "Tensor? shift, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, str act_inner, str act, str backend) "
     "-> Tensor",
-    fake=_fake,
-    run=_run,
+    values={"weights": TwoLayers, "tail": Tail, "window": Window},
+    bias="b2",
+    layout=IMAGES,
+    check=check_arguments,
+    refusal=refusal,
+    reference=depthwise_pointwise_reference,
+    triton=_triton,
     flops=_flops,
 )

@@ -9,21 +9,15 @@ The padding is that which keeps the image's size at stride 1. See `depthfuse.ops
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from depthfuse.kernels.arguments import POINTWISE, Tail, ThreeLayers, Window
 from depthfuse.ops.activations import activation
-from depthfuse.ops.backend import runs_triton
-from depthfuse.ops.checks import (
-    check_channels,
-    check_epilogue,
-    check_same_kind,
-    check_shape,
-    shape_text,
-)
+from depthfuse.ops.backend import product_refusal
+from depthfuse.ops.checks import check_channels, check_same_kind, check_shape, check_tail, shape_text
 from depthfuse.ops.conv2d import conv2d_flops, conv2d_reference
 from depthfuse.ops.declare import declare
-from depthfuse.ops.layouts import contiguous, dense_nhwc, depthwise_weight, empty_nhwc, nhwc
+from depthfuse.ops.layouts import IMAGES, contiguous, depthwise_weight, image_tail, nhwc
 
 
 def inverted_residual(
@@ -67,35 +61,22 @@ def inverted_residual(
 
 
 def inverted_residual_reference(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    w3: Tensor,
-    b3: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    *,
-    stride: int,
-    act_inner: str,
-    act: str,
+    x: Tensor, weights: ThreeLayers, tail: Tail, stride: int, act_inner: str
 ) -> Tensor:
     """The op in plain PyTorch: oracle, baseline, and what runs where no kernel does."""
-    inner = activation(act_inner).apply
-    y = inner(F.conv2d(x, w1, b1))
-    y = inner(F.conv2d(y, w2, b2, stride, w2.shape[-1] // 2, groups=w2.shape[0]))
-    unit = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
-    return conv2d_reference(y, w3, b3, residual, scale, shift, **unit, act=act)
+    w1, b1, w2, b2, w3 = weights
+    filtering = Window((stride, stride), (w2.shape[-1] // 2,) * 2, groups=w2.shape[0])
+    expanded = conv2d_reference(x, w1, Tail(b1, act=act_inner), POINTWISE)
+    filtered = conv2d_reference(expanded, w2, Tail(b2, act=act_inner), filtering)
+    return conv2d_reference(filtered, w3, tail, POINTWISE)
 
 
-def check_arguments(x, w1, b1, w2, b2, w3, b3, residual, scale, shift, stride, act_inner, act) -> list[int]:
+def check_arguments(x: Tensor, weights: ThreeLayers, tail: Tail, stride: int, act_inner: str) -> list[int]:
     """Check everything that `inverted_residual` promises to check; returns the output's shape."""
     op = "inverted_residual"
-    activation(act_inner), activation(act)
-    named = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "w3": w3, "b3": b3}
-    check_same_kind(op, x, named | {"residual": residual, "scale": scale, "shift": shift})
+    activation(act_inner)
+    check_same_kind(op, x, {**weights._asdict(), **tail.tensors("b3")})
+    w1, b1, w2, b2, w3 = weights
     for name, tensor, form in (
         ("x", x, "[N, C, H, W]"),
         ("w1", w1, "[hidden, C, 1, 1]"),
@@ -112,7 +93,6 @@ def check_arguments(x, w1, b1, w2, b2, w3, b3, residual, scale, shift, stride, a
     check_shape(op, "w3", w3, [outputs, hidden, 1, 1], f"w1 has {hidden} filters")
     for name, bias in (("b1", b1), ("b2", b2)):
         check_shape(op, name, bias, [hidden], f"w1 has {hidden} filters")
-    check_shape(op, "b3", b3, [outputs], f"w3 has {outputs} filters")
     if kernel % 2 == 0:
         raise ValueError(f"{op}: w2 has shape {shape_text(w2.shape)}, expected an odd kernel size")
     if stride < 1:
@@ -120,38 +100,27 @@ def check_arguments(x, w1, b1, w2, b2, w3, b3, residual, scale, shift, stride, a
     if min(height, width) < 1:
         raise ValueError(f"{op}: x has shape {shape_text(x.shape)}, expected at least one pixel")
     shape = [batch, outputs, (height - 1) // stride + 1, (width - 1) // stride + 1]
-    check_epilogue(op, shape, bias=None, residual=residual, scale=scale, shift=shift, channel_dim=1)
+    check_tail(op, shape, tail, channel_dim=1, bias="b3")
     return shape
 
 
-def _fake(x, w1, b1, w2, b2, w3, b3, residual, scale, shift, stride, act_inner, act, backend):
-    operands = (x, w1, b1, w2, b2, w3, b3, residual, scale, shift)
-    return empty_nhwc(check_arguments(*operands, stride, act_inner, act), x)
+def refusal(x: Tensor, weights: ThreeLayers, stride: int, **rest) -> str | None:
+    """What the kernel does not take of a call, in words, or None."""
+    from depthfuse.kernels.inverted_residual import supports
+
+    size = (weights.w1.shape[1], weights.w3.shape[0], weights.w2.shape[-1], stride)
+    if supports(*size):
+        return product_refusal(x.dtype)
+    return "{} -> {} channels, kernel {}, stride {}".format(*size)
 
 
-def _run(x, w1, b1, w2, b2, w3, b3, residual, scale, shift, stride, act_inner, act, backend):
-    operands = (x, w1, b1, w2, b2, w3, b3, residual, scale, shift)
-    shape = check_arguments(*operands, stride, act_inner, act)
-
-    def refusal() -> str | None:
-        from depthfuse.kernels.inverted_residual import supports
-
-        size = (x.shape[1], w3.shape[0], w2.shape[-1], stride)
-        return None if supports(*size) else "{} -> {} channels, kernel {}, stride {}".format(*size)
-
-    triton = runs_triton("inverted_residual", backend, x, refusal)
-    if 0 in shape:
-        return empty_nhwc(shape, x)
-    options = {"stride": stride, "act_inner": act_inner, "act": act}
-    if not triton:
-        return dense_nhwc(inverted_residual_reference(*operands, **options))
+def _triton(x: Tensor, weights: ThreeLayers, tail: Tail, stride: int, act_inner: str) -> Tensor:
     from depthfuse.kernels.inverted_residual import inverted_residual as triton_inverted_residual
 
-    x, w1, w3 = nhwc(x), nhwc(w1), nhwc(w3)
-    b1, b2, b3, scale, shift = contiguous(b1, b2, b3, scale, shift)
-    residual = None if residual is None else nhwc(residual)
-    w2 = depthwise_weight(w2)
-    return triton_inverted_residual(x, w1, b1, w2, b2, w3, b3, residual, scale, shift, **options)
+    w1, b1, w2, b2, w3 = weights
+    b1, b2 = contiguous(b1, b2)
+    weights = ThreeLayers(nhwc(w1), b1, depthwise_weight(w2), b2, nhwc(w3))
+    return triton_inverted_residual(nhwc(x), weights, image_tail(tail), stride=stride, act_inner=act_inner)
 
 
 def _flops(x_shape, w1_shape, b1_shape, w2_shape, b2_shape, w3_shape, *args, out_shape=None, **kwargs) -> int:
@@ -165,7 +134,12 @@ def _flops(x_shape, w1_shape, b1_shape, w2_shape, b2_shape, w3_shape, *args, out
 declare(
     "inverted_residual(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor w3, Tensor? b3, "
     "Tensor? residual, Tensor? scale, Tensor? shift, SymInt stride, str act_inner, str act, str backend) -> Tensor",
-    fake=_fake,
-    run=_run,
+    values={"weights": ThreeLayers, "tail": Tail},
+    bias="b3",
+    layout=IMAGES,
+    check=check_arguments,
+    refusal=refusal,
+    reference=inverted_residual_reference,
+    triton=_triton,
     flops=_flops,
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from depthfuse.kernels.arguments import Tail
 
 
 def nhwc(x: Tensor) -> Tensor:
@@ -37,3 +40,26 @@ def depthwise_weight(weight: Tensor) -> Tensor:
     if weight.stride(2) == weight.shape[3] * weight.stride(3):
         return weight
     return weight.clone(memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The memory layout of a result: what makes an empty one of a shape, like a tensor, and what brings one into it."""
+
+    empty: Callable[[Sequence[int], Tensor], Tensor]
+    dense: Callable[[Tensor], Tensor]
+
+
+IMAGES = Layout(empty_nhwc, dense_nhwc)  # [N, C, H, W] in channels_last
+ROWS = Layout(lambda shape, like: like.new_empty(shape), Tensor.contiguous)
+
+
+def image_tail(tail: Tail) -> Tail:
+    """The tail as the kernels of images read it."""
+    bias, scale, shift = contiguous(tail.bias, tail.scale, tail.shift)
+    return Tail(bias, None if tail.residual is None else nhwc(tail.residual), scale, shift, tail.act)
+
+
+def row_tail(tail: Tail) -> Tail:
+    """The tail as the kernels of rows read it."""
+    return Tail(*contiguous(*tail[:4]), tail.act)

@@ -9,17 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthfuse.ops.activations import activation
-from depthfuse.ops.backend import runs_triton
-from depthfuse.ops.checks import (
-    check_channels,
-    check_epilogue,
-    check_norm_eps,
-    check_same_kind,
-    shape_text,
-)
+from depthfuse.kernels.arguments import Tail
+from depthfuse.ops.activations import finish
+from depthfuse.ops.backend import product_refusal
+from depthfuse.ops.checks import check_channels, check_norm_eps, check_same_kind, check_tail, shape_text
 from depthfuse.ops.declare import declare
-from depthfuse.ops.layouts import contiguous
+from depthfuse.ops.layouts import ROWS, row_tail
 
 
 def linear(
@@ -53,40 +48,17 @@ def linear(
     return torch.ops.depthfuse.linear(x, weight, bias, residual, scale, shift, act, backend, norm_eps)
 
 
-def linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    *,
-    act: str,
-    norm_eps: float | None = None,
-) -> Tensor:
-    """The op in plain PyTorch: oracle, baseline, and what runs where no kernel does. Shapes as in
-    `linear`.
-    """
+def linear_reference(x: Tensor, weight: Tensor, tail: Tail, norm_eps: float | None = None) -> Tensor:
+    """The op in plain PyTorch: oracle, baseline, and what runs where no kernel does. Shapes as in `linear`."""
     if norm_eps is not None:
         x = F.layer_norm(x, x.shape[-1:], eps=norm_eps)
-    y = F.linear(x, weight, bias)
-    if residual is not None:
-        y = y + residual
-    y = activation(act).apply(y)
-    if scale is not None:
-        y = y * scale
-    if shift is not None:
-        y = y + shift
-    return y
+    return finish(F.linear(x, weight, tail.bias), tail, (-1,))
 
 
-def check_arguments(x, weight, bias, residual, scale, shift, act, norm_eps=None) -> list[int]:
+def check_arguments(x: Tensor, weight: Tensor, tail: Tail, norm_eps: float | None = None) -> list[int]:
     """Check everything that `linear` promises to check; returns the output's shape."""
-    activation(act)
     check_norm_eps("linear", norm_eps)
-    check_same_kind(
-        "linear", x, {"weight": weight, "bias": bias, "residual": residual, "scale": scale, "shift": shift}
-    )
+    check_same_kind("linear", x, {"weight": weight, **tail.tensors()})
     if weight.dim() != 2:
         raise ValueError(f"linear: weight has shape {shape_text(weight.shape)}, expected [K, C]")
     features_out, features_in = weight.shape
@@ -97,27 +69,16 @@ def check_arguments(x, weight, bias, residual, scale, shift, act, norm_eps=None)
         )
     check_channels("linear", x=features_in, weight=features_out)
     shape = [*x.shape[:-1], features_out]
-    check_epilogue("linear", shape, bias=bias, residual=residual, scale=scale, shift=shift, channel_dim=-1)
+    check_tail("linear", shape, tail, channel_dim=-1)
     return shape
 
 
-def _fake(x, weight, bias, residual, scale, shift, act, backend, norm_eps=None):
-    return x.new_empty(check_arguments(x, weight, bias, residual, scale, shift, act, norm_eps))
-
-
-def _run(x, weight, bias, residual, scale, shift, act, backend, norm_eps=None):
-    shape = check_arguments(x, weight, bias, residual, scale, shift, act, norm_eps)
-    triton = runs_triton("linear", backend, x)
-    if 0 in shape:
-        return x.new_empty(shape)
-    options = {"act": act, "norm_eps": norm_eps}
-    if not triton:
-        return linear_reference(x, weight, bias, residual, scale, shift, **options).contiguous()
+def _triton(x: Tensor, weight: Tensor, tail: Tail, norm_eps: float | None) -> Tensor:
     from depthfuse.kernels.linear import linear as triton_linear
 
     # The kernel takes rows that lie apart, such as the class token of each image, without a copy.
     x = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
-    return triton_linear(x, *contiguous(weight, bias, residual, scale, shift), **options)
+    return triton_linear(x, weight.contiguous(), row_tail(tail), norm_eps=norm_eps)
 
 
 def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
@@ -135,7 +96,11 @@ def linear_flops(x_shape, weight_shape) -> int:
 declare(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? scale, Tensor? shift, str act, "
     "str backend, float? norm_eps=None) -> Tensor",
-    fake=_fake,
-    run=_run,
+    values={"tail": Tail},
+    layout=ROWS,
+    check=check_arguments,
+    refusal=lambda x, **rest: product_refusal(x.dtype),
+    reference=linear_reference,
+    triton=_triton,
     flops=_flops,
 )

@@ -11,18 +11,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from depthfuse.kernels.arguments import Tail, TwoLayers
 from depthfuse.ops.activations import activation
-from depthfuse.ops.backend import runs_triton
+from depthfuse.ops.backend import product_refusal
 from depthfuse.ops.checks import (
     check_channels,
-    check_epilogue,
     check_norm_eps,
     check_same_kind,
     check_shape,
+    check_tail,
     shape_text,
 )
 from depthfuse.ops.declare import declare
-from depthfuse.ops.layouts import contiguous
+from depthfuse.ops.layouts import ROWS, contiguous, row_tail
 from depthfuse.ops.linear import linear_flops, linear_reference
 
 
@@ -64,30 +65,21 @@ def mlp(
 
 
 def mlp_reference(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    *,
-    act_inner: str,
-    act: str,
-    norm_eps: float | None = None,
+    x: Tensor, weights: TwoLayers, tail: Tail, act_inner: str, norm_eps: float | None = None
 ) -> Tensor:
     """The op in plain PyTorch: oracle, baseline, and what runs where no kernel does."""
-    hidden = linear_reference(x, w1, b1, None, None, None, act=act_inner, norm_eps=norm_eps)
-    return linear_reference(hidden, w2, b2, residual, scale, shift, act=act)
+    hidden = linear_reference(x, weights.w1, Tail(weights.b1, act=act_inner), norm_eps)
+    return linear_reference(hidden, weights.w2, tail)
 
 
-def check_arguments(x, w1, b1, w2, b2, residual, scale, shift, act_inner, act, norm_eps=None) -> list[int]:
+def check_arguments(
+    x: Tensor, weights: TwoLayers, tail: Tail, act_inner: str, norm_eps: float | None = None
+) -> list[int]:
     """Check everything that `mlp` promises to check; returns the output's shape."""
-    activation(act_inner), activation(act)
+    activation(act_inner)
     check_norm_eps("mlp", norm_eps)
-    named = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "residual": residual, "scale": scale, "shift": shift}
-    check_same_kind("mlp", x, named)
+    check_same_kind("mlp", x, {**weights._asdict(), **tail.tensors("b2")})
+    w1, b1, w2 = weights
     for name, weight, form in (("w1", w1, "[hidden, C]"), ("w2", w2, "[K, hidden]")):
         if weight.dim() != 2:
             raise ValueError(f"mlp: {name} has shape {shape_text(weight.shape)}, expected {form}")
@@ -101,36 +93,26 @@ def check_arguments(x, w1, b1, w2, b2, residual, scale, shift, act_inner, act, n
     check_channels("mlp", x=channels, w1=hidden, w2=outputs)
     check_shape("mlp", "w2", w2, [outputs, hidden], f"w1 has {hidden} rows")
     check_shape("mlp", "b1", b1, [hidden], f"w1 has {hidden} rows")
-    check_shape("mlp", "b2", b2, [outputs], f"w2 has {outputs} rows")
     shape = [*x.shape[:-1], outputs]
-    check_epilogue("mlp", shape, bias=None, residual=residual, scale=scale, shift=shift, channel_dim=-1)
+    check_tail("mlp", shape, tail, channel_dim=-1, bias="b2")
     return shape
 
 
-def _fake(x, w1, b1, w2, b2, residual, scale, shift, act_inner, act, backend, norm_eps=None):
-    operands = (x, w1, b1, w2, b2, residual, scale, shift)
-    return x.new_empty(check_arguments(*operands, act_inner, act, norm_eps))
+def refusal(x: Tensor, weights: TwoLayers, **rest) -> str | None:
+    """What the kernel does not take of a call, in words, or None."""
+    from depthfuse.kernels.mlp import supports
+
+    size = (weights.w1.shape[1], weights.w2.shape[0])
+    if supports(*size, x.dtype):
+        return product_refusal(x.dtype)
+    return "{} -> {} channels of {}".format(*size, x.dtype)
 
 
-def _run(x, w1, b1, w2, b2, residual, scale, shift, act_inner, act, backend, norm_eps=None):
-    operands = (x, w1, b1, w2, b2, residual, scale, shift)
-    shape = check_arguments(*operands, act_inner, act, norm_eps)
-
-    def refusal() -> str | None:
-        from depthfuse.kernels.mlp import supports
-
-        size = (w1.shape[1], w2.shape[0])
-        return None if supports(*size, x.dtype) else "{} -> {} channels of {}".format(*size, x.dtype)
-
-    triton = runs_triton("mlp", backend, x, refusal)
-    if 0 in shape:
-        return x.new_empty(shape)
-    options = {"act_inner": act_inner, "act": act, "norm_eps": norm_eps}
-    if not triton:
-        return mlp_reference(*operands, **options).contiguous()
+def _triton(x: Tensor, weights: TwoLayers, tail: Tail, act_inner: str, norm_eps: float | None) -> Tensor:
     from depthfuse.kernels.mlp import mlp as triton_mlp
 
-    return triton_mlp(*contiguous(*operands), **options)
+    options = {"act_inner": act_inner, "norm_eps": norm_eps}
+    return triton_mlp(x.contiguous(), TwoLayers(*contiguous(*weights)), row_tail(tail), **options)
 
 
 def _flops(x_shape, w1_shape, b1_shape, w2_shape, *args, out_shape=None, **kwargs) -> int:
@@ -141,7 +123,12 @@ def _flops(x_shape, w1_shape, b1_shape, w2_shape, *args, out_shape=None, **kwarg
 declare(
     "mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual, Tensor? scale, Tensor? shift, "
     "str act_inner, str act, str backend, float? norm_eps=None) -> Tensor",
-    fake=_fake,
-    run=_run,
+    values={"weights": TwoLayers, "tail": Tail},
+    bias="b2",
+    layout=ROWS,
+    check=check_arguments,
+    refusal=refusal,
+    reference=mlp_reference,
+    triton=_triton,
     flops=_flops,
 )

@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from depthfuse.ops.backend import runs_triton
+from depthfuse.kernels.arguments import Tail
+from depthfuse.ops.backend import product_refusal
 from depthfuse.ops.checks import check_channels, check_norm_eps, check_same_kind, check_shape, shape_text
 from depthfuse.ops.declare import declare
-from depthfuse.ops.layouts import contiguous, nhwc
+from depthfuse.ops.layouts import ROWS, contiguous, nhwc
 from depthfuse.ops.linear import linear_flops, linear_reference
 
 
@@ -44,10 +45,10 @@ def pool_linear(
 
 
 def pool_linear_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, norm_eps: float | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm_eps: float | None = None
 ) -> Tensor:
     """The op in plain PyTorch: oracle, baseline, and what runs where no kernel does."""
-    return linear_reference(x.mean((2, 3)), weight, bias, None, None, None, act="none", norm_eps=norm_eps)
+    return linear_reference(x.mean((2, 3)), weight, Tail(bias), norm_eps)
 
 
 def check_arguments(x, weight, bias, norm_eps) -> list[int]:
@@ -68,17 +69,7 @@ def check_arguments(x, weight, bias, norm_eps) -> list[int]:
     return [batch, outputs]
 
 
-def _fake(x, weight, bias, backend, norm_eps=None):
-    return x.new_empty(check_arguments(x, weight, bias, norm_eps))
-
-
-def _run(x, weight, bias, backend, norm_eps=None):
-    shape = check_arguments(x, weight, bias, norm_eps)
-    triton = runs_triton("pool_linear", backend, x)
-    if 0 in shape:
-        return x.new_empty(shape)
-    if not triton:
-        return pool_linear_reference(x, weight, bias, norm_eps=norm_eps).contiguous()
+def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, norm_eps: float | None) -> Tensor:
     from depthfuse.kernels.pool_linear import pool_linear as triton_pool_linear
 
     return triton_pool_linear(nhwc(x), *contiguous(weight, bias), norm_eps=norm_eps)
@@ -90,7 +81,11 @@ def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
 
 declare(
     "pool_linear(Tensor x, Tensor weight, Tensor? bias, str backend, float? norm_eps=None) -> Tensor",
-    fake=_fake,
-    run=_run,
+    values={},
+    layout=ROWS,
+    check=check_arguments,
+    refusal=lambda x, **rest: product_refusal(x.dtype),
+    reference=pool_linear_reference,
+    triton=_triton,
     flops=_flops,
 )

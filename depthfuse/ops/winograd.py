@@ -13,14 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from depthfuse.ops.activations import activation
-from depthfuse.ops.backend import runs_triton
-from depthfuse.ops.checks import check_channels, check_epilogue, check_same_kind, check_shape, shape_text
+from depthfuse.kernels.arguments import Tail, Window
+from depthfuse.ops.backend import product_refusal
+from depthfuse.ops.checks import check_channels, check_same_kind, check_shape, check_tail, shape_text
 from depthfuse.ops.conv2d import as_pair, check_window, conv2d_flops, conv2d_reference
 from depthfuse.ops.declare import declare
-from depthfuse.ops.layouts import contiguous, dense_nhwc, empty_nhwc, nhwc
-
-_UNIT = {"stride": (1, 1), "dilation": (1, 1)}
+from depthfuse.ops.layouts import IMAGES, image_tail, nhwc
 
 
 def winograd_conv2d(
@@ -56,32 +54,19 @@ def winograd_conv2d(
     )
 
 
-def winograd_conv2d_reference(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    *,
-    padding: Sequence[int],
-    act: str,
-) -> Tensor:
+def winograd_conv2d_reference(x: Tensor, packed: Tensor, tail: Tail, window: Window) -> Tensor:
     """The op in plain PyTorch, as a convolution by the weights that `packed` was made from."""
     # The inverse of G on its range: w0 = U0, w1 = U1 - U2, w2 = U3.
     back = packed.new_tensor([[1, 0, 0, 0], [0, 1, -1, 0], [0, 0, 0, 1]])
     transformed = packed.view(4, 4, *packed.shape[1:])
     weight = torch.einsum("ri,ijkc,sj->kcrs", back, transformed, back)
-    tail = (bias, residual, scale, shift)
-    return conv2d_reference(x, weight, *tail, **_UNIT, padding=padding, groups=1, act=act)
+    return conv2d_reference(x, weight, tail, window)
 
 
-def check_arguments(x, packed, bias, residual, scale, shift, padding, act) -> list[int]:
+def check_arguments(x: Tensor, packed: Tensor, tail: Tail, window: Window) -> list[int]:
     """Check everything that `winograd_conv2d` promises to check; returns the output's shape."""
     op = "winograd_conv2d"
-    activation(act)
-    named = {"packed": packed, "bias": bias, "residual": residual, "scale": scale, "shift": shift}
-    check_same_kind(op, x, named)
+    check_same_kind(op, x, {"packed": packed, **tail.tensors()})
     if x.dim() != 4:
         raise ValueError(f"{op}: x has shape {shape_text(x.shape)}, expected [N, C, H, W]")
     if packed.dim() != 3:
@@ -91,29 +76,15 @@ def check_arguments(x, packed, bias, residual, scale, shift, padding, act) -> li
     channels, outputs = x.shape[1], packed.shape[1]
     check_channels(op, x=channels, packed=outputs)
     check_shape(op, "packed", packed, [16, outputs, channels], f"x has {channels} channels")
-    size = check_window(op, x, (3, 3), padding=padding, **_UNIT)
-    shape = [x.shape[0], outputs, *size]
-    check_epilogue(op, shape, bias=bias, residual=residual, scale=scale, shift=shift, channel_dim=1)
+    shape = [x.shape[0], outputs, *check_window(op, x, (3, 3), window)]
+    check_tail(op, shape, tail, channel_dim=1)
     return shape
 
 
-def _fake(x, packed, bias, residual, scale, shift, padding, act, backend):
-    return empty_nhwc(check_arguments(x, packed, bias, residual, scale, shift, padding, act), x)
-
-
-def _run(x, packed, bias, residual, scale, shift, padding, act, backend):
-    operands = (x, packed, bias, residual, scale, shift)
-    shape = check_arguments(*operands, padding, act)
-    triton = runs_triton("winograd_conv2d", backend, x)
-    if 0 in shape:
-        return empty_nhwc(shape, x)
-    if not triton:
-        return dense_nhwc(winograd_conv2d_reference(*operands, padding=padding, act=act))
+def _triton(x: Tensor, packed: Tensor, tail: Tail, window: Window) -> Tensor:
     from depthfuse.kernels.winograd import winograd_conv2d as triton_winograd
 
-    packed, bias, scale, shift = contiguous(packed, bias, scale, shift)
-    residual = None if residual is None else nhwc(residual)
-    return triton_winograd(nhwc(x), packed, bias, residual, scale, shift, padding=padding, act=act)
+    return triton_winograd(nhwc(x), packed.contiguous(), image_tail(tail), window)
 
 
 def _flops(x_shape, packed_shape, *args, out_shape=None, **kwargs) -> int:
@@ -124,7 +95,11 @@ def _flops(x_shape, packed_shape, *args, out_shape=None, **kwargs) -> int:
 declare(
     "winograd_conv2d(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, Tensor? scale, Tensor? shift, "
     "SymInt[2] padding, str act, str backend) -> Tensor",
-    fake=_fake,
-    run=_run,
+    values={"tail": Tail, "window": Window},
+    layout=IMAGES,
+    check=check_arguments,
+    refusal=lambda x, **rest: product_refusal(x.dtype),
+    reference=winograd_conv2d_reference,
+    triton=_triton,
     flops=_flops,
 )

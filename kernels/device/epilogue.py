@@ -7,8 +7,6 @@ All of it is float32, whatever the tensors' dtype, and the result is rounded onc
 import triton
 import triton.language as tl
 
-ACTIVATIONS = ("none", "relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish")
-
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):

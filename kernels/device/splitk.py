@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from depthfuse.kernels.arguments import Tail
 from depthfuse.kernels.device.epilogue import finish
 from depthfuse.kernels.launch import Launch, Target, ceil_div, compiler_options
 
@@ -65,13 +66,9 @@ def workspace(splits: int, rows: int, channels: int, device: torch.device) -> to
 
 def plan(
     parts: torch.Tensor,  # float32 [splits, rows, K]
-    bias: torch.Tensor | None,  # [K]
-    residual: torch.Tensor | None,  # [rows, K] contiguous
-    scale: torch.Tensor | None,  # [K]
-    shift: torch.Tensor | None,  # [K]
+    tail: Tail,  # residual [rows, K] contiguous
     y: torch.Tensor,  # [rows, K] contiguous
     *,
-    act: str,
     wide: bool,
     target: Target,
 ) -> Launch:
@@ -79,15 +76,12 @@ def plan(
     splits, rows, channels = parts.shape
     arguments = {
         "parts": parts,
-        "bias": bias,
-        "residual": residual,
-        "scale": scale,
-        "shift": shift,
+        **tail.tensors(),
         "y": y,
         "rows": rows,
         "CHANNELS": channels,
         "SPLITS": splits,
-        "ACTIVATION": act,
+        "ACTIVATION": tail.act,
         "WIDE": wide,
         "BLOCK_ROWS": _BLOCK_ROWS,
         "BLOCK_CHANNELS": _BLOCK_CHANNELS,

@@ -94,7 +94,7 @@ _SPLITS = (1, 2, 4, 8)
 def _macs_per_clock(dtype: torch.dtype, target: Target) -> int:
     """Matrix throughput of one compute unit, in multiply-adds."""
     if target.backend == "cuda":
-        full = 2048 if target.arch >= "sm_90" else 1024
+        full = 2048 if target.capability >= (9, 0) else 1024
         return full if dtype is not torch.float32 else 128
     full = 1024 if target.arch == "gfx942" else 512
     if dtype is torch.float32:
@@ -107,7 +107,7 @@ def _tiles(dtype: torch.dtype, target: Target) -> tuple[tuple[int, int, int, int
         return _HIP_TILES
     if dtype is torch.float32:
         return _CUDA_FMA_TILES
-    return _SM90_TILES if target.arch >= "sm_90" else _SM80_TILES
+    return _SM90_TILES if target.capability >= (9, 0) else _SM80_TILES
 
 
 @functools.cache

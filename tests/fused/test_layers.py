@@ -15,7 +15,8 @@ from torch import nn
 
 from depthfuse.fused.layers import FusedConv2d, FusedLinear, plain_ops
 from depthfuse.ops import ACTIVATIONS, BackendError
-from tests.ops.formula import ACT, EXACT_ACTS, assert_within, conv_product, exact, integers, linear_product
+from tests import oracle
+from tests.oracle import ACT, EXACT_ACTS, assert_within, integers
 
 LONG = os.environ.get("DEPTHFUSE_LONG") == "1"
 TORCH_ACT = {
@@ -40,17 +41,11 @@ def bindings(module, input_size):
     yield "prepared"
 
 
-def product_of(module, x):
-    if isinstance(module, FusedLinear):
-        return linear_product(x, module.weight)
-    geometry = {n: getattr(module, n) for n in ("stride", "padding", "dilation", "groups")}
-    return conv_product(x, module.weight, **geometry)
-
-
 def wanted(module, x, residual):
-    vectors = {n: getattr(module, n) for n in ("bias", "scale", "shift") if getattr(module, n) is not None}
-    axis = -1 if isinstance(module, FusedLinear) else 1
-    return exact(product_of(module, x), module.weight, vectors, residual, module.act, axis)
+    """The oracle's value and error."""
+    if isinstance(module, FusedLinear):
+        return oracle.linear(x, module.weight, module._tail(residual))
+    return oracle.conv2d(x, module.weight, module._tail(residual), module._window())
 
 
 def output_of(module, x):

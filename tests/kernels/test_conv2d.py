@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from depthfuse.kernels import conv2d as module
+from depthfuse.kernels.arguments import Tail, Window
 from depthfuse.kernels.conv2d import conv2d, is_packed, pack_weight
 from depthfuse.kernels.launch import INTERPRETED
-from tests.kernels.oracle import ACTIVATIONS, assert_within, finish, forward_error, guarded
+from tests import oracle
+from tests.oracle import ACT, assert_within, guarded
 
 DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
 
@@ -36,8 +38,8 @@ CASES = {
 
 
 def operands(case, dtype, device, integers, seed=0):
-    """x, weight, bias, residual, scale, shift, each between bands of NaN, and the convolution's arguments."""
-    n, c, image, k, window, stride, padding, dilation, groups = case
+    """x, weight, the tail's tensors, each between bands of NaN, and the window."""
+    n, c, image, k, kernel, stride, padding, dilation, groups = case
     generator = torch.Generator().manual_seed(seed)
 
     def sample(*shape):
@@ -46,147 +48,109 @@ def operands(case, dtype, device, integers, seed=0):
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     x = sample(n, c, *image).contiguous(memory_format=torch.channels_last)
-    weight = sample(k, c // groups, *window).contiguous(memory_format=torch.channels_last)
-    arguments = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    shape = F.conv2d(x.double(), weight.double(), None, **arguments).shape
+    weight = sample(k, c // groups, *kernel).contiguous(memory_format=torch.channels_last)
+    window = Window(stride, padding, dilation, groups)
+    shape = F.conv2d(x.double(), weight.double(), None, *window).shape
     residual = sample(*shape).contiguous(memory_format=torch.channels_last)
     tensors = (x, weight, sample(k), residual, sample(k), sample(k))
-    return [guarded(t) for t in tensors], arguments
+    x, weight, *tail = (guarded(t) for t in tensors)
+    return x, weight, tail, window
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_exact_on_integers(case, dtype, device):
-    (x, weight, bias, residual, scale, shift), arguments = operands(case, dtype, device, integers=True)
-    y = conv2d(x, weight, bias, residual, scale, shift, act="relu", **arguments)
-    z = F.conv2d(x.double(), weight.double(), None, **arguments)
-    expected = finish(z, bias, residual, scale, shift, "relu").to(dtype)
+    x, weight, tail, window = operands(case, dtype, device, integers=True)
+    tail = Tail(*tail, "relu")
+    y = conv2d(x, weight, tail, window)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(y, expected)
+    assert torch.equal(y, oracle.conv2d(x, weight, tail, window).value.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("act", ACT)
 def test_error_bound(act, dtype, device):
-    (x, weight, *tail), arguments = operands(CASES["3x3_s2"], dtype, device, integers=False)
-    y = conv2d(x, weight, *tail, act=act, **arguments)
-    exact = finish(F.conv2d(x.double(), weight.double(), None, **arguments), *tail, act)
-    magnitude = F.conv2d(x.double().abs(), weight.double().abs(), None, **arguments)
-    assert_within(y, exact, forward_error(weight[0].numel(), magnitude, exact, *tail, dtype))
+    x, weight, tail, window = operands(CASES["3x3_s2"], dtype, device, integers=False)
+    tail = Tail(*tail, act)
+    y = conv2d(x, weight, tail, window)
+    assert_within(y, *oracle.conv2d(x, weight, tail, window, sums=torch.float32))
 
 
 @pytest.mark.parametrize("present", range(16))
 def test_every_part_of_the_tail_is_optional(present, device):
-    (x, weight, *tail), arguments = operands(CASES["3x3_s2"], torch.float32, device, integers=True)
-    tail = [t if present >> i & 1 else None for i, t in enumerate(tail)]
-    y = conv2d(x, weight, *tail, act="relu6", **arguments)
-    exact = finish(F.conv2d(x.double(), weight.double(), None, **arguments), *tail, "relu6")
-    assert torch.equal(y.double(), exact)
+    x, weight, tail, window = operands(CASES["3x3_s2"], torch.float32, device, integers=True)
+    tail = Tail(*(t if present >> i & 1 else None for i, t in enumerate(tail)), "relu6")
+    y = conv2d(x, weight, tail, window)
+    assert torch.equal(y.double(), oracle.conv2d(x, weight, tail, window).value)
 
 
 @pytest.mark.parametrize("case", ["3x3", "stem_7x7_s2", "1x1", "grouped"])
 def test_64_bit_offsets_give_the_same_bits(case, device, monkeypatch):
-    (x, weight, *tail), arguments = operands(CASES[case], torch.float32, device, integers=False)
-    narrow = conv2d(x, weight, *tail, **arguments)
+    x, weight, tail, window = operands(CASES[case], torch.float32, device, integers=False)
+    narrow = conv2d(x, weight, Tail(*tail), window)
     for owner in (module, module.linear):
         monkeypatch.setattr(owner, "needs_wide_offsets", lambda *tensors: True)
-    assert torch.equal(conv2d(x, weight, *tail, **arguments), narrow)
+    assert torch.equal(conv2d(x, weight, Tail(*tail), window), narrow)
 
 
 def test_same_bits_from_run_to_run(device):
-    (x, weight, *tail), arguments = operands(CASES["3x3"], torch.float16, device, integers=False)
-    first = conv2d(x, weight, *tail, act="silu", **arguments)
-    assert all(torch.equal(conv2d(x, weight, *tail, act="silu", **arguments), first) for _ in range(2))
+    x, weight, tail, window = operands(CASES["3x3"], torch.float16, device, integers=False)
+    first = conv2d(x, weight, Tail(*tail, "silu"), window)
+    assert all(torch.equal(conv2d(x, weight, Tail(*tail, "silu"), window), first) for _ in range(2))
 
 
 def test_nan_passes_through_relu(device):
     x = torch.full((1, 32, 2, 2), float("nan"), device=device).contiguous(memory_format=torch.channels_last)
     weight = torch.ones(8, 32, 1, 1, device=device)
     for act in ("relu", "relu6", "hardswish"):
-        assert conv2d(x, weight, act=act).isnan().all()
+        assert conv2d(x, weight, Tail(act=act)).isnan().all()
 
 
 @pytest.mark.parametrize("case", ["3x3", "1x1"])
 def test_empty_batch(case, device):
-    (x, weight, bias, _, scale, shift), arguments = operands(
-        CASES[case], torch.float16, device, integers=True
-    )
-    y = conv2d(x[:0], weight, bias, None, scale, shift, **arguments)
-    assert y.shape == F.conv2d(x[:0], weight, None, **arguments).shape
+    x, weight, (bias, _, scale, shift), window = operands(CASES[case], torch.float16, device, integers=True)
+    y = conv2d(x[:0], weight, Tail(bias, None, scale, shift), window)
+    assert y.shape == F.conv2d(x[:0], weight, None, *window).shape
 
 
 def test_unaligned_and_sliced_input(device):
-    (x, weight, *tail), arguments = operands(CASES["3x3"], torch.float16, device, integers=True)
-    expected = conv2d(x, weight, *tail, **arguments)
+    x, weight, tail, window = operands(CASES["3x3"], torch.float16, device, integers=True)
+    expected = conv2d(x, weight, Tail(*tail), window)
     moved = guarded(x, offset=1)
-    assert torch.equal(conv2d(moved, weight, *tail, **arguments), expected)
-    assert torch.equal(conv2d(moved[1:], weight, None, None, **arguments), conv2d(x[1:], weight, **arguments))
+    assert torch.equal(conv2d(moved, weight, Tail(*tail), window), expected)
+    assert torch.equal(conv2d(moved[1:], weight, window=window), conv2d(x[1:], weight, window=window))
 
 
 @pytest.mark.parametrize("case", ["stem_7x7_s2", "one_channel", "3x3_few_channels", "3x3", "grouped_narrow"])
 def test_packed_weight_gives_the_same_bits(case, device):
-    (x, weight, *tail), arguments = operands(CASES[case], torch.float16, device, integers=False)
+    x, weight, tail, window = operands(CASES[case], torch.float16, device, integers=False)
     packed = pack_weight(weight)
     assert is_packed(packed)
     assert torch.equal(packed, weight)
     assert packed.shape[0] == 1 or packed.stride(0) % 8 == 0
-    assert torch.equal(conv2d(x, packed, *tail, **arguments), conv2d(x, weight, *tail, **arguments))
+    assert torch.equal(conv2d(x, packed, Tail(*tail), window), conv2d(x, weight, Tail(*tail), window))
 
 
-def bad(**changes):
-    """Operands of a sound call, on the CPU, with `changes`."""
-    good = {
-        "x": torch.zeros(1, 4, 5, 5).contiguous(memory_format=torch.channels_last),
-        "weight": torch.zeros(6, 4, 3, 3).contiguous(memory_format=torch.channels_last),
-    }
-    return good | changes
+def test_a_bad_layout_is_named(device):
+    """What would be read from the wrong place; all else is checked once, in the op."""
+    x = torch.zeros(1, 4, 5, 5, device=device).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(6, 4, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"x \[1, 4, 5, 5\] has strides .* expected channels_last"):
+        conv2d(x.contiguous(), weight)
+    with pytest.raises(ValueError, match=r"weight \[6, 4, 3, 3\] has strides .* expected channels_last"):
+        conv2d(x, weight.contiguous())
+    with pytest.raises(ValueError, match=r"residual \[1, 6, 3, 3\] has strides .* expected channels_last"):
+        conv2d(x, weight, Tail(residual=torch.zeros(1, 6, 3, 3, device=device)))
+    for name in ("bias", "scale", "shift"):
+        with pytest.raises(ValueError, match=rf"{name} \[6\] has strides \[0\], expected contiguous"):
+            conv2d(x, weight, Tail(**{name: torch.zeros(1, device=device).expand(6)}))
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (
-            bad(x=torch.zeros(1, 4, 5, 5)),
-            ValueError,
-            r"x \[1, 4, 5, 5\] has strides .* expected channels_last",
-        ),
-        (bad(weight=torch.zeros(6, 3, 3, 3)), ValueError, r"x has 4 channels and weight \[6, 3, 3, 3\]"),
-        (
-            bad(weight=torch.zeros(6, 4, 3, 3).half()),
-            TypeError,
-            "weight has dtype torch.float16, expected that of x",
-        ),
-        (bad(bias=torch.zeros(4)), ValueError, r"bias has shape \[4\] .* expected contiguous \[6\]"),
-        (
-            bad(residual=torch.zeros(1, 6, 5, 5)),
-            ValueError,
-            r"residual .* expected the output's \[1, 6, 3, 3\]",
-        ),
-        (bad(act="tanh"), ValueError, "act is 'tanh', expected one of none, relu"),
-        (bad(x=torch.zeros(1, 4, 5, 5).double()), TypeError, "x has dtype torch.float64"),
-        (
-            bad(dilation=(3, 3)),
-            ValueError,
-            r"kernel \[3, 3\] with dilation \[3, 3\] is larger than the image",
-        ),
-        (bad(x=torch.zeros(4, 5, 5)), ValueError, "must be 4-d"),
-    ],
-)
-def test_bad_input_is_named(call, error, message, device):
-    with pytest.raises(error, match=message):
-        conv2d(**{name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in call.items()})
-
-
-def test_what_this_machine_cannot_run_is_refused():
-    x, weight = bad().values()
-    if INTERPRETED:
-        with pytest.raises(
-            TypeError, match="bfloat16, whose matrix products are wrong in Triton's interpreter"
-        ):
-            conv2d(x.bfloat16(), weight.bfloat16())
-    else:
-        with pytest.raises(ValueError, match="x is on cpu, but Triton kernels need a GPU tensor"):
-            conv2d(x, weight)
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors of any device")
+def test_a_tensor_that_is_not_on_the_gpu_is_refused():
+    x = torch.zeros(1, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="x is on cpu, but Triton kernels need a GPU tensor"):
+        conv2d(x, torch.zeros(6, 4, 3, 3).contiguous(memory_format=torch.channels_last))
 
 
 @pytest.mark.gpu
@@ -198,6 +162,6 @@ def test_more_than_2_to_the_31_elements():
     assert x.numel() > 2**31
     x[-1] = 1
     weight = torch.ones(8, 64, 3, 3, dtype=torch.float16, device="cuda").to(memory_format=torch.channels_last)
-    y = conv2d(x, weight, padding=(1, 1))
+    y = conv2d(x, weight, window=Window(padding=(1, 1)))
     assert (y[-1, :, 1:-1, 1:-1] == 576).all()
     assert (y[0] == 0).all()

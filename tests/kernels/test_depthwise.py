@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from depthfuse.kernels import depthwise as module
+from depthfuse.kernels.arguments import Tail, Window
 from depthfuse.kernels.depthwise import DepthwiseConfig, depthwise_conv2d, pack_weight
 from depthfuse.kernels.launch import INTERPRETED
-from tests.kernels.oracle import ACTIVATIONS, assert_within, finish, forward_error, guarded
+from tests import oracle
+from tests.oracle import ACT, assert_within, guarded
 
 DTYPES = [torch.float16, torch.float32, torch.bfloat16]
 # Triton's interpreter truncates to bfloat16 where compiled code rounds, which only integers do not show.
@@ -33,95 +35,74 @@ CASES = {
 
 
 def operands(case, dtype, device, integers):
-    n, c, image, window, stride, padding, dilation = case
+    n, c, image, kernel, stride, padding, dilation = case
 
     def sample(*shape):
         return (torch.randint(-3, 4, shape) if integers else torch.randn(shape)).to(device, dtype)
 
     x = sample(n, c, *image).contiguous(memory_format=torch.channels_last)
-    weight = sample(c, 1, *window)
-    arguments = {"stride": stride, "padding": padding, "dilation": dilation}
-    shape = F.conv2d(x.double(), weight.double(), None, groups=c, **arguments).shape
+    weight = sample(c, 1, *kernel)
+    window = Window(stride, padding, dilation, c)
+    shape = F.conv2d(x.double(), weight.double(), None, *window).shape
     residual = sample(*shape).contiguous(memory_format=torch.channels_last)
-    return [guarded(t) for t in (x, weight, sample(c), residual, sample(c), sample(c))], arguments
-
-
-def convolve(x, weight, arguments):
-    return F.conv2d(x.double(), weight.double(), None, groups=x.shape[1], **arguments)
+    tail = (sample(c), residual, sample(c), sample(c))
+    return guarded(x), guarded(weight), [guarded(t) for t in tail], window
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_exact_on_integers(case, dtype, device):
-    (x, weight, *tail), arguments = operands(case, dtype, device, integers=True)
-    y = depthwise_conv2d(x, weight, *tail, act="relu", **arguments)
+    x, weight, tail, window = operands(case, dtype, device, integers=True)
+    tail = Tail(*tail, "relu")
+    y = depthwise_conv2d(x, weight, tail, window)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(y, finish(convolve(x, weight, arguments), *tail, "relu").to(dtype))
+    assert torch.equal(y, oracle.conv2d(x, weight, tail, window).value.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", ROUNDED_DTYPES, ids=str)
-@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("act", ACT)
 def test_error_bound(act, dtype, device):
-    (x, weight, *tail), arguments = operands(CASES["3x3"], dtype, device, integers=False)
-    exact = finish(convolve(x, weight, arguments), *tail, act)
-    magnitude = convolve(x.abs(), weight.abs(), arguments)
-    bound = forward_error(weight[0].numel(), magnitude, exact, *tail, dtype)
-    assert_within(depthwise_conv2d(x, weight, *tail, act=act, **arguments), exact, bound)
+    x, weight, tail, window = operands(CASES["3x3"], dtype, device, integers=False)
+    tail = Tail(*tail, act)
+    y = depthwise_conv2d(x, weight, tail, window)
+    assert_within(y, *oracle.conv2d(x, weight, tail, window, sums=torch.float32))
 
 
 @pytest.mark.parametrize("case", ["3x3_s2", "7x7"])
 def test_packed_weight_gives_the_same_bits(case, device):
-    (x, weight, *tail), arguments = operands(CASES[case], torch.float16, device, integers=False)
+    x, weight, tail, window = operands(CASES[case], torch.float16, device, integers=False)
     packed = pack_weight(weight)
     assert torch.equal(packed, weight)
     assert packed.stride(0) == 1
-    expected = depthwise_conv2d(x, weight, *tail, **arguments)
-    assert torch.equal(depthwise_conv2d(x, packed, *tail, **arguments), expected)
+    expected = depthwise_conv2d(x, weight, Tail(*tail), window)
+    assert torch.equal(depthwise_conv2d(x, packed, Tail(*tail), window), expected)
 
 
 @pytest.mark.parametrize("patch", [(1, 1), (1, 7), (3, 2)])
 @pytest.mark.parametrize("case", ["3x3_s2", "dilated"])
 def test_any_patch_is_exact(case, patch, device):
-    (x, weight, *tail), arguments = operands(CASES[case], torch.float32, device, integers=True)
+    x, weight, tail, window = operands(CASES[case], torch.float32, device, integers=True)
     config = DepthwiseConfig(*patch, patches=8, block_c=32, num_warps=1)
-    y = depthwise_conv2d(x, weight, *tail, config=config, **arguments)
-    assert torch.equal(y.double(), finish(convolve(x, weight, arguments), *tail, "none"))
+    y = depthwise_conv2d(x, weight, Tail(*tail), window, config=config)
+    assert torch.equal(y.double(), oracle.conv2d(x, weight, Tail(*tail), window).value)
 
 
 def test_64_bit_offsets_give_the_same_bits(device, monkeypatch):
-    (x, weight, *tail), arguments = operands(CASES["3x3_s2"], torch.float32, device, integers=False)
-    narrow = depthwise_conv2d(x, weight, *tail, **arguments)
+    x, weight, tail, window = operands(CASES["3x3_s2"], torch.float32, device, integers=False)
+    narrow = depthwise_conv2d(x, weight, Tail(*tail), window)
     monkeypatch.setattr(module, "needs_wide_offsets", lambda *tensors: True)
-    assert torch.equal(depthwise_conv2d(x, weight, *tail, **arguments), narrow)
+    assert torch.equal(depthwise_conv2d(x, weight, Tail(*tail), window), narrow)
 
 
 def test_empty_batch(device):
-    (x, weight, bias, *_), arguments = operands(CASES["3x3_s2"], torch.float16, device, integers=True)
-    assert depthwise_conv2d(x[:0], weight, bias, **arguments).shape == (0, 40, 4, 4)
+    x, weight, tail, window = operands(CASES["3x3_s2"], torch.float16, device, integers=True)
+    assert depthwise_conv2d(x[:0], weight, Tail(tail[0]), window).shape == (0, 40, 4, 4)
 
 
 def test_same_bits_from_run_to_run(device):
-    (x, weight, *tail), arguments = operands(CASES["5x5"], torch.float16, device, integers=False)
-    first = depthwise_conv2d(x, weight, *tail, act="silu", **arguments)
-    assert torch.equal(depthwise_conv2d(x, weight, *tail, act="silu", **arguments), first)
-
-
-@pytest.mark.parametrize(
-    ("weight", "error", "message"),
-    [
-        ((6, 1, 3, 3), ValueError, "weight .* must have one filter for each of x's 4 channels|expected C"),
-        ((4, 2, 3, 3), ValueError, "takes 8"),
-        (
-            (4, 1, 9, 9),
-            ValueError,
-            r"kernel \[9, 9\] with dilation \[1, 1\] is larger than the image \[5, 5\]",
-        ),
-    ],
-)
-def test_bad_weight_is_named(weight, error, message, device):
-    x = torch.zeros(1, 4, 5, 5, device=device).contiguous(memory_format=torch.channels_last)
-    with pytest.raises(error, match=message):
-        depthwise_conv2d(x, torch.zeros(weight, device=device))
+    x, weight, tail, window = operands(CASES["5x5"], torch.float16, device, integers=False)
+    first = depthwise_conv2d(x, weight, Tail(*tail, "silu"), window)
+    assert torch.equal(depthwise_conv2d(x, weight, Tail(*tail, "silu"), window), first)
 
 
 def test_bad_layout_is_named(device):
@@ -129,31 +110,15 @@ def test_bad_layout_is_named(device):
     with pytest.raises(ValueError, match=r"x \[1, 4, 5, 5\] has strides .* expected channels_last"):
         depthwise_conv2d(torch.zeros(1, 4, 5, 5, device=device), weight)
     x = torch.zeros(1, 4, 5, 5, device=device).contiguous(memory_format=torch.channels_last)
-    with pytest.raises(ValueError, match=r"weight has strides .* expected contiguous or pack_weight"):
+    with pytest.raises(
+        ValueError, match=r"weight has strides .* expected contiguous or depthwise.pack_weight"
+    ):
         depthwise_conv2d(x, weight.transpose(2, 3))
 
 
 @pytest.mark.parametrize("dtype", ROUNDED_DTYPES, ids=str)
 @pytest.mark.parametrize("case", ["3x3", "7x7"])
 def test_layer_norm_after_the_convolution(case, dtype, device):
-    (x, weight, *tail), arguments = operands(CASES[case], dtype, device, integers=False)
-    y = depthwise_conv2d(x, weight, *tail, norm_eps=1e-6, **arguments)
-    exact, bound = normalized(convolve(x, weight, arguments), weight, x, tail, arguments)
-    assert_within(y, exact, bound + torch.finfo(dtype).eps * (exact.abs() + 1))
-
-
-def normalized(z, weight, x, tail, arguments):
-    """Float64 LayerNorm over channels of z + bias, with the tail's rest, and a bound on its float32 error.
-
-    An error e of every input moves the normalised value by at most (2 + |value|) e / deviation.
-    """
-    bias, residual, scale, shift = tail
-    z = (z + bias.double().view(-1, 1, 1)).permute(0, 2, 3, 1)
-    channels = z.shape[-1]
-    value = F.layer_norm(z, (channels,), eps=1e-6).permute(0, 3, 1, 2)
-    exact = finish(value, None, residual, scale, shift, "none")
-    magnitude = convolve(x.abs(), weight.abs(), arguments) + bias.double().abs().view(-1, 1, 1)
-    error = (8 * weight[0].numel() ** 0.5 + 16) * 2**-24 * magnitude.amax(1, keepdim=True)
-    deviation = (z.var(-1, unbiased=False) + 1e-6).sqrt().unsqueeze(1)
-    error = (2 + value.abs()) * error / deviation + 2**-20 * (value.abs() + residual.double().abs() + 1)
-    return exact, error * scale.double().abs().view(-1, 1, 1) + 2**-22 * shift.double().abs().view(-1, 1, 1)
+    x, weight, tail, window = operands(CASES[case], dtype, device, integers=False)
+    y = depthwise_conv2d(x, weight, Tail(*tail), window, norm_eps=1e-6)
+    assert_within(y, *oracle.conv2d(x, weight, Tail(*tail), window, 1e-6, sums=torch.float32))

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from depthfuse.kernels import depthwise_pointwise as module
+from depthfuse.kernels.arguments import Tail, TwoLayers, Window
 from depthfuse.kernels.depthwise import pack_weight
 from depthfuse.kernels.depthwise_pointwise import DepthwisePointwiseConfig, depthwise_pointwise
 from depthfuse.kernels.launch import INTERPRETED
-from tests.kernels.oracle import ACTIVATIONS, assert_within, finish, forward_error, guarded
+from tests import oracle
+from tests.oracle import assert_within, guarded
 
 DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
 
@@ -27,7 +28,7 @@ CASES = {
 
 
 def operands(case, dtype, device, integers):
-    n, c, image, k, window, stride, padding, dilation = case
+    n, c, image, k, kernel, stride, padding, dilation = case
 
     def sample(*shape):
         if integers:  # sparse, so that sums stay exact in float16 between the layers
@@ -35,88 +36,70 @@ def operands(case, dtype, device, integers):
         return torch.randn(shape).to(device, dtype)
 
     x = sample(n, c, *image).contiguous(memory_format=torch.channels_last)
-    inner = [sample(c, 1, *window), sample(c), sample(k, c, 1, 1)]
-    arguments = {"stride": stride, "padding": padding, "dilation": dilation}
-    shape = (n, k, *F.conv2d(x.double(), inner[0].double(), None, groups=c, **arguments).shape[2:])
+    inner = [sample(c, 1, *kernel), sample(c), sample(k, c, 1, 1)]
+    window = Window(stride, padding, dilation)
+    shape = (n, k, *window.output_size(image, kernel))
     residual = sample(*shape).contiguous(memory_format=torch.channels_last)
     tail = [sample(k), residual, sample(k), sample(k)]
-    return guarded(x), [guarded(t) for t in inner], [guarded(t) for t in tail], arguments
-
-
-def layers(x, inner, arguments, act, absolute=False):
-    """Both layers in float64 up to the tail; `absolute`: of magnitudes, for the error bound."""
-    x, w1, b1, w2 = (t.double().abs() if absolute else t.double() for t in (x, *inner))
-    filtered = F.conv2d(x, w1, b1, groups=x.shape[1], **arguments)
-    return F.conv2d(filtered if absolute else ACTIVATIONS[act](filtered), w2)
+    return guarded(x), TwoLayers(*map(guarded, inner)), [guarded(t) for t in tail], window
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_exact_on_integers(case, dtype, device):
-    x, inner, tail, arguments = operands(case, dtype, device, integers=True)
-    y = depthwise_pointwise(x, *inner, *tail, **arguments, act_inner="relu6", act="relu")
+    x, weights, tail, window = operands(case, dtype, device, integers=True)
+    tail = Tail(*tail, "relu")
+    y = depthwise_pointwise(x, weights, tail, window, act_inner="relu6")
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(y, finish(layers(x, inner, arguments, "relu6"), *tail, "relu").to(dtype))
+    assert torch.equal(y, oracle.depthwise_pointwise(x, weights, tail, window, "relu6").value.to(dtype))
 
 
 @pytest.mark.parametrize("act", ["none", "gelu", "silu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_bound(dtype, act, device):
-    x, inner, tail, arguments = operands(CASES["7x7"], dtype, device, integers=False)
-    exact = finish(layers(x, inner, arguments, act), *tail, "gelu")
-    magnitude = layers(x, inner, arguments, act, absolute=True)
-    channels = x.shape[1]
-    bound = forward_error(channels + 49, 3 * magnitude, exact, *tail, dtype)
-    # One more rounding: the filtered tensor is taken in the dtype of x by the product.
-    bound = bound + 1.5 * torch.finfo(dtype).eps * magnitude * tail[2].double().abs().view(-1, 1, 1)
-    y = depthwise_pointwise(x, *inner, *tail, **arguments, act_inner=act, act="gelu")
-    assert_within(y, exact, bound)
+    x, weights, tail, window = operands(CASES["7x7"], dtype, device, integers=False)
+    tail = Tail(*tail, "gelu")
+    y = depthwise_pointwise(x, weights, tail, window, act_inner=act)
+    assert_within(y, *oracle.depthwise_pointwise(x, weights, tail, window, act, sums=torch.float32))
 
 
 @pytest.mark.parametrize("patch_w", [1, 2, 8])
 def test_any_patch_and_a_packed_weight_are_exact(patch_w, device):
-    x, inner, tail, arguments = operands(CASES["3x3_s2"], torch.float32, device, integers=True)
-    inner[0] = pack_weight(inner[0])
+    x, weights, tail, window = operands(CASES["3x3_s2"], torch.float32, device, integers=True)
+    packed = weights._replace(w1=pack_weight(weights.w1))
     config = DepthwisePointwiseConfig(patch_w, 16, 32, 4)
-    y = depthwise_pointwise(x, *inner, *tail, **arguments, config=config)
-    assert torch.equal(y.double(), finish(layers(x, inner, arguments, "none"), *tail, "none"))
+    y = depthwise_pointwise(x, packed, Tail(*tail), window, config=config)
+    assert torch.equal(y.double(), oracle.depthwise_pointwise(x, weights, Tail(*tail), window).value)
 
 
 @pytest.mark.parametrize("present", [0, 1, 2, 4, 8])
 def test_every_part_of_the_tail_is_optional(present, device):
-    x, (w1, _, w2), tail, arguments = operands(CASES["3x3"], torch.float16, device, integers=True)
-    tail = [t if present >> i & 1 else None for i, t in enumerate(tail)]
-    y = depthwise_pointwise(x, w1, None, w2, *tail, **arguments)
-    none = torch.zeros(len(w1), dtype=x.dtype, device=device)
-    assert torch.equal(y, finish(layers(x, (w1, none, w2), arguments, "none"), *tail, "none").to(x.dtype))
+    x, weights, tail, window = operands(CASES["3x3"], torch.float16, device, integers=True)
+    tail = Tail(*(t if present >> i & 1 else None for i, t in enumerate(tail)))
+    weights = weights._replace(b1=None)
+    y = depthwise_pointwise(x, weights, tail, window)
+    assert torch.equal(y, oracle.depthwise_pointwise(x, weights, tail, window).value.to(x.dtype))
 
 
 def test_64_bit_offsets_and_repeated_runs_give_the_same_bits(device, monkeypatch):
-    x, inner, tail, arguments = operands(CASES["7x7"], torch.float32, device, integers=False)
-    first = depthwise_pointwise(x, *inner, *tail, **arguments)
-    assert torch.equal(depthwise_pointwise(x, *inner, *tail, **arguments), first)
+    x, weights, tail, window = operands(CASES["7x7"], torch.float32, device, integers=False)
+    tail = Tail(*tail)
+    first = depthwise_pointwise(x, weights, tail, window)
+    assert torch.equal(depthwise_pointwise(x, weights, tail, window), first)
     monkeypatch.setattr(module, "needs_wide_offsets", lambda *tensors: True)
-    assert torch.equal(depthwise_pointwise(x, *inner, *tail, **arguments), first)
+    assert torch.equal(depthwise_pointwise(x, weights, tail, window), first)
 
 
 def test_empty_batch(device):
-    x, inner, _, arguments = operands(CASES["3x3_s2"], torch.float16, device, integers=True)
-    assert depthwise_pointwise(x[:0], *inner, **arguments).shape == (0, 24, 4, 4)
+    x, weights, _, window = operands(CASES["3x3_s2"], torch.float16, device, integers=True)
+    assert depthwise_pointwise(x[:0], weights, window=window).shape == (0, 24, 4, 4)
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "message"),
-    [
-        ("w1", (8, 2, 3, 3), "x has 8 channels and weight .* with groups=8 takes 16"),
-        ("w1", (8, 1, 9, 9), r"kernel \[9, 9\] with dilation \[1, 1\] is larger than the image"),
-        ("b1", (7,), r"b1 has shape \[7\], expected \[8\]"),
-        ("w2", (16, 4, 1, 1), r"w2 has shape \[16, 4, 1, 1\], expected \[16, 8, 1, 1\]"),
-        ("w2", (257, 8, 1, 1), "257 output channels: expected at most 256; use depthwise_conv2d and conv2d"),
-    ],
-)
-def test_bad_input_is_named(name, shape, message, device):
-    shapes = {"x": (1, 8, 4, 4), "w1": (8, 1, 3, 3), "b1": (8,), "w2": (16, 8, 1, 1)}
-    arguments = {k: torch.zeros(v, device=device) for k, v in (shapes | {name: shape}).items()}
-    arguments["x"] = arguments["x"].contiguous(memory_format=torch.channels_last)
-    with pytest.raises(ValueError, match=message):
-        depthwise_pointwise(**arguments)
+def test_a_bad_layout_is_named(device):
+    x, weights, _, window = operands(CASES["3x3"], torch.float32, device, integers=True)
+    with pytest.raises(ValueError, match="x .* expected channels_last"):
+        depthwise_pointwise(x.contiguous(), weights, window=window)
+    with pytest.raises(ValueError, match=r"w1 has strides .* expected contiguous or depthwise.pack_weight"):
+        depthwise_pointwise(x, weights._replace(w1=weights.w1.transpose(2, 3)), window=window)
+    with pytest.raises(ValueError, match=r"b1 .* has strides \[0\], expected contiguous"):
+        depthwise_pointwise(x, weights._replace(b1=weights.b1[:1].expand(33)), window=window)

@@ -6,11 +6,11 @@ A few dozen shapes a kernel in every run, 600 with DEPTHFUSE_LONG=1.
 import os
 
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from depthfuse.kernels import winograd
+from depthfuse.kernels.arguments import Tail, ThreeLayers, TwoLayers, Window
 from depthfuse.kernels.attention import attention
 from depthfuse.kernels.conv2d import conv2d
 from depthfuse.kernels.depthwise import depthwise_conv2d, pack_weight
@@ -21,13 +21,13 @@ from depthfuse.kernels.launch import INTERPRETED
 from depthfuse.kernels.linear import linear
 from depthfuse.kernels.mlp import mlp
 from depthfuse.kernels.pool_linear import PoolLinearConfig, pool_linear
-from tests.kernels.oracle import ACTIVATIONS, assert_within, finish, forward_error, guarded
+from tests import oracle
+from tests.oracle import EXACT_ACTS, assert_within, guarded
 
 DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
 SIZES = [1, 2, 3, 7, 13, 14, 15, 56]
 CHANNELS = [1, 3, 7, 8, 16, 24, 32, 33, 48, 96, 144, 160, 192, 320]
 BATCHES = [1, 2, 3, 128]
-EXACT_ACTS = ["none", "relu", "relu6"]  # these of an integer are integers
 MOST_WORK = 2_000_000 if INTERPRETED else 4_000_000_000  # multiply-adds a case
 
 fuzz = settings(
@@ -66,9 +66,10 @@ class Draw:
         return guarded(values, offset=self.pick("offset", [64, 64, 1, 8]))
 
     def tail(self, channels, shape):
-        """bias, residual, scale, shift, each there or not."""
+        """A tail of which each tensor is there or not."""
         shapes = ((channels,), shape, (channels,), (channels,))
-        return [self.tensor(*s) if self.pick("present", [True, False]) else None for s in shapes]
+        tensors = [self.tensor(*s) if self.pick("present", [True, False]) else None for s in shapes]
+        return Tail(*tensors, self.pick("act", EXACT_ACTS))
 
     def pair(self, name, values):
         return (self.pick(name, values), self.pick(name, values))
@@ -78,36 +79,35 @@ class Draw:
         return [self.size("side", [s for s in SIZES if s >= n] or [n]) for n in least]
 
 
-def window(draw, kernels):
-    """Kernel, stride, padding, dilation, and the least image that they fit."""
+def draw_window(draw, kernels, groups=1):
+    """A kernel, its window, and the least image that they fit."""
     kernel = draw.pair("kernel", kernels)
     stride, dilation = draw.pair("stride", [1, 1, 2, 3]), draw.pair("dilation", [1, 1, 2])
     padding = tuple(draw.pick("padding", range(0, k + 1)) for k in kernel)
     reach = [d * (k - 1) + 1 - 2 * p for d, k, p in zip(dilation, kernel, padding, strict=True)]
     draw.work *= kernel[0] * kernel[1]
-    return kernel, {"stride": stride, "padding": padding, "dilation": dilation}, [max(1, r) for r in reach]
+    return kernel, Window(stride, padding, dilation, groups), [max(1, r) for r in reach]
 
 
 def expect_equal(y, exact):
     """The exact result is an integer; where it is beyond float16's integers, both are rounded, once."""
-    assert torch.equal(y, exact.to(y.dtype))
+    assert torch.equal(y, exact.value.to(y.dtype))
 
 
 @fuzz
 @given(st.data())
 def test_conv2d(device, data):
     draw = Draw(data, device)
-    kernel, arguments, least = window(draw, [1, 2, 3, 5, 7])
     groups = draw.pick("groups", [1, 1, 1, 2, 3])
+    kernel, window, least = draw_window(draw, [1, 2, 3, 5, 7], groups)
     c, k = draw.size("C", CHANNELS), draw.size("K", CHANNELS)
     image, n = draw.image(least), draw.size("N", BATCHES)
     x = draw.tensor(n, c * groups, *image)
     weight = draw.tensor(k * groups, c, *kernel, most=1)
-    z = F.conv2d(x.double(), weight.double(), None, groups=groups, **arguments)
-    tail, act = draw.tail(k * groups, z.shape), draw.pick("act", EXACT_ACTS)
+    tail = draw.tail(k * groups, (n, k * groups, *window.output_size(image, kernel)))
     config = draw.pick("config", [None, None, GemmConfig(32, 32, 32, splits=3)])
-    y = conv2d(x, weight, *tail, groups=groups, act=act, config=config, **arguments)
-    expect_equal(y, finish(z, *tail, act))
+    y = conv2d(x, weight, tail, window, config=config)
+    expect_equal(y, oracle.conv2d(x, weight, tail, window))
 
 
 @fuzz
@@ -117,41 +117,36 @@ def test_linear(device, data):
     c, k = draw.size("C", CHANNELS), draw.size("K", CHANNELS)
     leading = [draw.size("rows", [0, 1, 2, 17, 197])] + ([draw.size("rows", [1, 3])] if c % 2 else [])
     x, weight = draw.tensor(*leading, c), draw.tensor(k, c)
-    tail, act = draw.tail(k, (*leading, k)), draw.pick("act", EXACT_ACTS)
+    tail = draw.tail(k, (*leading, k))
     config = draw.pick("config", [None, None, GemmConfig(32, 32, 32, splits=4)])
-    y = linear(x, weight, *tail, act=act, config=config)
-    expect_equal(y, finish(x.double() @ weight.double().T, *tail, act, channel_dim=-1))
+    expect_equal(linear(x, weight, tail, config=config), oracle.linear(x, weight, tail))
 
 
 @fuzz
 @given(st.data())
 def test_depthwise(device, data):
     draw = Draw(data, device)
-    kernel, arguments, least = window(draw, [1, 2, 3, 5, 7])
+    kernel, window, least = draw_window(draw, [1, 2, 3, 5, 7])
     c, image, n = draw.size("C", CHANNELS), draw.image(least), draw.size("N", BATCHES)
     x, weight = draw.tensor(n, c, *image), draw.tensor(c, 1, *kernel)
-    z = F.conv2d(x.double(), weight.double(), None, groups=c, **arguments)
-    tail, act = draw.tail(c, z.shape), draw.pick("act", EXACT_ACTS)
+    tail, window = draw.tail(c, (n, c, *window.output_size(image, kernel))), window._replace(groups=c)
     weight = pack_weight(weight) if draw.pick("packed", [True, False]) else weight
-    expect_equal(depthwise_conv2d(x, weight, *tail, act=act, **arguments), finish(z, *tail, act))
+    expect_equal(depthwise_conv2d(x, weight, tail, window), oracle.conv2d(x, weight, tail, window))
 
 
 @fuzz
 @given(st.data())
 def test_depthwise_pointwise(device, data):
     draw = Draw(data, device)
-    kernel, arguments, least = window(draw, [1, 3, 5, 7])
+    kernel, window, least = draw_window(draw, [1, 3, 5, 7])
     c, k = draw.size("C", CHANNELS), draw.size("K", [v for v in CHANNELS if v <= 256])
     image, n = draw.image(least), draw.size("N", BATCHES)
     x, w1, b1 = draw.tensor(n, c, *image), draw.tensor(c, 1, *kernel, most=1, density=0.5), draw.tensor(c)
-    w2 = draw.tensor(k, c, 1, 1, most=1)
-    inner = draw.pick("inner", EXACT_ACTS)
     # The sums of at most 49 taps stay below 2048, float16's last exact integer.
-    z = F.conv2d(x.double(), w1.double(), b1.double(), groups=c, **arguments)
-    z = F.conv2d(ACTIVATIONS[inner](z), w2.double())
-    tail, act = draw.tail(k, z.shape), draw.pick("act", EXACT_ACTS)
-    y = depthwise_pointwise(x, w1, b1, w2, *tail, act_inner=inner, act=act, **arguments)
-    expect_equal(y, finish(z, *tail, act))
+    weights, inner = TwoLayers(w1, b1, draw.tensor(k, c, 1, 1, most=1)), draw.pick("inner", EXACT_ACTS)
+    tail = draw.tail(k, (n, k, *window.output_size(image, kernel)))
+    y = depthwise_pointwise(x, weights, tail, window, act_inner=inner)
+    expect_equal(y, oracle.depthwise_pointwise(x, weights, tail, window, inner))
 
 
 @fuzz
@@ -164,14 +159,10 @@ def test_inverted_residual(device, data):
     x, w1, b1 = draw.tensor(n, c, *image, most=1), draw.tensor(hidden, c, 1, 1, most=1), draw.tensor(hidden)
     w2, b2 = draw.tensor(hidden, 1, 3, 3, most=1), draw.tensor(hidden)
     w3 = draw.tensor(k, hidden, 1, 1, most=1, density=0.5)
-    inner = draw.pick("inner", EXACT_ACTS)
-    act_inner = ACTIVATIONS[inner]
-    z = act_inner(F.conv2d(x.double(), w1.double(), b1.double()))
-    z = act_inner(F.conv2d(z, w2.double(), b2.double(), stride, 1, groups=hidden))
-    z = F.conv2d(z, w3.double())
-    tail, act = draw.tail(k, z.shape), draw.pick("act", EXACT_ACTS)
-    y = inverted_residual(x, w1, b1, w2, b2, w3, *tail, stride=stride, act_inner=inner, act=act)
-    expect_equal(y, finish(z, *tail, act))
+    weights, inner = ThreeLayers(w1, b1, w2, b2, w3), draw.pick("inner", EXACT_ACTS)
+    tail = draw.tail(k, (n, k, *((size - 1) // stride + 1 for size in image)))
+    y = inverted_residual(x, weights, tail, stride=stride, act_inner=inner)
+    expect_equal(y, oracle.inverted_residual(x, weights, tail, stride, inner))
 
 
 @fuzz
@@ -182,28 +173,24 @@ def test_mlp(device, data):
     c, k, hidden = draw.size("C", narrow), draw.size("K", narrow), draw.size("hidden", [1, 8, 33, 96, 768])
     rows = draw.size("rows", [0, 1, 2, 17, 197])
     x, w1 = draw.tensor(rows, c, most=1), draw.tensor(hidden, c, most=1)
-    b1, w2 = draw.tensor(hidden), draw.tensor(k, hidden, most=1, density=0.2)
-    inner = draw.pick("inner", EXACT_ACTS)
-    z = ACTIVATIONS[inner](F.linear(x.double(), w1.double(), b1.double())) @ w2.double().T
-    tail, act = draw.tail(k, (rows, k)), draw.pick("act", EXACT_ACTS)
-    y = mlp(x, w1, b1, w2, *tail, act_inner=inner, act=act)
-    expect_equal(y, finish(z, *tail, act, channel_dim=-1))
+    weights = TwoLayers(w1, draw.tensor(hidden), draw.tensor(k, hidden, most=1, density=0.2))
+    inner, tail = draw.pick("inner", EXACT_ACTS), draw.tail(k, (rows, k))
+    expect_equal(mlp(x, weights, tail, act_inner=inner), oracle.mlp(x, weights, tail, inner))
 
 
 @fuzz
 @given(st.data())
 def test_winograd(device, data):
     draw = Draw(data, device)
-    padding = draw.pair("padding", [0, 1, 2])
+    window = Window(padding=draw.pair("padding", [0, 1, 2]))
     draw.work *= 9
     c, k = draw.size("C", CHANNELS), draw.size("K", CHANNELS)
-    image, n = draw.image([max(1, 3 - 2 * p) for p in padding]), draw.size("N", BATCHES)
+    image, n = draw.image([max(1, 3 - 2 * p) for p in window.padding]), draw.size("N", BATCHES)
     x = draw.tensor(n, c, *image)
     weight = 4 * draw.tensor(k, c, 3, 3, most=1)  # so that the transformed weights are integers
-    z = F.conv2d(x.double(), weight.double(), padding=padding)
-    tail, act = draw.tail(k, z.shape), draw.pick("act", EXACT_ACTS)
-    y = winograd.winograd_conv2d(x, winograd.pack_weight(weight), *tail, padding=padding, act=act)
-    expect_equal(y, finish(z, *tail, act))
+    tail = draw.tail(k, (n, k, *window.output_size(image, (3, 3))))
+    y = winograd.winograd_conv2d(x, winograd.pack_weight(weight), tail, window)
+    expect_equal(y, oracle.conv2d(x, weight, tail, window))
 
 
 @fuzz
@@ -214,8 +201,7 @@ def test_pool_linear(device, data):
     c, k, n = draw.size("C", CHANNELS), draw.size("K", [1, 7, 100]), draw.size("N", [0, 1, 2, 3, 20])
     x, weight, bias = draw.tensor(n, c, *side), draw.tensor(k, c), draw.tensor(k)
     config = draw.pick("config", [PoolLinearConfig(True), PoolLinearConfig(False)])
-    exact = F.linear(x.double().mean((2, 3)), weight.double(), bias.double())
-    expect_equal(pool_linear(x, weight, bias, config=config), exact)
+    expect_equal(pool_linear(x, weight, bias, config=config), oracle.pool_linear(x, weight, bias))
 
 
 @fuzz
@@ -227,7 +213,5 @@ def test_attention(device, data):
     tokens, n = draw.size("tokens", [1, 2, 17, 50, 197, 257], cost=2), draw.size("N", [0, 1, 3])
     v = draw.tensor(n, tokens, heads * d, most=3)
     zeros = torch.zeros(n, tokens, 2 * heads * d, dtype=v.dtype, device=v.device)
-    y = attention(guarded(torch.cat((zeros, v), -1)), heads=heads)
-    exact = v.double().mean(1, keepdim=True).expand(n, tokens, heads * d)
-    magnitude = v.double().abs().mean(1, keepdim=True).expand(exact.shape)
-    assert_within(y, exact, forward_error(tokens, magnitude, exact, None, None, None, None, v.dtype))
+    qkv = guarded(torch.cat((zeros, v), -1))
+    assert_within(attention(qkv, heads=heads), *oracle.attention(qkv, heads, sums=torch.float32))

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from depthfuse.kernels import inverted_residual as module
+from depthfuse.kernels.arguments import Tail, ThreeLayers
 from depthfuse.kernels.depthwise import pack_weight
 from depthfuse.kernels.inverted_residual import inverted_residual
 from depthfuse.kernels.launch import INTERPRETED
-from tests.kernels.oracle import ACTIVATIONS, assert_within, finish, forward_error, guarded
+from tests import oracle
+from tests.oracle import assert_within, guarded
 
 DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
 
@@ -41,80 +42,53 @@ def operands(case, dtype, device, integers):
     size = [(extent - 1) // stride + 1 for extent in image]
     residual = sample(n, k, *size).contiguous(memory_format=torch.channels_last)
     tail = [sample(k), residual, sample(k), sample(k)]
-    return guarded(x), [guarded(t) for t in inner], [guarded(t) for t in tail]
-
-
-def layers(x, inner, stride, act, absolute=False):
-    """The three layers in float64 up to the projection; `absolute`: of magnitudes, for the error bound."""
-    x, w1, b1, w2, b2, w3 = (t.double().abs() if absolute else t.double() for t in (x, *inner))
-    act = (lambda z: z) if absolute else ACTIVATIONS[act]
-    expanded = act(F.conv2d(x, w1, b1))
-    filtered = act(F.conv2d(expanded, w2, b2, stride, 1, groups=len(w2)))
-    return F.conv2d(filtered, w3)
+    return guarded(x), ThreeLayers(*map(guarded, inner)), [guarded(t) for t in tail]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_exact_on_integers(case, dtype, device):
-    x, inner, tail = operands(case, dtype, device, integers=True)
-    y = inverted_residual(x, *inner, *tail, stride=case[-1], act="relu")
-    exact = finish(layers(x, inner, case[-1], "relu6"), *tail, "relu")
+    x, weights, tail = operands(case, dtype, device, integers=True)
+    tail = Tail(*tail, "relu")
+    y = inverted_residual(x, weights, tail, stride=case[-1])
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(y, exact.to(dtype))
+    assert torch.equal(y, oracle.inverted_residual(x, weights, tail, case[-1]).value.to(dtype))
 
 
 @pytest.mark.parametrize("act", ["relu6", "silu", "hardswish"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_bound(dtype, act, device):
-    x, inner, tail = operands(CASES["skip"], dtype, device, integers=False)
-    exact = finish(layers(x, inner, 1, act), *tail, "none")
-    magnitude = layers(x, inner, 1, act, absolute=True)
-    hidden, channels = inner[0].shape[:2]
-    bound = forward_error(channels + 9 + hidden, 3 * magnitude, exact, *tail, dtype)
-    # One more rounding: the filtered tensor is stored in the dtype of x before the projection.
-    bound = bound + torch.finfo(dtype).eps * magnitude * tail[2].double().abs().view(-1, 1, 1)
-    assert_within(inverted_residual(x, *inner, *tail, act_inner=act), exact, bound)
+    x, weights, tail = operands(CASES["skip"], dtype, device, integers=False)
+    y = inverted_residual(x, weights, Tail(*tail), act_inner=act)
+    assert_within(y, *oracle.inverted_residual(x, weights, Tail(*tail), 1, act, sums=torch.float32))
 
 
 def test_packed_depthwise_weight_gives_the_same_bits(device):
-    x, inner, tail = operands(CASES["skip"], torch.float16, device, integers=False)
-    expected = inverted_residual(x, *inner, *tail)
-    inner[2] = pack_weight(inner[2])
-    assert torch.equal(inverted_residual(x, *inner, *tail), expected)
+    x, weights, tail = operands(CASES["skip"], torch.float16, device, integers=False)
+    expected = inverted_residual(x, weights, Tail(*tail))
+    packed = weights._replace(w2=pack_weight(weights.w2))
+    assert torch.equal(inverted_residual(x, packed, Tail(*tail)), expected)
 
 
 def test_64_bit_offsets_give_the_same_bits(device, monkeypatch):
-    x, inner, tail = operands(CASES["stride_2"], torch.float32, device, integers=False)
-    narrow = inverted_residual(x, *inner, *tail, stride=2)
+    x, weights, tail = operands(CASES["stride_2"], torch.float32, device, integers=False)
+    narrow = inverted_residual(x, weights, Tail(*tail), stride=2)
     monkeypatch.setattr(module, "needs_wide_offsets", lambda *tensors: True)
-    assert torch.equal(inverted_residual(x, *inner, *tail, stride=2), narrow)
+    assert torch.equal(inverted_residual(x, weights, Tail(*tail), stride=2), narrow)
 
 
 def test_empty_batch_and_no_tail(device):
-    x, inner, _ = operands(CASES["stride_2"], torch.float16, device, integers=True)
-    assert inverted_residual(x[:0], *inner, stride=2).shape == (0, 24, 4, 4)
-    assert torch.equal(inverted_residual(x, *inner, stride=2), layers(x, inner, 2, "relu6").to(x.dtype))
+    x, weights, _ = operands(CASES["stride_2"], torch.float16, device, integers=True)
+    assert inverted_residual(x[:0], weights, stride=2).shape == (0, 24, 4, 4)
+    exact = oracle.inverted_residual(x, weights, stride=2).value
+    assert torch.equal(inverted_residual(x, weights, stride=2), exact.to(x.dtype))
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "message"),
-    [
-        ("w1", (32, 5, 1, 1), r"w1 has shape \[32, 5, 1, 1\], expected \[32, 8, 1, 1\]"),
-        ("b2", (31,), r"b2 has shape \[31\], expected \[32\]"),
-        ("w2", (32, 1, 5, 5), "kernel 5, stride 1: expected at most 64 channels, a 3x3 kernel"),
-        ("w3", (72, 32, 1, 1), "8 -> 72 channels"),
-    ],
-)
-def test_bad_input_is_named(name, shape, message, device):
-    shapes = {
-        "x": (1, 8, 4, 4),
-        "w1": (32, 8, 1, 1),
-        "b1": (32,),
-        "w2": (32, 1, 3, 3),
-        "b2": (32,),
-        "w3": (8, 32, 1, 1),
-    }
-    arguments = {k: torch.zeros(v, device=device) for k, v in (shapes | {name: shape}).items()}
-    arguments["x"] = arguments["x"].contiguous(memory_format=torch.channels_last)
-    with pytest.raises(ValueError, match=message):
-        inverted_residual(**arguments)
+def test_a_bad_layout_is_named(device):
+    x, weights, _ = operands(CASES["skip"], torch.float32, device, integers=True)
+    with pytest.raises(ValueError, match="x .* expected channels_last"):
+        inverted_residual(x.contiguous(), weights)
+    with pytest.raises(ValueError, match=r"w2 has strides .* expected contiguous or depthwise.pack_weight"):
+        inverted_residual(x, weights._replace(w2=weights.w2.transpose(2, 3)))
+    with pytest.raises(ValueError, match=r"b2 .* has strides \[0\], expected contiguous"):
+        inverted_residual(x, weights._replace(b2=weights.b2[:1].expand(48)))

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
+from depthfuse.kernels.arguments import Tail
 from depthfuse.kernels.launch import INTERPRETED
 from depthfuse.kernels.linear import linear
-from tests.kernels.oracle import ACTIVATIONS, STEEPEST, assert_within, finish, forward_error, guarded
+from tests import oracle
+from tests.oracle import ACT, assert_within, guarded
 
 DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
 
@@ -38,25 +39,23 @@ def operands(case, dtype, device, integers):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_exact_on_integers(case, dtype, device):
     x, weight, *tail = operands(case, dtype, device, integers=True)
-    expected = finish(x.double() @ weight.double().T, *tail, "relu", channel_dim=-1).to(dtype)
-    assert torch.equal(linear(x, weight, *tail, act="relu"), expected)
+    expected = oracle.linear(x, weight, Tail(*tail, "relu")).value.to(dtype)
+    assert torch.equal(linear(x, weight, Tail(*tail, "relu")), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("act", ACT)
 def test_error_bound(act, dtype, device):
     x, weight, *tail = operands(CASES["tokens"], dtype, device, integers=False)
-    exact = finish(x.double() @ weight.double().T, *tail, act, channel_dim=-1)
-    magnitude = x.double().abs() @ weight.double().abs().T
-    bound = forward_error(x.shape[-1], magnitude, exact, *tail, dtype, channel_dim=-1)
-    assert_within(linear(x, weight, *tail, act=act), exact, bound)
+    tail = Tail(*tail, act)
+    assert_within(linear(x, weight, tail), *oracle.linear(x, weight, tail, sums=torch.float32))
 
 
 def test_rows_further_apart(device):
     """The class token of a batch of token sequences is such a matrix."""
     x, weight, bias, *_ = operands(CASES["tokens"], torch.float16, device, integers=True)
     assert not x[:, 0].is_contiguous()
-    assert torch.equal(linear(x[:, 0], weight, bias), linear(x[:, 0].contiguous(), weight, bias))
+    assert torch.equal(linear(x[:, 0], weight, Tail(bias)), linear(x[:, 0].contiguous(), weight, Tail(bias)))
 
 
 def test_empty_batch(device):
@@ -66,24 +65,8 @@ def test_empty_batch(device):
 
 def test_same_bits_from_run_to_run(device):
     x, weight, *tail = operands(CASES["deep"], torch.float16, device, integers=False)
-    first = linear(x, weight, *tail, act="gelu")
-    assert all(torch.equal(linear(x, weight, *tail, act="gelu"), first) for _ in range(3))
-
-
-@pytest.mark.parametrize(
-    ("x", "weight", "tail", "error", "message"),
-    [
-        ((3, 4), (6, 5), {}, ValueError, r"x \[3, 4\] and weight \[6, 5\] do not fit"),
-        ((3, 4), (6, 4, 1), {}, ValueError, r"expected \[\.\.\., C\] and \[K, C\]"),
-        ((3, 4), (6, 4), {"scale": torch.zeros(4)}, ValueError, r"scale has shape \[4\]"),
-        ((3, 4), (6, 4), {"residual": torch.zeros(3, 5)}, ValueError, r"expected the output's \[3, 6\]"),
-        ((3, 4), (6, 4), {"shift": torch.zeros(6).half()}, TypeError, "shift has dtype torch.float16"),
-    ],
-)
-def test_bad_input_is_named(x, weight, tail, error, message, device):
-    tail = {name: v.to(device) for name, v in tail.items()}
-    with pytest.raises(error, match=message):
-        linear(torch.zeros(x, device=device), torch.zeros(weight, device=device), **tail)
+    first = linear(x, weight, Tail(*tail, "gelu"))
+    assert all(torch.equal(linear(x, weight, Tail(*tail, "gelu")), first) for _ in range(3))
 
 
 def test_transposed_input_is_named(device):
@@ -98,18 +81,12 @@ def test_layer_norm_before_the_product(dtype, offset, device):
     """`offset`: a mean far from zero must not cancel the variance away."""
     x, weight, *tail = operands(CASES["tokens"], dtype, device, integers=False)
     x = x + offset
-    y = linear(x, weight, *tail, act="gelu", norm_eps=1e-6)
-    value = F.layer_norm(x.double(), x.shape[-1:], eps=1e-6)
-    exact = finish(value @ weight.double().T, *tail, "gelu", channel_dim=-1)
-    magnitude = value.abs() @ weight.double().abs().T
-    bound = forward_error(x.shape[-1], magnitude, exact, *tail, dtype, channel_dim=-1)
-    # The normalised value, a float32 result of values up to `offset`, is rounded to the dtype before the product.
-    rounding = torch.finfo(dtype).eps + 8 * 2**-24 * (1 + offset)
-    bound = bound + STEEPEST * rounding * (magnitude + weight.double().abs().sum(1)) * tail[2].double().abs()
-    assert_within(y, exact, bound)
+    tail = Tail(*tail, "gelu")
+    y = linear(x, weight, tail, norm_eps=1e-6)
+    assert_within(y, *oracle.linear(x, weight, tail, 1e-6, sums=torch.float32))
 
 
 def test_layer_norm_of_a_constant_row_is_zero(device):
     x = torch.full((3, 48), 7.0, device=device)
     weight, bias = torch.ones(8, 48, device=device), torch.arange(8.0, device=device)
-    assert torch.equal(linear(x, weight, bias, norm_eps=1e-6), bias.expand(3, 8))
+    assert torch.equal(linear(x, weight, Tail(bias), norm_eps=1e-6), bias.expand(3, 8))

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from depthfuse.kernels import winograd as module
+from depthfuse.kernels.arguments import Tail, Window
 from depthfuse.kernels.launch import INTERPRETED
 from depthfuse.kernels.winograd import pack_weight, supports, winograd_conv2d
-from tests.kernels.oracle import ACTIVATIONS, assert_within, finish, forward_error, guarded
+from tests import oracle
+from tests.oracle import ACT, Rounding, Value, assert_within, finish, guarded
 
 DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
 
@@ -40,8 +42,9 @@ def operands(case, dtype, device, integers):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_exact_on_integers(case, dtype, device):
     x, weight, tail = operands(case, dtype, device, integers=True)
-    y = winograd_conv2d(x, guarded(pack_weight(weight)), *tail, padding=case[-1], act="relu")
-    exact = finish(F.conv2d(x.double(), weight.double(), padding=case[-1]), *tail, "relu")
+    tail, window = Tail(*tail, "relu"), Window(padding=case[-1])
+    y = winograd_conv2d(x, guarded(pack_weight(weight)), tail, window)
+    exact = oracle.conv2d(x, weight, tail, window).value
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(y, exact.to(dtype))
 
@@ -64,27 +67,27 @@ def magnitude_of(x, packed, padding):
     return y[:, :, : out[0], : out[1]].to(x.device)
 
 
-@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("act", ACT)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_bound(dtype, act, device):
     x, weight, tail = operands(CASES["same"], dtype, device, integers=False)
     packed = pack_weight(weight)
-    y = winograd_conv2d(x, packed, *tail, act=act)
-    exact = finish(F.conv2d(x.double(), weight.double(), padding=1), *tail, act)
-    magnitude = magnitude_of(x, packed, (1, 1))
-    bound = forward_error(x.shape[1] + 8, magnitude, exact, *tail, dtype)
-    # Both transformed operands are rounded to the dtype: half a unit each, through the activation and the scale.
-    rounding = 1.5 * torch.finfo(dtype).eps * magnitude * tail[2].double().abs().view(-1, 1, 1)
-    assert_within(y, exact, bound + rounding)
+    y = winograd_conv2d(x, packed, Tail(*tail, act))
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    rounding = Rounding.of(x, torch.float32)
+    # Both transformed operands are rounded to the dtype: half a unit each.
+    relative = rounding.relative(x.shape[1] + 8) + torch.finfo(dtype).eps
+    product = Value(exact, relative * magnitude_of(x, packed, (1, 1)))
+    assert_within(y, *finish(product, Tail(*tail, act), rounding))
 
 
 def test_64_bit_offsets_and_repeated_runs_give_the_same_bits(device, monkeypatch):
     x, weight, tail = operands(CASES["same"], torch.float16, device, integers=False)
     packed = pack_weight(weight)
-    first = winograd_conv2d(x, packed, *tail)
-    assert torch.equal(winograd_conv2d(x, packed, *tail), first)
+    first = winograd_conv2d(x, packed, Tail(*tail))
+    assert torch.equal(winograd_conv2d(x, packed, Tail(*tail)), first)
     monkeypatch.setattr(module, "needs_wide_offsets", lambda *tensors: True)
-    assert torch.equal(winograd_conv2d(x, packed, *tail), first)
+    assert torch.equal(winograd_conv2d(x, packed, Tail(*tail)), first)
 
 
 def test_empty_batch_and_no_tail(device):
@@ -102,22 +105,13 @@ def test_supports_only_its_own_geometry():
     assert not supports((3, 3), (1, 1), (1, 1), 2)
 
 
-@pytest.mark.parametrize(
-    ("x", "weight", "message"),
-    [
-        (
-            (1, 8, 4, 4),
-            (6, 8, 3, 3),
-            r"weight \[6, 8, 3, 3\] do not fit: .* \[16, K, C\], the latter from pack_weight",
-        ),
-        ((1, 8, 4, 4), (16, 6, 7), r"x \[1, 8, 4, 4\] and weight \[16, 6, 7\] do not fit"),
-        ((1, 8, 0, 4), (16, 6, 8), "smaller than the 3x3 kernel"),
-    ],
-)
-def test_bad_input_is_named(x, weight, message, device):
-    x = torch.zeros(x, device=device).contiguous(memory_format=torch.channels_last)
-    with pytest.raises(ValueError, match=message):
-        winograd_conv2d(x, torch.zeros(weight, device=device))
+def test_a_bad_layout_is_named(device):
+    x, weight, _ = operands(CASES["same"], torch.float32, device, integers=True)
+    packed = pack_weight(weight)
+    with pytest.raises(ValueError, match="x .* expected channels_last"):
+        winograd_conv2d(x.contiguous(), packed)
+    with pytest.raises(ValueError, match="weight .* has strides .* expected contiguous"):
+        winograd_conv2d(x, packed.transpose(1, 2).contiguous().transpose(1, 2))
 
 
 def test_only_3x3_weights_are_packed():

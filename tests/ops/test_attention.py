@@ -6,39 +6,13 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from depthfuse.ops import attention
-from tests.ops.formula import assert_within
+from tests import oracle
+from tests.oracle import assert_within
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 # batch, tokens, heads, head dimension
 CASES = {"odd": (2, 7, 3, 5), "one_token": (3, 1, 2, 8), "one_head": (1, 17, 1, 64), "usual": (1, 33, 2, 32)}
-
-
-def wanted(qkv, heads, scale):
-    """(y, bound) in float64, written out head by head.
-
-    Scores, rounded in the tested dtype, are off by at most e = c * u * sqrt(D) * sum |q||k| * scale, the weights by
-    that fraction of themselves twice (numerator and sum), and their sum over the values by c * u * sqrt(N) more.
-    """
-    batch, tokens, width = qkv.shape
-    dim = width // (3 * heads)
-    scale = dim**-0.5 if scale is None else scale
-    u = torch.finfo(qkv.dtype).eps / 2
-    y, bound = (
-        torch.empty(batch, tokens, heads, dim).double(),
-        torch.empty(batch, tokens, heads, dim).double(),
-    )
-    parts = qkv.double().reshape(batch, tokens, 3, heads, dim)
-    for b in range(batch):
-        for h in range(heads):
-            q, k, v = (parts[b, :, i, h] for i in range(3))
-            weights = torch.softmax(q @ k.T * scale, dim=-1)
-            error = ((8 * dim**0.5 + 16) * u * (q.abs() @ k.abs().T) * abs(scale)).amax(-1, keepdim=True)
-            spread = weights @ v.abs()
-            y[b, :, h] = weights @ v
-            bound[b, :, h] = spread * (torch.expm1(2 * error) + (8 * tokens**0.5 + 16) * u)
-    bound += torch.finfo(qkv.dtype).tiny
-    return y.flatten(2), bound.flatten(2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -50,7 +24,7 @@ def test_error_bound(case, scale, dtype):
     y = attention(qkv, heads, scale=scale)
     assert y.dtype == dtype
     assert y.is_contiguous()
-    assert_within(y, *wanted(qkv, heads, scale))
+    assert_within(y, *oracle.attention(qkv, heads, scale))
 
 
 def test_one_hot_queries_fetch_their_value():
@@ -73,7 +47,7 @@ def test_any_layout():
     ):
         y = attention(other, 2)
         assert y.is_contiguous()
-        assert_within(y, *wanted(qkv, 2, None))
+        assert_within(y, *oracle.attention(qkv, 2))
 
 
 BAD = {

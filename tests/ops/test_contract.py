@@ -22,7 +22,7 @@ from depthfuse.ops import (
     pool_linear,
     winograd_conv2d,
 )
-from tests.ops.formula import integers
+from tests.oracle import integers
 
 pytest.importorskip("triton", reason="the kernels are written in Triton, which is not installed")
 from depthfuse.kernels.winograd import pack_weight
@@ -284,3 +284,14 @@ def test_float64_is_for_the_reference(example, monkeypatch):
         example(tensors, backend="triton")
     monkeypatch.setattr(backend, "resolve_backend", lambda *_: ("triton", ""))
     assert example(tensors).dtype == torch.float64
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only Triton's interpreter multiplies bfloat16 wrongly")
+def test_bfloat16_products_are_not_for_the_interpreter(example, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    tensors = example.tensors(dtype=torch.bfloat16)
+    if example.options.get("groups") == 8:  # depthwise: there is no product
+        assert example(tensors, backend="triton").dtype == torch.bfloat16
+        return
+    with pytest.raises(BackendError, match="does not take bfloat16 in Triton's interpreter"):
+        example(tensors, backend="triton")

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from depthfuse.kernels.arguments import Tail, Window
 from depthfuse.ops import ACTIVATIONS, BackendError, backend, conv2d
-from tests.ops.formula import ACT, EXACT_ACTS, assert_within, conv_product, exact, integers, normalized
+from tests import oracle
+from tests.oracle import ACT, EXACT_ACTS, assert_within, integers
 
 LONG = os.environ.get("DEPTHFUSE_LONG") == "1"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -22,15 +24,16 @@ def is_channels_last(y):
     return y.stride() == (height * width * channels, 1, width * channels, channels)
 
 
-def geometry_of(stride=1, padding=0, dilation=1, groups=1):
-    return {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+def tail_of(x, weight, window, terms, make, act):
+    """The tail whose tensors named in `terms` are there, made by `make(shape, dtype)`."""
+    vector = (weight.shape[0],)
+    size = window.output_size(x.shape[2:], weight.shape[2:])
+    shapes = {"bias": vector, "residual": (x.shape[0], *vector, *size), "scale": vector, "shift": vector}
+    return Tail(**{name: make(shape, x.dtype) for name, shape in shapes.items() if name in terms}, act=act)
 
 
-def operands(x, weight, terms, dtype, make, **geometry):
-    """The optional tensors named in `terms`, made by `make(shape, dtype)`."""
-    shape = F.conv2d(x.double(), weight.double(), **geometry).shape
-    values = {name: make((weight.shape[0],), dtype) for name in ("bias", "scale", "shift") if name in terms}
-    return values, make(shape, dtype) if "residual" in terms else None
+def call(x, weight, tail, window, **options):
+    return conv2d(x, weight, **tail._asdict(), **window._asdict(), **options)
 
 
 def noise(shape, dtype):
@@ -51,13 +54,12 @@ def test_integers_are_exact(terms, act, dtype):
     """Small integers leave nothing to round: any wrong tap, channel or order is a plain mismatch."""
     for groups, channels, filters in ((1, 3, 8), (2, 8, 6), (8, 8, 8)):
         x, weight = integers((2, channels, 7, 5), dtype), integers((filters, channels // groups, 3, 3), dtype)
-        geometry = geometry_of((2, 1), (1, 2), 1, groups)
-        vectors, residual = operands(x, weight, terms, dtype, integers, **geometry)
-        y = conv2d(x, weight, residual=residual, **vectors, **geometry, act=act)
-        wanted, _ = exact(conv_product(x, weight, **geometry), weight, vectors, residual, act, 1)
+        window = Window((2, 1), (1, 2), (1, 1), groups)
+        tail = tail_of(x, weight, window, terms, integers, act)
+        y = call(x, weight, tail, window)
         assert y.dtype == dtype
         assert is_channels_last(y)
-        assert torch.equal(y.double(), wanted)
+        assert torch.equal(y.double(), oracle.conv2d(x, weight, tail, window).value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,9 +67,9 @@ def test_integers_are_exact(terms, act, dtype):
 def test_every_activation(act, dtype):
     x, weight = noise((2, 16, 7, 7), dtype) * 2, noise((24, 16, 3, 3), dtype) / 4
     for terms in TERMS:
-        vectors, residual = operands(x, weight, terms, dtype, noise, padding=1)
-        y = conv2d(x, weight, residual=residual, **vectors, padding=1, act=act)
-        assert_within(y, *exact(conv_product(x, weight, padding=1), weight, vectors, residual, act, 1))
+        window = Window(padding=(1, 1))
+        tail = tail_of(x, weight, window, terms, noise, act)
+        assert_within(call(x, weight, tail, window), *oracle.conv2d(x, weight, tail, window))
 
 
 @settings(deadline=None, max_examples=2000 if LONG else 60)
@@ -89,39 +91,26 @@ def test_any_shape(data):
         max(draw(st.integers(0, 2)), (r + 2 - n) // 2 if r >= n else 0)
         for r, n in zip(reach, size, strict=True)
     ]
-    geometry = geometry_of(stride, tuple(padding), dilation, groups)
+    window = Window(stride, tuple(padding), dilation, groups)
     terms = draw(st.sets(st.sampled_from(["bias", "residual", "scale", "shift"])))
     act, dtype = draw(st.sampled_from(list(ACT))), draw(st.sampled_from(DTYPES[:3]))
     x = noise((draw(st.sampled_from([0, 1, 2, 3])), channels, *size), dtype)
     weight = noise((filters, channels // groups, *kernel), dtype)
-    vectors, residual = operands(x, weight, terms, dtype, noise, **geometry)
-    y = conv2d(x, weight, residual=residual, **vectors, **geometry, act=act)
+    tail = tail_of(x, weight, window, terms, noise, act)
+    y = call(x, weight, tail, window)
     assert is_channels_last(y)
-    assert_within(y, *exact(conv_product(x, weight, **geometry), weight, vectors, residual, act, 1))
+    assert_within(y, *oracle.conv2d(x, weight, tail, window))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("groups", [1, 8])
 def test_layer_norm_over_channels(groups, dtype):
     x, weight = noise((2, 8, 5, 6), dtype), noise((8, 8 // groups, 3, 3), dtype)
-    vectors, residual = operands(x, weight, TERMS[-1], dtype, noise, padding=1, groups=groups)
-    bias = vectors.pop("bias")
-    plain, magnitude = (
-        conv_product(x, weight, padding=1, groups=groups)(magnitudes)
-        + (bias.double().abs() if magnitudes else bias.double()).view(-1, 1, 1)
-        for magnitudes in (False, True)
-    )
-    value, _ = normalized(plain.permute(0, 2, 3, 1), 1e-6)
-    spread = (plain.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
-    # as `normalized` says, but of an error that is a fraction of the largest sum of magnitudes
-    worst = (2 + value.abs()).permute(0, 3, 1, 2) * magnitude.amax(1, keepdim=True) / spread
-
-    def product(magnitudes):
-        return worst if magnitudes else value.permute(0, 3, 1, 2)
-
-    y = conv2d(x, weight, bias, residual, **vectors, padding=1, groups=groups, act="silu", norm_eps=1e-6)
+    window = Window(padding=(1, 1), groups=groups)
+    tail = tail_of(x, weight, window, TERMS[-1], noise, "silu")
+    y = call(x, weight, tail, window, norm_eps=1e-6)
     assert is_channels_last(y)
-    assert_within(y, *exact(product, weight, vectors, residual, "silu", 1, [8]))
+    assert_within(y, *oracle.conv2d(x, weight, tail, window, 1e-6))
 
 
 def layouts(x):
@@ -302,20 +291,20 @@ def test_export():
 
 
 @pytest.mark.parametrize(
-    "shape, filters, kernel, geometry",
+    "shape, filters, kernel, window",
     [
-        ((2, 6, 7, 5), 8, (3, 3), geometry_of(2, 1)),
-        ((1, 8, 13, 13), 8, (5, 3), geometry_of(1, (2, 1), 1, 8)),
-        ((3, 8, 9, 9), 12, (3, 3), geometry_of(1, 0, 2, 4)),
-        ((0, 6, 7, 5), 8, (3, 3), geometry_of()),
+        ((2, 6, 7, 5), 8, (3, 3), Window((2, 2), (1, 1))),
+        ((1, 8, 13, 13), 8, (5, 3), Window(padding=(2, 1), groups=8)),
+        ((3, 8, 9, 9), 12, (3, 3), Window(dilation=(2, 2), groups=4)),
+        ((0, 6, 7, 5), 8, (3, 3), Window()),
     ],
 )
-def test_flops_as_plain_convolution(shape, filters, kernel, geometry):
-    x, weight = torch.randn(shape), torch.randn(filters, shape[1] // geometry["groups"], *kernel)
+def test_flops_as_plain_convolution(shape, filters, kernel, window):
+    x, weight = torch.randn(shape), torch.randn(filters, shape[1] // window.groups, *kernel)
     with FlopCounterMode(display=False) as fused:
-        conv2d(x, weight, torch.randn(filters), act="relu", **geometry)
+        call(x, weight, Tail(torch.randn(filters), act="relu"), window)
     with FlopCounterMode(display=False) as plain:
-        F.conv2d(x, weight, **geometry)
+        F.conv2d(x, weight, None, *window)
     assert fused.get_total_flops() == plain.get_total_flops()
 
 

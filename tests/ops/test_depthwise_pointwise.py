@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from depthfuse.kernels.arguments import Tail, TwoLayers, Window
 from depthfuse.ops import depthwise_pointwise
-from tests.ops.formula import ACT, EXACT_ACTS
+from tests import oracle
+from tests.oracle import EXACT_ACTS, assert_within
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -16,23 +17,28 @@ def sparse(*shape, dtype=torch.float32):
     return (torch.randint(-1, 2, shape) * (torch.rand(shape) < 0.3)).to(dtype)
 
 
-def finish(z, bias, residual, scale, shift, act):
-    wide = (-1, 1, 1)
-    z = ACT[act](z + bias.double().view(wide) + residual.double())
-    return z * scale.double().view(wide) + shift.double().view(wide)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act", EXACT_ACTS)
 def test_depthwise_pointwise(act, dtype):
     x, w1, b1 = sparse(2, 6, 7, 5, dtype=dtype), sparse(6, 1, 5, 3, dtype=dtype), sparse(6, dtype=dtype)
-    w2, geometry = sparse(9, 6, 1, 1, dtype=dtype), {"stride": (2, 1), "padding": (2, 1)}
-    z = ACT["relu"](F.conv2d(x.double(), w1.double(), b1.double(), groups=6, **geometry))
-    z = F.conv2d(z, w2.double())
-    tail = [sparse(*shape, dtype=dtype) for shape in ((9,), z.shape, (9,), (9,))]
-    y = depthwise_pointwise(x, w1, b1, w2, *tail, **geometry, act_inner="relu", act=act)
+    weights, window = TwoLayers(w1, b1, sparse(9, 6, 1, 1, dtype=dtype)), Window((2, 1), (2, 1))
+    shape = (2, 9, *window.output_size((7, 5), (5, 3)))
+    tail = [sparse(*shape, dtype=dtype) for shape in ((9,), shape, (9,), (9,))]
+    geometry = {"stride": window.stride, "padding": window.padding}
+    y = depthwise_pointwise(x, *weights, *tail, **geometry, act_inner="relu", act=act)
     assert y.dtype == dtype
-    assert torch.equal(y.double(), finish(z, *tail, act))
+    exact = oracle.depthwise_pointwise(x, weights, Tail(*tail, act), window, "relu").value
+    assert torch.equal(y.double(), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act_inner", ["none", "gelu", "hardswish"])
+def test_error_bound(act_inner, dtype):
+    shapes = [(2, 6, 7, 5), (6, 1, 3, 3), (6,), (9, 6, 1, 1), (9,), (2, 9, 7, 5), (9,), (9,)]
+    x, w1, b1, w2, *tail = (torch.randn(shape).to(dtype) for shape in shapes)
+    y = depthwise_pointwise(x, w1, b1, w2, *tail, padding=1, act_inner=act_inner, act="silu")
+    weights, window = TwoLayers(w1, b1, w2), Window(padding=(1, 1))
+    assert_within(y, *oracle.depthwise_pointwise(x, weights, Tail(*tail, "silu"), window, act_inner))
 
 
 def test_flops_are_those_of_both_layers():
@@ -52,6 +58,16 @@ X, W1, W2 = sparse(1, 6, 5, 5), sparse(6, 1, 3, 3), sparse(9, 6, 1, 1)
             lambda: depthwise_pointwise(X, sparse(5, 1, 3, 3), None, W2),
             ValueError,
             r"w1 has shape \[5, 1, 3, 3\], expected \[6, 1, 3, 3\] \(x has 6 channels\)",
+        ),
+        (
+            lambda: depthwise_pointwise(X, W1, sparse(7), W2),
+            ValueError,
+            r"b1 has shape \[7\], expected \[6\] \(x has 6 channels\)",
+        ),
+        (
+            lambda: depthwise_pointwise(X, sparse(6, 2, 3, 3), None, W2),
+            ValueError,
+            r"w1 has shape \[6, 2, 3, 3\], expected \[6, 1, 3, 3\]",
         ),
         (
             lambda: depthwise_pointwise(X, W1, None, sparse(9, 5, 1, 1)),

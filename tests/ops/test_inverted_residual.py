@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from depthfuse.kernels.arguments import Tail, ThreeLayers
 from depthfuse.kernels.depthwise import pack_weight
 from depthfuse.ops import inverted_residual
-from tests.ops.formula import ACT, EXACT_ACTS, assert_within, exact
+from tests import oracle
+from tests.oracle import EXACT_ACTS, assert_within
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -47,24 +49,8 @@ def operands(case, dtype, make):
 
 
 def wanted(x, inner, tail, stride, act_inner, act):
-    """(y, bound) of `exact` for the whole block."""
-    w1, _, w2, _, w3 = inner
-
-    def product(magnitudes):
-        def widen(tensor):
-            return tensor.double().abs() if magnitudes else tensor.double()
-
-        act = (lambda z: z) if magnitudes else ACT[act_inner]
-        first, bias1, second, bias2, third = (widen(tensor) for tensor in inner)
-        expanded = act(F.conv2d(widen(x), first, bias1))
-        padding = second.shape[-1] // 2
-        filtered = act(F.conv2d(expanded, second, bias2, stride, padding, groups=len(second)))
-        return F.conv2d(filtered, third)
-
-    bias, residual, scale, shift = tail
-    vectors = {"bias": bias, "scale": scale, "shift": shift}
-    depths = (w1[0].numel(), w2[0].numel())
-    return exact(product, w3, vectors, residual, act, 1, depths)
+    """The oracle's value and error."""
+    return oracle.inverted_residual(x, ThreeLayers(*inner), Tail(*tail, act), stride, act_inner)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

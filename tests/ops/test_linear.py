@@ -10,19 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from depthfuse.kernels.arguments import Tail
 from depthfuse.ops import BackendError, backend, linear
-from tests.ops.formula import ACT, EXACT_ACTS, assert_within, exact, integers, linear_product, normalized
+from tests import oracle
+from tests.oracle import ACT, EXACT_ACTS, assert_within, integers
 
 LONG = os.environ.get("DEPTHFUSE_LONG") == "1"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TERMS = [(), ("bias",), ("residual",), ("scale", "shift"), ("bias", "residual", "scale", "shift")]
 
 
-def operands(x, weight, terms, dtype, make):
-    """The optional tensors named in `terms`, made by `make(shape, dtype)`."""
-    filters = weight.shape[0]
-    values = {name: make((filters,), dtype) for name in ("bias", "scale", "shift") if name in terms}
-    return values, make((*x.shape[:-1], filters), dtype) if "residual" in terms else None
+def tail_of(x, weight, terms, make, act):
+    """The tail whose tensors named in `terms` are there, made by `make(shape, dtype)`."""
+    vector = (weight.shape[0],)
+    shapes = {"bias": vector, "residual": (*x.shape[:-1], *vector), "scale": vector, "shift": vector}
+    return Tail(**{name: make(shape, x.dtype) for name, shape in shapes.items() if name in terms}, act=act)
 
 
 def noise(shape, dtype):
@@ -36,12 +38,11 @@ def test_integers_are_exact(terms, act, dtype):
     """Small integers leave nothing to round: any wrong index or order is a plain mismatch."""
     for shape in ((5, 24), (2, 7, 24), (24,)):
         x, weight = integers(shape, dtype), integers((13, 24), dtype)
-        vectors, residual = operands(x, weight, terms, dtype, integers)
-        y = linear(x, weight, residual=residual, **vectors, act=act)
-        wanted, _ = exact(linear_product(x, weight), weight, vectors, residual, act, -1)
+        tail = tail_of(x, weight, terms, integers, act)
+        y = linear(x, weight, **tail._asdict())
         assert y.dtype == dtype
         assert y.is_contiguous()
-        assert torch.equal(y.double(), wanted)
+        assert torch.equal(y.double(), oracle.linear(x, weight, tail).value)
 
 
 @settings(deadline=None, max_examples=2000 if LONG else 80)
@@ -54,10 +55,10 @@ def test_any_shape(data):
     terms = draw(st.sets(st.sampled_from(["bias", "residual", "scale", "shift"])))
     act, dtype = draw(st.sampled_from(list(ACT))), draw(st.sampled_from(DTYPES))
     x, weight = noise((*lead, features), dtype), noise((filters, features), dtype)
-    vectors, residual = operands(x, weight, terms, dtype, noise)
-    y = linear(x, weight, residual=residual, **vectors, act=act)
+    tail = tail_of(x, weight, terms, noise, act)
+    y = linear(x, weight, **tail._asdict())
     assert y.is_contiguous()
-    assert_within(y, *exact(linear_product(x, weight), weight, vectors, residual, act, -1))
+    assert_within(y, *oracle.linear(x, weight, tail))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,14 +66,9 @@ def test_any_shape(data):
 def test_layer_norm_before_the_product(shape, dtype):
     for eps in (1e-6, 0.5):
         x, weight = noise(shape, dtype) + 3, noise((13, shape[-1]), dtype)
-        value, magnitude = normalized(x.double(), eps)
-        vectors, residual = operands(x, weight, TERMS[-1], dtype, noise)
-
-        def product(magnitudes, value=value, magnitude=magnitude, weight=weight):
-            return magnitude @ weight.double().abs().T if magnitudes else value @ weight.double().T
-
-        y = linear(x, weight, residual=residual, **vectors, act="silu", norm_eps=eps)
-        assert_within(y, *exact(product, weight, vectors, residual, "silu", -1, [shape[-1]]))
+        tail = tail_of(x, weight, TERMS[-1], noise, "silu")
+        y = linear(x, weight, **tail._asdict(), norm_eps=eps)
+        assert_within(y, *oracle.linear(x, weight, tail, eps))
 
 
 def layouts(x):

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from depthfuse.kernels.arguments import Tail, TwoLayers
 from depthfuse.ops import mlp
-from tests.ops.formula import ACT, EXACT_ACTS, assert_within, exact, integers, normalized
+from tests import oracle
+from tests.oracle import EXACT_ACTS, assert_within, integers
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -36,26 +38,6 @@ def operands(case, dtype, make):
     return make((*lead, channels), dtype), inner, tail
 
 
-def wanted(x, inner, tail, act_inner, act, norm_eps=None):
-    """(y, bound) of `exact` for the whole MLP."""
-    w1, b1, w2 = inner
-    value, magnitude = x.double(), x.double().abs()
-    if norm_eps is not None:
-        value, magnitude = normalized(x.double(), norm_eps)
-
-    def product(magnitudes):
-        if magnitudes:
-            bias = 0 if b1 is None else b1.double().abs()
-            return (magnitude @ w1.double().abs().T + bias) @ w2.double().abs().T
-        bias = 0 if b1 is None else b1.double()
-        return ACT[act_inner](value @ w1.double().T + bias) @ w2.double().T
-
-    bias, residual, scale, shift = tail
-    vectors = {"bias": bias, "scale": scale, "shift": shift}
-    depths = [w1.shape[1]] * (1 if norm_eps is None else 2)
-    return exact(product, w2, vectors, residual, act, -1, depths)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act", EXACT_ACTS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -64,7 +46,7 @@ def test_integers_are_exact(case, act, dtype):
     y = mlp(x, *inner, *tail, act_inner="relu", act=act)
     assert y.dtype == dtype
     assert y.is_contiguous()
-    assert torch.equal(y.double(), wanted(x, inner, tail, "relu", act)[0])
+    assert torch.equal(y.double(), oracle.mlp(x, TwoLayers(*inner), Tail(*tail, act), "relu").value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,7 +57,7 @@ def test_error_bound(norm_eps, act_inner, dtype):
         x, inner, tail = operands(case, dtype, noise)
         for act, terms in (("none", tail), ("relu", [None] * 4)):
             y = mlp(x, *inner, *terms, act_inner=act_inner, act=act, norm_eps=norm_eps)
-            assert_within(y, *wanted(x, inner, terms, act_inner, act, norm_eps))
+            assert_within(y, *oracle.mlp(x, TwoLayers(*inner), Tail(*terms, act), act_inner, norm_eps))
 
 
 def test_without_any_bias():

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from depthfuse.ops import pool_linear
+from tests import oracle
+from tests.oracle import assert_within
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -16,19 +17,20 @@ def sparse(*shape, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_pool_linear(dtype):
+@pytest.mark.parametrize("norm_eps", [None, 1e-6, 1e-3])
+def test_error_bound(norm_eps, dtype):
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((3, 20, 4, 5), (7, 20), (7,)))
+    for given in (bias, None):
+        y = pool_linear(x, weight, given, norm_eps=norm_eps)
+        assert y.dtype == dtype
+        assert_within(y, *oracle.pool_linear(x, weight, given, norm_eps))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_integers_are_exact(dtype):
+    """The mean of 16 small integers is exact, and so is a sum of a few of them."""
     x, weight, bias = sparse(3, 20, 4, 4, dtype=dtype), sparse(7, 20, dtype=dtype), sparse(7, dtype=dtype)
-    exact = F.linear(x.double().mean((2, 3)), weight.double(), bias.double())
-    # A mean of 16 integers is exact in every dtype; so is a sum of few of them, but for bfloat16's 8 bits.
-    eps = torch.finfo(dtype).eps
-    assert ((pool_linear(x, weight, bias).double() - exact).abs() <= eps * exact.abs()).all()
-
-
-@pytest.mark.parametrize("norm_eps", [1e-6, 1e-3])
-def test_pool_linear_with_norm(norm_eps):
-    x, weight = torch.randn(3, 20, 4, 5, dtype=torch.float64), torch.randn(7, 20, dtype=torch.float64)
-    exact = F.layer_norm(x.mean((2, 3)), (20,), eps=norm_eps) @ weight.T
-    torch.testing.assert_close(pool_linear(x, weight, norm_eps=norm_eps), exact, rtol=1e-12, atol=1e-12)
+    assert torch.equal(pool_linear(x, weight, bias).double(), oracle.pool_linear(x, weight, bias).value)
 
 
 def test_flops_are_those_of_the_linear_layer():
@@ -48,6 +50,11 @@ X = sparse(1, 6, 5, 5)
             lambda: pool_linear(X, sparse(4, 5)),
             ValueError,
             r"weight has shape \[4, 5\], expected \[4, 6\] \(x has 6 channels\)",
+        ),
+        (
+            lambda: pool_linear(X, sparse(4, 6), sparse(5)),
+            ValueError,
+            r"bias has shape \[5\], expected \[4\]",
         ),
         (lambda: pool_linear(X[:, :, :0], sparse(4, 6)), ValueError, "expected at least one pixel"),
         (lambda: pool_linear(X.int(), sparse(4, 6)), TypeError, "x has dtype torch.int32"),

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from depthfuse.kernels.arguments import Tail, Window
 from depthfuse.ops import conv2d, winograd_conv2d
-from tests.ops.formula import ACT, EXACT_ACTS
+from tests import oracle
+from tests.oracle import EXACT_ACTS
 
 pytest.importorskip("triton", reason="weights are packed by a function that stands beside the Triton kernel")
 from depthfuse.kernels.winograd import pack_weight
@@ -19,20 +20,14 @@ def sparse(*shape, dtype=torch.float32):
     return (torch.randint(-1, 2, shape) * (torch.rand(shape) < 0.3)).to(dtype)
 
 
-def finish(z, bias, residual, scale, shift, act):
-    wide = (-1, 1, 1)
-    z = ACT[act](z + bias.double().view(wide) + residual.double())
-    return z * scale.double().view(wide) + shift.double().view(wide)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act", EXACT_ACTS)
 def test_winograd_conv2d(act, dtype):
     x, weight = sparse(2, 6, 5, 4, dtype=dtype), 4 * sparse(9, 6, 3, 3, dtype=dtype)
     tail = [sparse(*shape, dtype=dtype) for shape in ((9,), (2, 9, 7, 4), (9,), (9,))]
     y = winograd_conv2d(x, pack_weight(weight), *tail, padding=(2, 1), act=act)
-    z = F.conv2d(x.double(), weight.double(), padding=(2, 1))
-    assert torch.equal(y.double(), finish(z, *tail, act))
+    exact = oracle.conv2d(x, weight, Tail(*tail, act), Window(padding=(2, 1))).value
+    assert torch.equal(y.double(), exact)
 
 
 def test_flops_are_those_of_the_direct_convolution():

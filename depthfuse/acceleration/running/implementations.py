@@ -38,7 +38,7 @@ def choose_implementations(
         return
     winners: dict[str, str] = {}
     for module, shapes in _shapes_seen(plan, inputs).items():
-        candidates = module.candidates()
+        candidates = module.candidates(shapes[0])
         if tune != "measure" or len(candidates) == 1:
             module.use(candidates[0], shapes[0])
             continue

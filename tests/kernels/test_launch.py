@@ -1,0 +1,63 @@
+"""Targets and what a launch is planned from: capabilities, and offsets that 32 bits do not hold."""
+
+import pytest
+import torch
+
+from depthfuse.kernels import linear, winograd
+from depthfuse.kernels.arguments import Tail
+from depthfuse.kernels.device.tile import gemm_config
+from depthfuse.kernels.launch import INTERPRETER, TARGETS, Target, needs_wide_offsets
+
+BLACKWELL = Target("cuda", "sm_100", 148, 232448)
+
+
+def test_capabilities_are_numbers():
+    assert [TARGETS[name].capability for name in ("sm_80", "sm_90")] == [(8, 0), (9, 0)]
+    assert BLACKWELL.capability == (10, 0) > TARGETS["sm_90"].capability
+    assert Target("cuda", "sm_121", 48, 101376).capability == (12, 1)
+    assert TARGETS["gfx942"].capability is None
+    assert INTERPRETER.capability is None
+
+
+def test_what_holds_from_hopper_on_holds_for_a_capability_of_two_digits():
+    """As words "sm_100" comes before "sm_90"."""
+    hopper = Target("cuda", "sm_90", BLACKWELL.compute_units, BLACKWELL.shared_bytes)
+    assert (
+        winograd.config_for(BLACKWELL) == winograd.config_for(hopper) != winograd.config_for(TARGETS["sm_80"])
+    )
+    for m, n, k in ((49, 512, 4608), (3136, 32, 64), (128 * 784, 128, 1152)):
+        shape = (m, n, k, 1, torch.float16)
+        assert gemm_config(*shape, BLACKWELL) == gemm_config(*shape, hopper)
+
+
+def strided(shape, stride):
+    """No memory behind it: nothing is read."""
+    return torch.empty_strided(shape, stride, dtype=torch.float16, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "wide"),
+    [
+        ((2**15, 2**16 - 1), (2**16, 1), False),  # the last offset is 2**31 - 2
+        ((2**15, 2**16), (2**16, 1), True),
+        ((3, 8), (2**30, 1), True),  # 24 elements, far apart
+        ((2, 8), (2**31 - 9, 1), False),
+        ((2, 9), (2**31 - 9, 1), True),
+        ((1, 8), (2**40, 1), False),  # the stride of an axis of size 1 is never taken
+        ((0, 8), (2**40, 1), False),
+    ],
+)
+def test_offsets_count_the_strides_and_not_the_elements(shape, stride, wide):
+    x = strided(shape, stride)
+    assert needs_wide_offsets(x) is wide
+    assert needs_wide_offsets(None, strided((2, 2), (2, 1)), x) is wide
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_rows_that_lie_far_apart_are_planned_with_64_bit_offsets(target):
+    """The class tokens of a large batch of sequences: few elements of a large tensor."""
+    weight, y = strided((48, 96), (96, 1)), strided((16384, 48), (48, 1))
+    for tokens, wide in ((1369, True), (1365, False)):
+        x = strided((16384, 96), (96 * tokens, 1))
+        launches = linear.plan(x, weight, Tail(), y, norm_eps=None, config=None, target=target)
+        assert launches[0].arguments["WIDE"] is wide

@@ -23,8 +23,9 @@ FLOORS = (
     ("data", "ops"),
     ("kernels",),
     ("spec",),
-    ("checkpoint", "log"),
-    ("devices", "errors", "_torchvision"),
+    ("checkpoint", "architecture", "log"),
+    ("untrusted",),
+    ("devices", "errors", "shapes", "_torchvision"),
 )
 # Inside acceleration, the same: a plan is made, checked and run, and last put together.
 ACCELERATION = (("api",), ("saving",), ("model",), ("checking", "running"), ("planning",))

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ logger = logging.getLogger(__name__)
 FORMAT = "depthfuse.measured/1"
 # All that decides how fast a candidate runs: whole folders of the package, so that no file can be forgotten.
 _SOURCES = ("acceleration", "fused", "kernels", "measuring", "ops")
-_lock = threading.Lock()
 
 
 def cache_folder() -> Path:
@@ -110,8 +108,7 @@ class MeasuredCache:
             return
         document = {"format": FORMAT, "environment": self.environment, "question": question, "answer": answer}
         try:
-            with _lock:  # the temporary file is named after the process
-                save_json(self.path(question), document)
+            save_json(self.path(question), document)
         except CheckpointError as error:
             self._writable = False
             logger.warning(

@@ -31,6 +31,7 @@ from depthfuse.errors import CheckpointError, TrainingDiverged
 from depthfuse.log import progress
 from depthfuse.training.evaluation import calibrate, top1
 from depthfuse.training.objectives import Objective
+from depthfuse.untrusted import MALFORMED
 
 log = logging.getLogger(__name__)
 
@@ -116,14 +117,20 @@ def fit(
                 f"{checkpoint} belongs to another run ({state.get('identity')}; this one is {identity}): "
                 "choose another output folder or delete it"
             )
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        if ema is not None:
-            ema.module.load_state_dict(state["ema"])
-        if accelerator.scaler is not None and state["scaler"]:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        iteration, best = state["iteration"], state["best"]
-        result = TrainResult(state["history"], state["best_top1"], state["seconds"])
+        try:
+            net.load_state_dict(state["net"])
+            optimizer.load_state_dict(state["optimizer"])
+            if ema is not None:
+                ema.module.load_state_dict(state["ema"])
+            if accelerator.scaler is not None and state["scaler"]:
+                accelerator.scaler.load_state_dict(state["scaler"])
+            iteration, best = state["iteration"], state["best"]
+            result = TrainResult(state["history"], state["best_top1"], state["seconds"])
+        except MALFORMED as error:
+            raise CheckpointError(
+                f"{checkpoint} is no training state of this version ({type(error).__name__} {error!s:.200}): delete it "
+                "to start this stage over"
+            ) from error
         log.info("%s: going on from iteration %d of %d", stage, iteration, total)
 
     def save() -> None:

@@ -37,7 +37,9 @@ from depthfuse.errors import AccelerationError, CheckpointError, SpecError
 from depthfuse.fused.layers import FusedModule, plain_ops
 from depthfuse.measuring.measured_cache import environment
 from depthfuse.merging.tracing import has_hooks
+from depthfuse.shapes import bytes_of_source
 from depthfuse.spec import ModelSource
+from depthfuse.untrusted import MALFORMED, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +104,10 @@ def load_accelerated(
             f"{path} is of format {metadata.get('format')!r}, expected {FORMAT!r}: save it again with this version"
         )
     try:
-        document = json.loads(metadata["document"])
+        document = parse_json(metadata["document"])
         accelerated = _build(document, tensors).to(device)
         _tune(accelerated, document["tuned"], tune)
-    except (DescriptionError, SpecError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (DescriptionError, SpecError, *MALFORMED) as error:
         raise CheckpointError(
             f"{path} holds no plan that this version understands ({error}): save it again with this version"
         ) from error
@@ -115,7 +117,7 @@ def load_accelerated(
 def _build(document: dict[str, Any], tensors: dict[str, Tensor]) -> AcceleratedModel:
     source = None
     if document["source"] is not None:
-        source = ModelSource.make(document["source"]["name"], **dict(document["source"]["arguments"]))
+        source = ModelSource.of_document(document["source"]["name"], dict(document["source"]["arguments"]))
     dtype = _dtype(document["dtype"])
     plan = _rebuild_plan(document["plan"], tensors, dtype, source)
     entries = tuple(_entry(entry) for entry in document["report"].pop("entries"))
@@ -127,7 +129,9 @@ def _build(document: dict[str, Any], tensors: dict[str, Tensor]) -> AcceleratedM
 def _rebuild_plan(
     description: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype, source: ModelSource | None
 ) -> nn.Module:
-    model = source.build().eval() if source is not None else None
+    model = None
+    if source is not None:
+        model = source.build(at_most_bytes=bytes_of_source(tensors.values())).eval()
 
     def from_source(path: str) -> nn.Module:
         if model is None:

@@ -1,14 +1,17 @@
 """Artefacts on disk: weights and training state as safetensors, everything else as JSON. Never pickle.
 
 Every write is atomic: a temporary file beside the target is written, flushed to the disk and renamed over
-it, so that a reader finds the old file or the new one, whole, whatever interrupts the writer. Every
-safetensors file carries a SHA-256 over its contents, so that a flipped byte is found like a missing one.
+it, so that a reader finds the old file or the new one, whole, whatever interrupts the writer, and however many
+write at once. Every file carries a SHA-256 over its contents, so that a flipped byte is found like a missing one.
 """
 
 import glob
 import hashlib
 import json
 import os
+import re
+import secrets
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from depthfuse.errors import CheckpointError
+from depthfuse.untrusted import MALFORMED, MAX_JSON_BYTES, check_plain, conform, parse_json
 
+JSON_FORMAT = "depthfuse.json/1"
 # All of ours lives in one metadata entry, because safetensors keeps several in no fixed order, and equal
 # contents should give equal files.
 _ENTRY = "depthfuse"
 _REMEDY = "delete it and run the stage that writes it again, or restore a whole copy"
+# Of a safetensors file; ours hold a plan or the structure of a training state, under 2 MB.
+_MAX_HEADER_BYTES = 8 * 2**20
+
+# Names of the temporary files that this process is writing now.
+_own_temporaries: set[str] = set()
+_own_lock = threading.Lock()
 
 
 def save_tensors(
@@ -69,7 +80,8 @@ def save_state(path: str | Path, state: Mapping[Any, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     try:
         structure = _encode(state, "state", tensors)
-    except TypeError as error:
+        check_plain(structure, strict_numbers=False)
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
     _save(path, "state", tensors, structure)
 
@@ -77,21 +89,34 @@ def save_state(path: str | Path, state: Mapping[Any, Any]) -> None:
 def load_state(path: str | Path) -> dict[Any, Any]:
     """Read what `save_state` wrote, with tensors on the CPU. Raises CheckpointError like `load_tensors`."""
     tensors, structure = _load(path, "state")
-    return _decode(structure, tensors)
+    try:
+        state = _decode(structure, tensors)
+    except MALFORMED as error:
+        raise _damaged(path, f"its structure is malformed: {type(error).__name__} {error}") from error
+    if not isinstance(state, dict):
+        raise _damaged(path, f"it holds a {type(state).__name__}, where a dict is expected")
+    return state
 
 
 def save_json(path: str | Path, document: Any) -> None:
-    """Write a document as indented JSON, atomically.
+    """Write a document as indented JSON with a checksum, atomically: {"format", "sha256", "content"}.
 
     Raises:
         CheckpointError: a write that failed (the earlier file stays whole), or a document that is no JSON
             (NaN and infinities are not).
     """
+    document = plain_json(path, document)
+    whole = {"format": JSON_FORMAT, "sha256": _json_digest(document), "content": document}
+    save_text(path, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+
+
+def plain_json(path: str | Path, document: Any) -> Any:
+    """A document as it will come back from JSON. Raises CheckpointError, naming `path`, for one that is no JSON."""
     try:
-        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        check_plain(document)
+        return json.loads(json.dumps(document, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot write {path}: not storable as JSON: {error}") from error
-    save_text(path, text + "\n")
 
 
 def save_text(path: str | Path, text: str) -> None:
@@ -104,12 +129,55 @@ def copy_file(source: str | Path, target: str | Path) -> None:
     _replace(target, _read(source))
 
 
-def load_json(path: str | Path) -> Any:
-    """Read a JSON document. Raises CheckpointError for a file that is missing, unreadable or no JSON."""
+def load_json(path: str | Path, shape: Any = Any) -> Any:
+    """Read what `save_json` wrote.
+
+    Args:
+        shape: of the document, see `depthfuse.untrusted.conform`.
+
+    Raises:
+        CheckpointError: a file that is missing, unreadable, damaged, of an earlier version, or of another shape.
+    """
+    whole = read_json(path)
+    if not isinstance(whole, dict) or whole.get("format") != JSON_FORMAT:
+        raise CheckpointError(
+            f"{path} carries no checksum: it is of another kind, or of an earlier version ({JSON_FORMAT!r} is "
+            f"expected): {_REMEDY}"
+        )
+    if "content" not in whole or whole.get("sha256") != _json_digest(whole["content"]):
+        raise _damaged(path, "its checksum does not match its contents")
     try:
-        return json.loads(_read(path))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        conform(whole["content"], shape)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is of another kind or version ({error}): {_REMEDY}") from error
+    return whole["content"]
+
+
+def read_json(path: str | Path) -> Any:
+    """Any JSON within bounds, without a checksum. Raises CheckpointError where it is missing or no JSON."""
+    data = read_bounded(path)
+    try:
+        return parse_json(data)
+    except MALFORMED as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}), or was cut short: {_REMEDY}") from error
+
+
+def read_bounded(path: str | Path, at_most: int = MAX_JSON_BYTES) -> bytes:
+    """All bytes of a file. Raises CheckpointError for one that is missing, unreadable or larger than `at_most`."""
+    data = _read(path, at_most + 1)
+    if len(data) > at_most:
+        raise CheckpointError(
+            f"{path} is larger than {at_most} bytes, too large for what it should hold: {_REMEDY}"
+        )
+    return data
+
+
+def _json_digest(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document, separators=(",", ":")).encode()).hexdigest()
+
+
+def _damaged(path: str | Path, how: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged ({how}): {_REMEDY}")
 
 
 def _save(path: str | Path, kind: str, tensors: Mapping[str, Tensor], extra: Any) -> None:
@@ -132,26 +200,45 @@ def _save(path: str | Path, kind: str, tensors: Mapping[str, Tensor], extra: Any
     _replace(path, data)
 
 
-def _load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Any]:
-    data = _read(path)
+def load_foreign_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of anybody's safetensors file. Raises CheckpointError for any other, damaged or missing file."""
+    return _parse_tensors(path, _read(path))[0]
+
+
+def _parse_tensors(path: str | Path, data: bytes) -> tuple[dict[str, Tensor], Any]:
+    """(the tensors, the header as JSON)."""
+    length = int.from_bytes(data[:8], "little")
     try:
-        tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, ValueError, KeyError) as error:
+        if length > _MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {length} bytes, where {_MAX_HEADER_BYTES} are the most")
+        header = parse_json(data[8 : 8 + length], at_most=_MAX_HEADER_BYTES)
+        return safetensors.torch.load(data), header
+    except MALFORMED as error:
         raise CheckpointError(
             f"{path} is no safetensors file, or was cut short or damaged ({error}): {_REMEDY}"
         ) from error
+
+
+def _load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Any]:
+    tensors, header = _parse_tensors(path, _read(path))
     try:
-        entry = json.loads(header["__metadata__"][_ENTRY])
+        text = header["__metadata__"][_ENTRY]
+        # a training state may hold NaN and whole numbers of any size
+        entry = parse_json(text, strict_numbers=False, at_most=_MAX_HEADER_BYTES)
         found, extra, sha256 = entry["kind"], entry["extra"], entry["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise CheckpointError(
             f"{path} was not written by depthfuse, or is damaged (no {_ENTRY!r} metadata): {_REMEDY}"
         ) from error
     if sha256 != _digest(found, extra, tensors):
-        raise CheckpointError(f"{path} is damaged (its checksum does not match its contents): {_REMEDY}")
+        raise _damaged(path, "its checksum does not match its contents")
     if found != kind:
         raise CheckpointError(f"{path} holds {found!r}, where {kind!r} is expected: give the right file")
+    if kind == "tensors":
+        try:
+            conform(extra, dict[str, str], "the metadata")
+        except ValueError as error:
+            raise _damaged(path, str(error)) from error
     return tensors, extra
 
 
@@ -195,24 +282,33 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[content]
     if kind == "tuple":
         return tuple(_decode(item, tensors) for item in content)
+    if kind != "dict":
+        raise ValueError(f"an unknown kind of value {kind!r:.40}")
     return {key: _decode(item, tensors) for key, item in content}
 
 
-def _read(path: str | Path) -> bytes:
+def _read(path: str | Path, at_most: int = -1) -> bytes:
+    """The file's bytes, the first `at_most` of them where that is not negative."""
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            return file.read(at_most)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} does not exist: check the path, or run the stage that writes it"
         ) from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise CheckpointError(f"cannot read {path}: it does not fit into this machine's memory") from error
 
 
 def _replace(path: str | Path, data: bytes) -> None:
     """Put `data` in the place of `path` in one step; on failure the old file stays and nothing else."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # of its own for every write: threads, too, save to one path at once
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(6)}.tmp")
+    with _own_lock:
+        _own_temporaries.add(temporary.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
@@ -231,20 +327,31 @@ def _replace(path: str | Path, data: bytes) -> None:
             f"cannot write {path}: {error.strerror or error}. What stood there before is untouched; "
             "free some space or choose another folder, and run again"
         ) from error
+    finally:
+        with _own_lock:
+            _own_temporaries.discard(temporary.name)
 
 
 def _remove_leftovers(path: Path) -> None:
     """Delete temporary files of writers of `path` that were killed half-way."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        writer = leftover.name.split(".")[-2]
-        if writer.isdigit() and not _is_running(int(writer)):
+        writer = re.fullmatch(r"(\d+)(-\w+)?", leftover.name.split(".")[-2])
+        if writer is None:
+            continue
+        pid = int(writer[1])
+        if pid == os.getpid():  # ours, or of a dead process that had our number
+            with _own_lock:
+                alive = leftover.name in _own_temporaries
+        else:
+            alive = _is_running(pid)
+        if not alive:
             leftover.unlink(missing_ok=True)
 
 
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True  # somebody else's

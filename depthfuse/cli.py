@@ -99,9 +99,9 @@ def _print_comparison(directory: Path) -> None:
     from rich.table import Table
 
     from depthfuse.checkpoint import load_json
-    from depthfuse.rivals.compare_report import table_rows
+    from depthfuse.rivals.compare_report import RESULTS, table_rows
 
-    results = load_json(directory / "results.json")
+    results = load_json(directory / "results.json", RESULTS)
     head, *rows = table_rows(results)
     table = Table(*head, title=f"{results['model']} ({directory})")
     for row in rows:
@@ -114,11 +114,11 @@ def _print_results(directories: list[Path]) -> None:
     from rich.table import Table
 
     from depthfuse.checkpoint import load_json
-    from depthfuse.runs.report import comparison_rows
+    from depthfuse.runs.report import RESULTS, comparison_rows
 
     console = Console()
     for directory in directories:
-        results = load_json(directory / "results.json")
+        results = load_json(directory / "results.json", RESULTS)
         head, *rows = comparison_rows(results)
         table = Table(
             *head, title=f"{results['model']}, {len(results['choices'])} blocks merged ({directory})"
@@ -318,12 +318,17 @@ def _bench_model(given: BenchArguments) -> tuple[Any, list[int], Path]:
     from depthfuse.benching import bench
     from depthfuse.checkpoint import load_json
     from depthfuse.merging.model_inputs import input_size
+    from depthfuse.runs.report import RESULTS
     from depthfuse.runs.run import load
     from depthfuse.spec import ModelSource
 
     directory = Path(given.model)
     if directory.is_dir():
-        return load(directory), load_json(directory / "results.json")["conditions"]["input_size"], directory
+        return (
+            load(directory),
+            load_json(directory / "results.json", RESULTS)["conditions"]["input_size"],
+            directory,
+        )
     source = ModelSource.make(given.model, **config.parse_model_kwargs(given.model_kwargs))
     model = bench.randomised(source.build())
     return model, list(input_size(model)), Path("runs") / "bench" / given.model

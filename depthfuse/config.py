@@ -11,13 +11,18 @@ from typing import Any, Literal
 
 import torch
 
+from depthfuse.checkpoint import read_bounded
 from depthfuse.data import DataConfig
 from depthfuse.devices import OPTIONS
-from depthfuse.errors import ConfigError
+from depthfuse.errors import CheckpointError, ConfigError
+from depthfuse.untrusted import MALFORMED, check_plain
 
 Schedule = Literal["linear", "cosine", "none"]
 # "here", or a GPU that latencies can be predicted for
 LatencyDevice = Literal[("here", *OPTIONS)]
+# Of YAML. PyYAML reads 100 kB a second; our largest config has 3 kB, five levels and no aliases.
+_MAX_YAML_BYTES, _MAX_YAML_DEPTH = 2**16, 16
+_MAX_ARGUMENT_LENGTH = 2000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -190,12 +195,14 @@ def parse_model_kwargs(pairs: tuple[str, ...] | list[str]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise ConfigError(f"model arguments are written name=value, got {pair!r}")
+        if not equals or not name.isidentifier() or len(text) > _MAX_ARGUMENT_LENGTH:
+            raise ConfigError(f"model arguments are written name=value, got {pair!r:.100}")
         try:
             result[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             result[name] = text
+        except (MemoryError, RecursionError) as error:
+            raise ConfigError(f"the model argument {name} is nested too deep: {text!r:.60}") from error
     return result
 
 
@@ -212,21 +219,35 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(config)
 
 
-def from_dict(cls: type, values: Any, where: str = "config") -> Any:
-    """Rebuild a config from plain YAML types. Raises ConfigError that names an unknown or wrongly typed entry."""
+def from_dict(cls: type, values: Any, where: str = "config", complete: bool = False) -> Any:
+    """Rebuild a config from plain YAML types.
+
+    complete: every entry has to be there, as in what `to_dict` gives; else those that are missing keep their defaults.
+    Raises ConfigError that names an unknown, wrongly typed or missing entry.
+    """
     if not isinstance(values, dict):
-        raise ConfigError(f"{where}: expected a mapping, got {values!r}")
+        raise ConfigError(f"{where}: expected a mapping, got {values!r:.60}")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
-    unknown = sorted(set(values) - set(names))
+    unknown = [f"{name!s:.60}" for name in values if name not in names]
     if unknown:
-        raise ConfigError(f"{where}: unknown entries {', '.join(unknown)}; known: {', '.join(names)}")
-    return cls(**{name: _typed(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+        raise ConfigError(f"{where}: unknown entries {', '.join(unknown[:5])}; known: {', '.join(names)}")
+    missing = [name for name in names if name not in values]
+    if complete and missing:
+        raise ConfigError(
+            f"{where}: lacks {', '.join(missing)}: it was cut short, or is of another version. Choose another "
+            "--out, or delete that folder to start over"
+        )
+    typed = {name: _typed(hints[name], v, f"{where}.{name}", complete) for name, v in values.items()}
+    try:
+        return cls(**typed)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
-def _typed(hint: Any, value: Any, where: str) -> Any:
+def _typed(hint: Any, value: Any, where: str, complete: bool = False) -> Any:
     if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)
+        return from_dict(hint, value, where, complete)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_typed(args[0], v, where) for v in value)
@@ -236,6 +257,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in args:
             return None
         hint = next(a for a in args if a is not type(None))
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{where}: a NUL character in {value!r:.60}")
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -243,18 +266,51 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     expected = " or ".join(map(repr, args)) if origin is typing.Literal else getattr(hint, "__name__", hint)
-    raise ConfigError(f"{where}: expected {expected}, got {value!r}")
+    raise ConfigError(f"{where}: expected {expected}, got {value!r:.60}")
 
 
-def load_yaml(path: str | Path, cls: type = PruneConfig) -> Any:
-    """Read a config file. Entries that it does not name keep their defaults."""
+def load_yaml(path: str | Path, cls: type = PruneConfig, complete: bool = False) -> Any:
+    """Read a config file, in UTF-8. Entries that it does not name keep their defaults, unless it has to be `complete`.
+
+    Raises ConfigError for a file that is missing, no YAML, larger than any config, or of unknown or wrong entries.
+    """
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        values = _plain_loader()(read_bounded(path, _MAX_YAML_BYTES).decode("utf-8-sig")).get_single_data()
+        check_plain(values)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read config {path}: save it as UTF-8 ({error})") from error
+    except (CheckpointError, yaml.YAMLError, *MALFORMED) as error:
         raise ConfigError(f"cannot read config {path}: {error}") from error
-    return from_dict(cls, values or {}, where=str(path))
+    return from_dict(cls, {} if values is None else values, where=str(path), complete=complete)
+
+
+def _plain_loader() -> type:
+    """PyYAML's safe loader without aliases, which make a file of a few lines unfold to billions of entries."""
+    import yaml
+
+    class PlainLoader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                event = self.get_event()
+                raise yaml.YAMLError(f"the alias *{event.anchor}: write its value out{event.start_mark}")
+            if self.depth == _MAX_YAML_DEPTH:
+                raise yaml.YAMLError(f"nested deeper than {_MAX_YAML_DEPTH} levels")
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            mapping = super().construct_mapping(node, deep)
+            if len(mapping) != len(node.value):
+                raise yaml.YAMLError(f"an entry twice in one mapping{node.start_mark}")
+            return mapping
+
+    return PlainLoader
 
 
 def to_yaml(config: Any) -> str:

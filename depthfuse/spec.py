@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,44 +13,93 @@ from typing import Any
 
 from torch import nn
 
-from depthfuse.checkpoint import load_json, save_json
+from depthfuse.architecture import allow_keywords, check_model_name, plain_arguments
+from depthfuse.checkpoint import plain_json, read_json, save_text
 from depthfuse.errors import SpecError
+from depthfuse.shapes import ShapesOnly, bytes_of_model
+from depthfuse.untrusted import MALFORMED, conform, parse_json
 
 KEEP = "keep"
 FORMAT = "depthfuse.subnet/1"
+_SHAPE = {
+    "format": str,
+    "model": str,
+    "model_kwargs": dict[str, Any],
+    "choices": [{"block": str, "candidate": str}],
+}
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """How to build a timm model: its name and the keyword arguments of `timm.create_model`, as sorted pairs."""
+    """How to build a timm model: its name and the keyword arguments of `timm.create_model`, as sorted pairs.
+
+    Wherever it comes from, it holds nothing but plain arguments of `depthfuse.architecture`'s list; raises SpecError
+    for others.
+    """
 
     name: str
     arguments: tuple[tuple[str, Any], ...] = ()
 
+    def __post_init__(self) -> None:
+        plain = plain_arguments(dict(self.arguments))
+        object.__setattr__(self, "arguments", tuple(plain.items()))
+
     @classmethod
-    def make(cls, name: str, **kwargs: Any) -> ModelSource:
+    def make(cls, name: str, /, **kwargs: Any) -> ModelSource:
         """`ModelSource.make("resnet18", num_classes=10)`; lists become tuples, as JSON cannot tell them apart."""
-        pairs = ((key, tuple(value) if isinstance(value, list) else value) for key, value in kwargs.items())
-        return cls(name, tuple(sorted(pairs)))
+        return cls.of_document(name, kwargs)
+
+    @classmethod
+    def of_document(cls, name: Any, arguments: Any) -> ModelSource:
+        """From what a file holds: anything. Raises SpecError for what is no name and no plain arguments."""
+        return cls(check_model_name(name), tuple(plain_arguments(arguments).items()))
 
     @property
     def kwargs(self) -> dict[str, Any]:
         return dict(self.arguments)
 
-    def build(self, pretrained: bool = False) -> nn.Module:
-        """Create the model. Raises SpecError for a name that timm does not know or arguments it refuses."""
+    def build(self, pretrained: bool = False, at_most_bytes: int | None = None) -> nn.Module:
+        """Create the model.
+
+        Args:
+            at_most_bytes: of all its tensors; the machine's memory by default. Weighed before anything is allocated.
+
+        Raises:
+            SpecError: a name that timm does not know, arguments that it refuses, or a model that is too large.
+        """
+        size = bytes_of_model(self.build_shapes())
+        limit = _memory_bytes() if at_most_bytes is None else at_most_bytes
+        if size > limit:
+            raise SpecError(
+                f"{self.name!r} with the arguments {self.kwargs} takes {size / 1e6:,.0f} MB, where "
+                f"{limit / 1e6:,.0f} MB are the most"
+            )
+        model = self._create(pretrained)
+        model.depthfuse_source = self
+        return model
+
+    def build_shapes(self) -> nn.Module:
+        """The model with parameters that have shapes and no memory. Raises SpecError like `build`."""
+        with ShapesOnly():
+            model = self._create(pretrained=False)
+        model.depthfuse_source = self
+        return model
+
+    def _create(self, pretrained: bool) -> nn.Module:
         import timm
 
-        if not timm.is_model(self.name):
+        if not timm.is_model(check_model_name(self.name)):
             near = difflib.get_close_matches(self.name, timm.list_models(), n=5)
             hint = f"; similar names: {', '.join(near)}" if near else ""
             raise SpecError(f"timm has no model {self.name!r}{hint} (timm.list_models() lists all)")
         try:
-            model = timm.create_model(self.name, pretrained=pretrained, **self.kwargs)
-        except TypeError as error:
-            raise SpecError(f"timm refused the arguments {self.kwargs} for {self.name!r}: {error}") from error
-        model.depthfuse_source = self
-        return model
+            return timm.create_model(self.name, pretrained=pretrained, **self.kwargs)
+        except OSError:  # a download that failed
+            raise
+        except Exception as error:  # an argument out of place may fail anywhere in timm's code
+            raise SpecError(
+                f"timm refused the arguments {self.kwargs} for {self.name!r}: {type(error).__name__} {error}"
+            ) from error
 
     @staticmethod
     def of(model: nn.Module) -> ModelSource:
@@ -58,9 +109,12 @@ class ModelSource:
             return source
         config = getattr(model, "pretrained_cfg", None) or {}
         name = config.get("architecture") or type(model).__name__
-        return ModelSource.make(
-            name, **({"num_classes": model.num_classes} if hasattr(model, "num_classes") else {})
-        )
+        classes = getattr(model, "num_classes", None)
+        return ModelSource(name, (("num_classes", classes),) if isinstance(classes, int) else ())
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclass(frozen=True)
@@ -82,8 +136,8 @@ class SubnetSpec:
     choices: tuple[BlockChoice, ...] = ()
 
     def __post_init__(self) -> None:
-        names = [choice.block for choice in self.choices]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        counts = Counter(choice.block for choice in self.choices)
+        twice = [name for name, count in counts.items() if count > 1]
         if twice:
             raise SpecError(f"the spec names block(s) {', '.join(twice)} more than once")
 
@@ -112,25 +166,33 @@ class SubnetSpec:
         """From parsed JSON. Raises SpecError that names what is missing or wrong."""
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             found = document.get("format") if isinstance(document, dict) else type(document).__name__
-            raise SpecError(f"{where}: expected a document of format {FORMAT!r}, found {found!r}")
+            raise SpecError(f"{where}: expected a document of format {FORMAT!r}, found {found!r:.60}")
         try:
-            source = ModelSource.make(document["model"], **document["model_kwargs"])
-            choices = tuple(BlockChoice(c["block"], c["candidate"]) for c in document["choices"])
-        except (KeyError, TypeError) as error:
-            raise SpecError(f"{where}: malformed: {error!r}") from error
-        return cls(source, choices)
+            conform(document, _SHAPE, "the spec")
+        except ValueError as error:
+            raise SpecError(f"{where}: malformed: {error}") from error
+        try:
+            source = ModelSource.of_document(document["model"], document["model_kwargs"])
+            return cls(source, tuple(BlockChoice(c["block"], c["candidate"]) for c in document["choices"]))
+        except SpecError as error:
+            raise SpecError(f"{where}: {error}") from error
 
     @classmethod
     def from_json(cls, text: str) -> SubnetSpec:
         try:
-            return cls.from_document(json.loads(text))
-        except json.JSONDecodeError as error:
+            document = parse_json(text)
+        except MALFORMED as error:
             raise SpecError(f"the spec is no JSON: {error}") from error
+        return cls.from_document(document)
 
     def save(self, path: str | Path) -> None:
-        """Write JSON atomically."""
-        save_json(path, self._document())
+        """Write JSON atomically: without a checksum, as people edit it; what is read is checked against the model."""
+        save_text(path, json.dumps(plain_json(path, self._document()), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> SubnetSpec:
-        return cls.from_document(load_json(path), where=str(path))
+        """Raises CheckpointError for a file that is missing or no JSON, SpecError for one that holds no spec."""
+        return cls.from_document(read_json(path), where=str(path))
+
+
+__all__ = ["KEEP", "BlockChoice", "ModelSource", "SubnetSpec", "allow_keywords"]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -354,5 +355,144 @@ def test_folders_are_created_and_files_follow_the_umask(tmp_path):
         save_json(path, [1, 2])
     finally:
         os.umask(old)
-    assert json.loads(path.read_text()) == load_json(path) == [1, 2]
+    assert json.loads(path.read_text())["content"] == load_json(path) == [1, 2]
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("kind", SAVERS)
+def test_threads_may_save_to_one_path_at_once(tmp_path, kind):
+    save, load = SAVERS[kind]
+    path = tmp_path / "file"
+    save(path)
+    expected = load(path)
+
+    def work(index):
+        if index % 3:
+            save(path)
+        assert same(load(path), expected)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(120)))
+    assert leftovers(tmp_path) == []
+
+
+def test_a_leftover_of_a_dead_process_with_our_number_is_cleared(tmp_path):
+    others = [
+        f".w.{os.getpid()}.tmp",
+        f".w.{os.getpid()}-0a1b.tmp",
+        ".w.99999999999999-0a1b.tmp",
+        ".w.abc.tmp",
+    ]
+    for name in others:
+        (tmp_path / name).write_bytes(b"half")
+    save_tensors(tmp_path / "w", {})
+    assert leftovers(tmp_path) == [".w.abc.tmp"]  # not ours
+
+
+STRUCTURES = (
+    "3",
+    "[]",
+    '"x"',
+    '{"dict": 3}',
+    '{"dict": [[1]]}',
+    '{"dict": [[[], 1]]}',
+    '{"tensor": "x"}',
+    "{}",
+)
+STRUCTURES += (
+    '{"dict": [["a", {"tensor": [1]}]]}',
+    '{"set": []}',
+    '{"tuple": 3}',
+    '{"dict": [["a", {"b": 1, "c": 2}]]}',
+)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_state_of_a_malformed_structure_is_refused(tmp_path, structure):
+    checkpoint._save(tmp_path / "s", "state", {"w": torch.ones(2)}, json.loads(structure))
+    with pytest.raises(CheckpointError, match="s is damaged"):
+        load_state(tmp_path / "s")
+
+
+def test_states_and_documents_nest_as_deep_as_they_can_be_read(tmp_path):
+    deep = [1]
+    for _ in range(120):
+        deep = [deep]
+    for save, value in ((save_json, deep), (save_state, {"a": deep})):
+        with pytest.raises(CheckpointError, match="cannot write .*nested deeper"):
+            save(tmp_path / "x", value)
+    for _ in range(100_000):
+        deep = [deep]
+    for save, value in ((save_json, deep), (save_state, {"a": deep})):
+        with pytest.raises(CheckpointError, match="cannot write"):
+            save(tmp_path / "x", value)
+
+
+def safetensors_file(header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+HUGE = {"w": {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, 4 * 10**18]}}
+FILES = {
+    "huge shape": safetensors_file(HUGE),
+    "overflowing shape": safetensors_file(
+        {"w": {"dtype": "F32", "shape": [2**62, 0, 2**62], "data_offsets": [0, 0]}}
+    ),
+    "negative shape": safetensors_file({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}}),
+    "deep header": safetensors_file(b'{"a":' * 200_000 + b"1" + b"}" * 200_000),
+    "deep list": safetensors_file(b'{"__metadata__":' + b"[" * 900 + b"]" * 900 + b"}"),
+    "deep metadata": safetensors_file({"__metadata__": {"depthfuse": "[" * 100_000}}),
+    "no string": safetensors_file({"__metadata__": {"depthfuse": 3}}),
+    "no object": safetensors_file({"__metadata__": {"depthfuse": "[]"}}),
+    "null": safetensors_file({"__metadata__": {"depthfuse": "null"}}),
+    "null header": safetensors_file(b"null"),
+    "list header": safetensors_file(b"[]"),
+    "latin-1": safetensors_file('{"é": 1}'.encode("latin-1")),
+    "endless header": (2**63).to_bytes(8, "little") + b"{}",
+    "large header": (2**30).to_bytes(8, "little") + b"{}",
+    "short": b"\0" * 7,
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("load", [load_tensors, load_state, checkpoint.load_foreign_tensors])
+def test_crafted_files_are_refused(tmp_path, name, load):
+    (tmp_path / "crafted").write_bytes(FILES[name])
+    try:
+        loaded = load(tmp_path / "crafted")
+    except CheckpointError as error:
+        assert "crafted" in str(error)
+    else:  # somebody's tensors, of nothing
+        assert load is checkpoint.load_foreign_tensors
+        assert all(tensor.numel() == 0 for tensor in loaded.values())
+
+
+def test_a_document_without_a_checksum_is_named(tmp_path):
+    path = tmp_path / "old.json"
+    for document in ({"whole": 3.0}, [], None, {"format": "depthfuse.json/0", "content": 1}):
+        path.write_text(json.dumps(document))
+        with pytest.raises(CheckpointError, match="old.json carries no checksum"):
+            load_json(path)
+    for document in ({"format": checkpoint.JSON_FORMAT}, {"format": checkpoint.JSON_FORMAT, "content": 1}):
+        path.write_text(json.dumps(document))
+        with pytest.raises(CheckpointError, match="checksum does not match"):
+            load_json(path)
+    save_json(path, {"whole": 3.0})
+    path.write_text(path.read_text().replace("3.0", "8.0"))
+    with pytest.raises(CheckpointError, match="checksum does not match"):
+        load_json(path)
+
+
+def test_a_document_of_another_shape_is_named(tmp_path):
+    save_json(tmp_path / "j", {"whole": "3"})
+    with pytest.raises(CheckpointError, match="j is of another kind .*the document.whole is str '3'"):
+        load_json(tmp_path / "j", {"whole": float})
+
+
+def test_a_document_larger_than_any_of_ours_is_refused(tmp_path):
+    with open(tmp_path / "j", "wb") as file:
+        file.truncate(2**40)  # sparse
+    with pytest.raises(CheckpointError, match="j is larger than"):
+        load_json(tmp_path / "j")

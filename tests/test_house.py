@@ -23,8 +23,9 @@ FLOORS = (
     ("data", "ops"),
     ("kernels",),
     ("spec", "measured_cache"),
-    ("checkpoint", "log"),
-    ("devices", "errors", "_torchvision"),
+    ("checkpoint", "architecture", "log"),
+    ("untrusted",),
+    ("devices", "errors", "shapes", "_torchvision"),
 )
 # Inside acceleration, the same: a plan is made, checked and run, and last put together.
 ACCELERATION = (("api",), ("model",), ("saving",), ("checking", "running"), ("planning",))

@@ -18,6 +18,7 @@ from depthfuse import measured_cache as cache
 from depthfuse.acceleration import accelerate
 from depthfuse.acceleration.running import choose as executor
 from depthfuse.acceleration.running import implementations as tune
+from depthfuse.checkpoint import load_json
 from depthfuse.measured_cache import MeasuredCache, cache_folder
 
 CPU = torch.device("cpu")
@@ -117,7 +118,6 @@ def test_another_environment_is_another_cache(folder, monkeypatch, change):
         lambda text: text.replace("measured/2", "measured/0"),
         lambda text: text.replace('"threads"', '"fibres"'),
         lambda text: text.replace('"op": "conv"', '"op": "linear"'),
-        lambda text: json.dumps({**json.loads(text), "answer": "gemm"}),
         lambda text: text.replace("0.25", "0.75"),
     ],
 )
@@ -195,7 +195,7 @@ def test_two_processes_tune_at_once(folder, monkeypatch):
     assert [process.wait(120) for process in processes] == [0, 0]
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 3
-    assert all(json.loads(path.read_text())["format"] == cache.FORMAT for path in files)
+    assert all(load_json(path)["format"] == cache.FORMAT for path in files)
 
     def refuse(*args, **kwargs):
         raise AssertionError("something was measured")

@@ -23,6 +23,8 @@ from depthfuse.rivals.compare import Comparison
 from depthfuse.runs.run import Run
 from depthfuse.training.evaluation import top1
 
+# What score.json holds.
+SCORE = {"ablation": str, "seed": int, "top1": float, "baseline_top1": float, "choices": str}
 # name: (what it shows, {"stage.setting": value})
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "as configured": ("", {}),
@@ -114,7 +116,7 @@ def main() -> None:
     for seed in args.seeds:
         run_seed(comparison, seed, args.only, jobs)
     if not args.no_table:
-        scores = [load_json(path) for path in jobs.glob("seed*/*/score.json")]
+        scores = [load_json(path, SCORE) for path in jobs.glob("seed*/*/score.json")]
         scores.sort(key=lambda row: (list(ABLATIONS).index(row["ablation"]), row["seed"]))
         stem = args.out / f"{args.config.stem}_ablations"
         write_csv(scores, stem.with_suffix(".csv"), {})

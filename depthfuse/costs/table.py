@@ -10,16 +10,25 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from depthfuse.checkpoint import load_json, save_json
-from depthfuse.errors import CheckpointError, CostError
+from depthfuse.errors import CostError
 from depthfuse.spec import KEEP
+from depthfuse.untrusted import Positive
 
 # Of the conditions, those that change every number.
 _MUST_AGREE = ("device", "threads", "dtype", "batch_size", "input_size", "torch")
 # A saving is noise where its standard error is above this share of it, and of what a block costs on average.
 _NOISE_OF_SAVING, _NOISE_OF_BLOCK = 0.25, 0.1
+_SHAPE = {
+    "conditions": dict[str, Any],
+    "unit": Literal["ms", "MACs", "parameters"],
+    "whole": Positive,
+    "saved": dict[str, dict[str, float]],
+    "spread": dict[str, dict[str, float]],
+    "floor": float | None,
+}
 
 
 @dataclass(frozen=True)
@@ -125,14 +134,11 @@ class CostTable:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write JSON atomically."""
+        """Write JSON atomically, with a checksum: a digit that flipped would be a wrong number."""
         save_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> CostTable:
-        """Raises CheckpointError for a file that holds no cost table."""
-        document = load_json(path)
-        try:
-            return cls(**document)
-        except TypeError as error:
-            raise CheckpointError(f"{path} holds no cost table of this version: {error}") from error
+        """Raises CheckpointError for a file that is damaged or holds no cost table of this version."""
+        document = load_json(path, _SHAPE)
+        return cls(**{name: document[name] for name in _SHAPE})

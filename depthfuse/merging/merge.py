@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from depthfuse.errors import MergeError
+from depthfuse.errors import CheckpointError, MergeError
 from depthfuse.merging.folding import fold_batch_norms
 from depthfuse.merging.model_inputs import input_size
 from depthfuse.merging.supernet import Supernet, SwitchBlock
+from depthfuse.shapes import ShapesOnly, bytes_of_source
 from depthfuse.spec import SubnetSpec
 
 log = logging.getLogger(__name__)
@@ -94,7 +98,41 @@ def merged_structure(spec: SubnetSpec) -> nn.Module:
 
     Raises SpecError for a spec that does not fit the model it names.
     """
-    supernet = Supernet(spec.source.build()).eval()
+    return _structure(spec, spec.source.build())
+
+
+def load_merged(spec: SubnetSpec, tensors: Mapping[str, Tensor], where: str | Path) -> nn.Module:
+    """The merged model of a spec with the weights of a merged state dict, in eval mode.
+
+    Names and shapes are compared before anything is allocated: the spec may ask for any model.
+
+    Raises SpecError for a spec that does not fit the model it names, CheckpointError, naming `where`, for tensors of
+    another model.
+    """
+    with ShapesOnly(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*meta parameter.*no-op")  # as meant
+        shapes = _structure(spec, spec.source.build_shapes()).state_dict()
+    check_same_shapes(shapes, tensors, where)
+    model = _structure(spec, spec.source.build(at_most_bytes=bytes_of_source(tensors.values())))
+    model.load_state_dict(dict(tensors))
+    return model
+
+
+def check_same_shapes(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raise CheckpointError, naming `where`, unless two state dicts have the same names and shapes."""
+    faults = [f"lacks {name}" for name in wanted if name not in given]
+    faults += [f"has {name} besides" for name in given if name not in wanted]
+    faults += [
+        f"{name} is {list(given[name].shape)} there, {list(wanted[name].shape)} in the model"
+        for name in wanted
+        if name in given and given[name].shape != wanted[name].shape
+    ]
+    if faults:
+        raise CheckpointError(f"{where} holds the weights of another model: {', '.join(faults[:3])}")
+
+
+def _structure(spec: SubnetSpec, model: nn.Module) -> nn.Module:
+    supernet = Supernet(model).eval()
     supernet.set_choices(spec)
     fuse_switches(supernet.model)
     fold_batch_norms(supernet.model)

@@ -26,7 +26,7 @@ from depthfuse.costs.table import CostTable
 from depthfuse.errors import BudgetError, ConfigError
 from depthfuse.measuring.counting import count_macs, count_parameters
 from depthfuse.measuring.timing import Timing, time_interleaved
-from depthfuse.merging.merge import merged_structure
+from depthfuse.merging.merge import load_merged
 from depthfuse.merging.supernet import Supernet
 from depthfuse.rivals import compare_report
 from depthfuse.rivals.channels import prune_channels, ratio_within
@@ -38,6 +38,7 @@ from depthfuse.training.evaluation import evaluate
 
 log = logging.getLogger(__name__)
 
+_RATIOS = dict[str, float | None]  # of channels.json: {budget: share of the channels to remove}
 STEPS = ("prepare", "train", "measure")
 
 
@@ -98,7 +99,7 @@ class Comparison:
             run = self._run(out=self.dir / "prepare")
             run.latency(Supernet(run.build())).save(path)
         ratios_path = self.dir / "channels.json"
-        ratios = load_json(ratios_path) if ratios_path.exists() else {}
+        ratios = load_json(ratios_path, _RATIOS) if ratios_path.exists() else {}
         missing = [text for text in self.searches if text not in ratios]
         if "channels" in self.methods and missing:
             run = self._seed_run(self.config.seeds[0])
@@ -201,7 +202,8 @@ class Comparison:
             done, folder = self._folder(seed, other, name), self._folder(seed, text, name)
             if (done / "trial.json").exists():
                 copy_file(done / "weights.safetensors", folder / "weights.safetensors")
-                save_json(folder / "trial.json", {**load_json(done / "trial.json"), "budget": text})
+                trial = load_json(done / "trial.json", compare_report.TRIAL)
+                save_json(folder / "trial.json", {**trial, "budget": text})
                 return True
         return False
 
@@ -210,7 +212,7 @@ class Comparison:
 
     def _ratio(self, text: str) -> float | None:
         path = self.dir / "channels.json"
-        return load_json(path).get(text) if path.exists() else None
+        return load_json(path, _RATIOS).get(text) if path.exists() else None
 
     # measure
 
@@ -218,7 +220,7 @@ class Comparison:
         """Latency of every net that came out, accelerated, beside the accelerated baseline; then the tables."""
         run = self._seed_run(self.config.seeds[0])
         trials = [
-            load_json(self._folder(seed, text, name) / "trial.json")
+            load_json(self._folder(seed, text, name) / "trial.json", compare_report.TRIAL)
             for text in self.searches
             for name in self.methods
             for seed in self.config.seeds
@@ -256,7 +258,7 @@ class Comparison:
     def _baseline_row(self, run: Run) -> dict[str, Any]:
         net = run.build()
         seconds = [
-            load_json(self.dir / f"seed{seed}" / "seconds_baseline.json")
+            load_json(self.dir / f"seed{seed}" / "seconds_baseline.json", float)
             for seed in self.config.seeds
             if (self.dir / f"seed{seed}" / "seconds_baseline.json").exists()
         ]
@@ -272,7 +274,8 @@ class Comparison:
             seed_run = self._seed_run(trial["seed"])  # which channels go depends on the baseline's weights
             net = prune_channels(seed_run.baseline(), run.size, trial["channel_ratio"])
         elif trial["choices"]:
-            net = merged_structure(SubnetSpec.from_mapping(run.source, trial["choices"]))
+            spec = SubnetSpec.from_mapping(run.source, trial["choices"])
+            return load_merged(spec, load_tensors(folder / "weights.safetensors")[0], folder)
         else:
             net = run.build()
         load_strictly(net, load_tensors(folder / "weights.safetensors")[0], folder)

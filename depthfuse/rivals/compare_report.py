@@ -12,6 +12,30 @@ from typing import Any
 from depthfuse.checkpoint import save_text
 from depthfuse.rivals.methods import METHODS
 from depthfuse.runs import report
+from depthfuse.untrusted import Either
+
+_NET = {
+    "choices": dict[str, str] | None,
+    "channel_ratio": float | None,
+    "top1": float,
+    "loss": float,
+    "baseline_top1": float,
+    "macs": float,
+    "parameters": float,
+    "seconds": float,
+}
+_OF = {"method": str, "budget": str, "seed": int}
+_UNREACHABLE = {**_OF, "unreachable": str}
+# What trial.json holds: a net, or why there is none.
+TRIAL: Any = Either(_UNREACHABLE, {**_OF, **_NET})
+RESULTS = {
+    "model": str,
+    "conditions": {"device": str, "*": Any},
+    "chosen_by": dict[str, Any],
+    "baseline": {"macs": float, "parameters": int, "seconds": float, "latency_ms": float},
+    "trials": [{**_OF, **_NET, "latency_ms": float, "speedup": float}],
+    "unreachable": [_UNREACHABLE],
+}
 
 
 def summarise(results: Mapping[str, Any]) -> list[dict[str, Any]]:

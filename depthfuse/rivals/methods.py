@@ -113,7 +113,7 @@ class Trial:
             assert result.spec is not None
             seconds = time.monotonic() - started
             save_json(found, {"choices": result.spec.mapping(), "seconds": seconds, "scored": result.scored})
-        answer = load_json(found)
+        answer = load_json(found, {"choices": dict[str, str], "seconds": float})
         self.seconds += answer["seconds"]
         return answer["choices"]
 

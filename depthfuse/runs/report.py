@@ -13,6 +13,7 @@ from depthfuse.merging.merge import MergeReport
 from depthfuse.searching.search import SearchResult
 from depthfuse.searching.space import TOLERANCE, budget_unit
 from depthfuse.training.loop import history_csv
+from depthfuse.untrusted import Positive
 
 Row = Mapping[str, Any]
 
@@ -26,6 +27,30 @@ _BUDGET_CELLS = {
     "macs": (3, "<= {:.2%}"),
     "parameters": (2, "<= {:.2%}"),
 }
+
+# What the files of a run hold; a reader checks it.
+_CONDITIONS = {"device": str, "input_size": [int], "*": Any}
+RESULTS = {
+    "model": str,
+    "conditions": _CONDITIONS,
+    "chosen_by?": dict[str, Any],
+    "rows": [
+        {
+            "net": str,
+            "top1": float,
+            "parameters": int,
+            "macs": float,
+            "latency_ms": Positive,
+            "latency_quartiles_ms": [float],
+            "speedup": Positive,
+        }
+    ],
+    "choices": dict[str, str],
+    "blocks": dict[str, Any],
+    "merge?": str,
+}
+MERGE = {"summary": str, "output": float}
+HISTORY = [{"stage": str, "iteration": int, "*": float | str | None}]
 
 
 def merge_document(merged: MergeReport) -> dict[str, Any]:

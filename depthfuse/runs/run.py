@@ -18,13 +18,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 
 from depthfuse.acceleration import accelerate
-from depthfuse.checkpoint import copy_file, load_json, load_tensors, save_json, save_tensors, save_text
+from depthfuse.checkpoint import (
+    copy_file,
+    load_foreign_tensors,
+    load_json,
+    load_tensors,
+    save_json,
+    save_tensors,
+    save_text,
+)
 from depthfuse.config import (
     DTYPES,
     FinetuneConfig,
@@ -41,7 +47,7 @@ from depthfuse.data import DataBundle, open_data
 from depthfuse.errors import CheckpointError, ConfigError, CostError, SpecError
 from depthfuse.measuring.counting import count_macs, count_parameters
 from depthfuse.measuring.timing import time_interleaved
-from depthfuse.merging.merge import merge, merged_structure
+from depthfuse.merging.merge import check_same_shapes, load_merged, merge
 from depthfuse.merging.model_inputs import fixed_image_size, input_size
 from depthfuse.merging.supernet import Supernet
 from depthfuse.runs import report
@@ -80,7 +86,7 @@ class Run:
         """Check that the folder is free, or holds a run with the same config."""
         path = self.dir / "config.yaml"
         if path.exists():
-            here, there = to_dict(self.config), to_dict(load_yaml(path))
+            here, there = to_dict(self.config), to_dict(load_yaml(path, complete=True))
             ignored = ("out", "checkpoint_seconds")
             differing = [k for k in here if k not in ignored and here[k] != there.get(k)]
             if differing:
@@ -135,7 +141,7 @@ class Run:
         start = self.config.start_from
         if start is None:
             return
-        here, there = to_dict(self.config), to_dict(load_yaml(start / "config.yaml"))
+        here, there = to_dict(self.config), to_dict(load_yaml(start / "config.yaml", complete=True))
         names = ("model", "model_kwargs", "pretrained", "weights", "data", "baseline", "supernet", "seed")
         differing = [name for name in names if here[name] != there[name]]
         if here["search"]["calibration_images"] != there["search"]["calibration_images"]:
@@ -302,7 +308,7 @@ class Run:
         on_one(self.accelerator, self._tell)
 
     def _tell(self) -> None:
-        results = load_json(self.dir / "results.json")
+        results = load_json(self.dir / "results.json", report.RESULTS)
         if missed := report.budget_missed(results):
             log.warning("%s; what was written is valid all the same", missed)
         report.write(self.dir, results, self._history())
@@ -356,7 +362,7 @@ class Run:
             "budget": report.check_budget(self.config.search, rows, choices, here),
             "choices": choices,
             "blocks": supernet.options(),
-            "merge": load_json(self.dir / "merge.json")["summary"],
+            "merge": load_json(self.dir / "merge.json", report.MERGE)["summary"],
         }
 
     def build(self, pretrained: bool = False) -> nn.Module:
@@ -385,11 +391,11 @@ class Run:
 
     def stage_seconds(self, stage: str) -> float:
         """Wall time of a training stage that is done."""
-        return load_json(self.dir / f"seconds_{stage}.json")
+        return load_json(self.dir / f"seconds_{stage}.json", float)
 
     def _history(self) -> list[dict[str, Any]]:
         paths = [self.dir / f"history_{stage}.json" for stage in ("baseline", "supernet", "finetune")]
-        return [row for path in paths if path.exists() for row in load_json(path)]
+        return [row for path in paths if path.exists() for row in load_json(path, report.HISTORY)]
 
     def _is_done(self, path: Path) -> bool:
         """Whether an artefact is there, for all processes. Its training checkpoint is then of no more use: a kill may
@@ -422,22 +428,19 @@ def _in_dtype(net: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def load_strictly(net: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Load a state dict. Raises CheckpointError that names the file where it is of another model."""
-    try:
-        net.load_state_dict(tensors)
-    except RuntimeError as error:
-        first = str(error).splitlines()[:3]
-        raise CheckpointError(f"{path} holds the weights of another model: {' '.join(first)}") from error
+    check_same_shapes(net.state_dict(), tensors, path)
+    net.load_state_dict(tensors)
 
 
 def read_weights(path: Path, model: nn.Module) -> dict[str, torch.Tensor]:
     """A state dict from anybody's safetensors file. Raises CheckpointError for any other or damaged file."""
     try:
-        tensors = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
+        tensors = load_foreign_tensors(path)
+    except CheckpointError as error:
         raise CheckpointError(
             f"cannot read weights from {path} (a safetensors file is expected): {error}"
         ) from error
-    load_strictly(copy.deepcopy(model), tensors, path)
+    check_same_shapes(model.state_dict(), tensors, path)
     return tensors
 
 
@@ -459,9 +462,7 @@ def load(directory: str | Path) -> nn.Module:
     directory = Path(directory)
     spec = SubnetSpec.load(directory / "subnet.json")
     tensors, _ = load_tensors(directory / "merged.safetensors")
-    model = merged_structure(spec)
-    load_strictly(model, tensors, directory / "merged.safetensors")
-    return model
+    return load_merged(spec, tensors, directory / "merged.safetensors")
 
 
 __all__ = ["STAGES", "Run", "SpecError", "load", "prune"]

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
-import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,43 +21,13 @@ from depthfuse.data import DataBundle
 from depthfuse.errors import BudgetError
 from depthfuse.log import progress
 from depthfuse.merging.supernet import Supernet
+from depthfuse.searching.journal import Journal
 from depthfuse.searching.space import Choices, SearchSpace
 from depthfuse.searching.strategies import find_strategy, key_of, pareto
 from depthfuse.spec import SubnetSpec
 from depthfuse.training.evaluation import Score, calibrate, evaluate
 
 log = logging.getLogger(__name__)
-
-
-class Journal:
-    """Scores by subnet, appended to a file as they come. A line cut short by a crash is dropped."""
-
-    def __init__(self, path: Path | None):
-        self.path = path
-        self.rows: dict[str, tuple[Choices, Score]] = {}
-        if path is not None and path.exists():
-            text = path.read_text()
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:
-                os.truncate(path, len(whole.encode()))
-            for line in whole.splitlines():
-                row = json.loads(line)
-                score = Score(row["top1"], row["loss"])
-                self.rows[key_of(row["choices"])] = row["choices"], score
-
-    def get(self, choices: Choices) -> Score | None:
-        row = self.rows.get(key_of(choices))
-        return None if row is None else row[1]
-
-    def add(self, choices: Choices, score: Score) -> None:
-        self.rows[key_of(choices)] = choices, score
-        if self.path is not None:
-            line = json.dumps({"choices": choices, "top1": score.top1, "loss": score.loss})
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(line + "\n")
-                file.flush()
-                os.fsync(file.fileno())
 
 
 @dataclass(frozen=True)

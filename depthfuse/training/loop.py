@@ -33,6 +33,7 @@ from depthfuse.log import progress
 from depthfuse.training.evaluation import calibrate, top1
 from depthfuse.training.objectives import Objective
 from depthfuse.training.processes import on_all, on_one, share_buffers
+from depthfuse.untrusted import MALFORMED
 
 log = logging.getLogger(__name__)
 
@@ -114,14 +115,20 @@ def fit(
 
     if checkpoint is not None and on_one(accelerator, checkpoint.exists):
         state = on_all(accelerator, lambda: _load_state(checkpoint, identity))
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        if ema is not None:
-            ema.module.load_state_dict(state["ema"])
-        if accelerator.scaler is not None and state["scaler"]:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        iteration, best = state["iteration"], state["best"]
-        result = TrainResult(state["history"], state["best_top1"], state["seconds"])
+        try:
+            net.load_state_dict(state["net"])
+            optimizer.load_state_dict(state["optimizer"])
+            if ema is not None:
+                ema.module.load_state_dict(state["ema"])
+            if accelerator.scaler is not None and state["scaler"]:
+                accelerator.scaler.load_state_dict(state["scaler"])
+            iteration, best = state["iteration"], state["best"]
+            result = TrainResult(state["history"], state["best_top1"], state["seconds"])
+        except MALFORMED as error:
+            raise CheckpointError(
+                f"{checkpoint} is no training state of this version ({type(error).__name__} {error!s:.200}): delete it "
+                "to start this stage over"
+            ) from error
         log.info("%s: going on from iteration %d of %d", stage, iteration, total)
 
     started = last_saved = time.monotonic()

@@ -37,7 +37,9 @@ from depthfuse.errors import AccelerationError, CheckpointError, SpecError
 from depthfuse.fused.layers import plain_ops
 from depthfuse.measured_cache import environment
 from depthfuse.merging.tracing import has_hooks
+from depthfuse.shapes import bytes_of_source
 from depthfuse.spec import ModelSource
+from depthfuse.untrusted import MALFORMED, parse_json
 
 FORMAT = "depthfuse.accelerated/2"
 
@@ -101,16 +103,8 @@ def read_plan(path: str | Path) -> Saved:
             f"{path} is of format {found!r}, expected {FORMAT!r}: save it again with this version"
         )
     try:
-        return _read(json.loads(metadata["document"]), tensors)
-    except (
-        DescriptionError,
-        SpecError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-    ) as error:
+        return _read(parse_json(metadata["document"]), tensors)
+    except (DescriptionError, SpecError, *MALFORMED) as error:
         raise CheckpointError(
             f"{path} holds no plan that this version understands ({error}): save it again with this version"
         ) from error
@@ -119,7 +113,7 @@ def read_plan(path: str | Path) -> Saved:
 def _read(document: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
     source = None
     if document["source"] is not None:
-        source = ModelSource.make(document["source"]["name"], **dict(document["source"]["arguments"]))
+        source = ModelSource.of_document(document["source"]["name"], dict(document["source"]["arguments"]))
     dtype = _dtype(document["dtype"])
     module = _rebuild(document["plan"], tensors, dtype, source)
     tuned, found = document["tuned"], document["report"]
@@ -142,7 +136,9 @@ def _read(document: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
 def _rebuild(
     description: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype, source: ModelSource | None
 ) -> nn.Module:
-    model = source.build().eval() if source is not None else None
+    model = None
+    if source is not None:
+        model = source.build(at_most_bytes=bytes_of_source(tensors.values())).eval()
 
     def from_source(path: str) -> nn.Module:
         if model is None:

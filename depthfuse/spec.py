@@ -36,7 +36,12 @@ class ModelSource:
         return dict(self.arguments)
 
     def build(self, pretrained: bool = False) -> nn.Module:
-        """Create the model. Raises SpecError for a name that timm does not know or arguments it refuses."""
+        """Create the model.
+
+        Raises:
+            SpecError: a name that timm does not know, arguments that it refuses, or no pretrained weights for them.
+            OSError: pretrained weights that cannot be fetched.
+        """
         import timm
 
         if not timm.is_model(self.name):
@@ -47,6 +52,12 @@ class ModelSource:
             model = timm.create_model(self.name, pretrained=pretrained, **self.kwargs)
         except TypeError as error:
             raise SpecError(f"timm refused the arguments {self.kwargs} for {self.name!r}: {error}") from error
+        except RuntimeError as error:
+            if not pretrained:
+                raise
+            raise SpecError(
+                f"there are no pretrained weights for {self.name!r} with the arguments {self.kwargs}: {error}"
+            ) from error
         model.depthfuse_source = self
         return model
 

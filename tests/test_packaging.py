@@ -137,7 +137,7 @@ def run(code: str) -> subprocess.CompletedProcess:
 
 def test_importing_the_package_imports_none_of_its_parts():
     result = run(
-        "import sys, depthfuse\n"
+        "import sys, depthfuse, depthfuse.cli\n"
         "print([name for name in ('torch', 'timm', 'torchvision', 'numpy') if name in sys.modules])\n"
     )
     assert (result.returncode, result.stdout) == (0, "[]\n"), result.stderr

@@ -1,18 +1,25 @@
-"""depthfuse: make vision networks shallower, and run what is left fast."""
+"""depthfuse: make vision networks shallower, and run what is left fast.
+
+Names are imported when they are first used: torch and timm take seconds, and `depthfuse --help` needs neither.
+"""
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
 from depthfuse import _torchvision
 
-_torchvision.ensure()
+if TYPE_CHECKING:
+    from depthfuse.acceleration import accelerate, load_accelerated
+    from depthfuse.config import PruneConfig
+    from depthfuse.data import DataConfig, open_data
+    from depthfuse.merging.merge import merge
+    from depthfuse.merging.supernet import Supernet, recalibrate
+    from depthfuse.runs.run import load, prune
+    from depthfuse.searching.search import search
+    from depthfuse.spec import BlockChoice, ModelSource, SubnetSpec
 
-# timm must not be imported before the line above
-from depthfuse.acceleration import accelerate, load_accelerated  # noqa: E402
-from depthfuse.config import PruneConfig  # noqa: E402
-from depthfuse.data import DataConfig, open_data  # noqa: E402
-from depthfuse.merging.merge import merge  # noqa: E402
-from depthfuse.merging.supernet import Supernet, recalibrate  # noqa: E402
-from depthfuse.runs.run import load, prune  # noqa: E402
-from depthfuse.searching.search import search  # noqa: E402
-from depthfuse.spec import BlockChoice, ModelSource, SubnetSpec  # noqa: E402
+_torchvision.ensure_before_timm()
 
 __all__ = [
     "BlockChoice",
@@ -31,3 +38,36 @@ __all__ = [
     "search",
 ]
 __version__ = "0.1.0"
+
+# The same as above, for when the program runs.
+_WHERE = {
+    "BlockChoice": "spec",
+    "DataConfig": "data",
+    "ModelSource": "spec",
+    "PruneConfig": "config",
+    "SubnetSpec": "spec",
+    "Supernet": "merging.supernet",
+    "accelerate": "acceleration",
+    "load": "runs.run",
+    "load_accelerated": "acceleration",
+    "merge": "merging.merge",
+    "open_data": "data",
+    "prune": "runs.run",
+    "recalibrate": "merging.supernet",
+    "search": "searching.search",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A name of `__all__`, or a part of the package, such as `depthfuse.ops`."""
+    if name in _WHERE:
+        value = getattr(importlib.import_module(f"depthfuse.{_WHERE[name]}"), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_") and importlib.util.find_spec(f"depthfuse.{name}") is not None:
+        return importlib.import_module(f"depthfuse.{name}")
+    raise AttributeError(f"module 'depthfuse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,11 +8,15 @@ import fails that way. All of torchvision that is written in Python then works. 
 say that they are missing.
 """
 
+from __future__ import annotations
+
 import importlib
 import logging
 import sys
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +52,22 @@ def ensure() -> None:
         logger.debug("torchvision's compiled operators do not load (%s): declaring them", error)
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]  # half-imported
+    import torch
+
     _library = torch.library.Library("torchvision", "FRAGMENT")
     for schema in _SCHEMAS:
         _library.define(schema)
     importlib.import_module("torchvision")
+
+
+def ensure_before_timm() -> None:
+    """Have `ensure` called when timm is first imported, by whomever: torchvision itself takes seconds."""
+    sys.meta_path.insert(0, _BeforeTimm())
+
+
+class _BeforeTimm:
+    """Finds no module, but is asked before those that do."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "timm":
+            ensure()

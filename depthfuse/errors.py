@@ -50,3 +50,7 @@ class SpecError(DepthfuseError, ValueError):
 
 class TrainingDiverged(DepthfuseError, RuntimeError):
     """A loss or gradient that is no finite number; the message names the iteration and the layer."""
+
+
+class UsageError(ConfigError):
+    """A command line that cannot be understood, or contradicts itself."""

@@ -65,7 +65,8 @@ class ModelSource:
             at_most_bytes: of all its tensors; the machine's memory by default. Weighed before anything is allocated.
 
         Raises:
-            SpecError: a name that timm does not know, arguments that it refuses, or a model that is too large.
+            SpecError: a name that timm does not know, arguments that it refuses, no pretrained weights for them, or a
+                model that is too large. OSError: pretrained weights that cannot be fetched.
         """
         size = bytes_of_model(self.build_shapes())
         limit = _memory_bytes() if at_most_bytes is None else at_most_bytes
@@ -97,8 +98,11 @@ class ModelSource:
         except OSError:  # a download that failed
             raise
         except Exception as error:  # an argument out of place may fail anywhere in timm's code
+            what = "timm refused"
+            if pretrained and isinstance(error, RuntimeError):
+                what = "there are no pretrained weights with"
             raise SpecError(
-                f"timm refused the arguments {self.kwargs} for {self.name!r}: {type(error).__name__} {error}"
+                f"{what} the arguments {self.kwargs} for {self.name!r}: {type(error).__name__} {error}"
             ) from error
 
     @staticmethod

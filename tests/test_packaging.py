@@ -1,6 +1,8 @@
 """What a wheel holds and asks for, the native switch, and that importing the package stays light."""
 
+import ast
 import email
+import importlib
 import os
 import re
 import shutil
@@ -11,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+import depthfuse
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ["depthfuse", "kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
@@ -131,9 +135,40 @@ def run(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
 
 
+def test_importing_the_package_imports_none_of_its_parts():
+    result = run(
+        "import sys, depthfuse, depthfuse.cli\n"
+        "print([name for name in ('torch', 'timm', 'torchvision', 'numpy') if name in sys.modules])\n"
+    )
+    assert (result.returncode, result.stdout) == (0, "[]\n"), result.stderr
+
+
+def test_names_are_there_when_they_are_used():
+    (checked,) = [
+        node.body
+        for node in ast.parse((ROOT / "depthfuse" / "__init__.py").read_text()).body
+        if isinstance(node, ast.If)
+    ]
+    told = {alias.name: f"{node.module}" for node in checked for alias in node.names}
+    assert told == {
+        name: f"depthfuse.{where}" for name, where in depthfuse._WHERE.items()
+    }  # to type checkers
+    assert sorted(told) == depthfuse.__all__ and set(depthfuse.__all__) < set(dir(depthfuse))
+    for name, module in told.items():
+        assert getattr(depthfuse, name) is getattr(importlib.import_module(module), name)
+    assert depthfuse.errors.DepthfuseError and depthfuse.ops.conv2d
+    for name in ("no_such_name", "_private", "__wrapped__"):
+        with pytest.raises(AttributeError, match=f"module 'depthfuse' has no attribute '{name}'"):
+            getattr(depthfuse, name)
+    with pytest.raises(ImportError, match="cannot import name 'no_such_name'"):
+        exec("from depthfuse import no_such_name")
+
+
 def test_import_is_light():
     result = run(
-        "import sys, depthfuse, torch\n"
+        "import sys, torch\n"
+        "from depthfuse import *\n"
+        "assert Supernet and open_data\n"
         "heavy = ('matplotlib', 'tyro', 'torch_pruning', 'scipy', 'depthfuse.kernels.launch')\n"
         "loaded = [name for name in heavy if name in sys.modules]\n"
         "assert not loaded, loaded\n"

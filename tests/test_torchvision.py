@@ -90,6 +90,22 @@ def test_other_failures_of_torchvision_come_through(tmp_path, source, message):
     assert message in result.stderr
 
 
+def test_importing_depthfuse_sees_to_torchvision_before_timm(tmp_path):
+    (tmp_path / "torchvision.py").write_text("")
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "__init__.py").write_text(
+        "import sys\nassert 'torchvision' in sys.modules, 'too early'\n"
+    )
+    (tmp_path / "timm" / "layers.py").write_text("")
+    result = run(
+        f"import sys\nsys.path[:0] = [{str(tmp_path)!r}, {str(MODULE.parents[1])!r}]\n"
+        "import depthfuse\n"
+        "assert 'torchvision' not in sys.modules\n"
+        "import timm.layers, timm\n"
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_missing_torchvision_is_left_to_timm(tmp_path):
     (tmp_path / "torchvision.py").write_text(
         "raise ModuleNotFoundError(\"No module named 'torchvision'\", name='torchvision')\n"

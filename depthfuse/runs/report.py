@@ -13,7 +13,7 @@ from depthfuse.merging.merge import MergeReport
 from depthfuse.searching.search import SearchResult
 from depthfuse.searching.space import TOLERANCE, budget_unit
 from depthfuse.training.loop import history_csv
-from depthfuse.untrusted import Positive
+from depthfuse.untrusted import Either, Positive
 
 Row = Mapping[str, Any]
 
@@ -48,6 +48,16 @@ RESULTS = {
     "choices": dict[str, str],
     "blocks": dict[str, Any],
     "merge?": str,
+    "budget?": Either(
+        None,
+        {
+            "name": str,
+            "unit": str,
+            "wanted": float,
+            "reached": float | None,
+            "met": bool | None,
+        },
+    ),
 }
 MERGE = {"summary": str, "output": float}
 HISTORY = [{"stage": str, "iteration": int, "*": float | str | None}]

@@ -15,7 +15,6 @@ from depthfuse.benching import bench
 from depthfuse.benching import engines as contenders
 from depthfuse.benching.bench import compare, operations, plot, randomised, write_csv
 from depthfuse.benching.engines import CONTENDERS, OURS, Contender, available
-from depthfuse.cli import main
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -149,20 +148,3 @@ def test_random_norms_do_something():
     assert not model.training and not model[1].running_mean.eq(0).any()
     again = randomised(small_net())
     assert torch.equal(again[1].running_var, model[1].running_var)
-
-
-def test_command_line(tmp_path, capsys):
-    arguments = ["bench", "test_resnet", "--model-kwargs", "num_classes=3", "--batch", "1", "2"]
-    arguments += ["--contenders", "eager", "--rounds", "2", "--round-ms", "1", "--out", str(tmp_path)]
-    assert main(arguments) == 0
-    out = capsys.readouterr().out
-    assert "layer1.0.conv1" in out and "roofline_ms" in out and "time / ours" in out
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "bench_cpu_fp32.csv",
-        "bench_cpu_fp32.png",
-        "operations_cpu_fp32.csv",
-    }
-    assert main(["bench", "test_resnet", "--contenders", "magic"]) == 1
-    assert "unknown contender 'magic'; known: depthfuse, eager" in capsys.readouterr().err
-    assert main(["bench", "no_such_model"]) == 1
-    assert "timm has no model 'no_such_model'" in capsys.readouterr().err

@@ -18,7 +18,6 @@ from fake_clock import Clock
 from nets import SMALL, build, random_subnet
 
 from depthfuse import Supernet
-from depthfuse.cli import main
 from depthfuse.config import LatencyConfig, SearchConfig
 from depthfuse.costs.counting import count_costs
 from depthfuse.costs.latency import (
@@ -257,22 +256,6 @@ def test_counts_hold_for_whole_merged_models(family, seed):
     assert supernet.choices() == choices  # left alone
     with pytest.raises(CostError, match="'bytes'; known: MACs, parameters"):
         count_costs(supernet, size, "bytes")
-
-
-def test_command_line(clock, tmp_path, capsys):
-    name, kwargs, side = SMALL["resnet"]
-    pairs = [f"{key}={value}".replace(" ", "") for key, value in kwargs.items()]
-    command = ["latency", name, "--model-kwargs", *pairs, "--input-size", "3", str(side), str(side), "--out"]
-    out = tmp_path / "latency.json"
-    assert main([*command, str(out), "--check", "2"]) == 0
-    text = capsys.readouterr().out
-    assert "measured" in text and "layer1.0" in text and "relative error of the sums" in text
-    assert CostTable.load(out).conditions["input_size"] == [3, side, side]
-    assert main([*command, str(out), "--device", "mi300x", "--dtype", "fp16"]) == 0
-    assert "PREDICTED" in capsys.readouterr().out
-    assert CostTable.load(out).conditions["device"] == "MI300X"
-    assert main([*command, str(out), "--device", "mi100", "--check", "2"]) == 1
-    assert "--check measures here" in capsys.readouterr().err
 
 
 def busy(name, latency_ms, index):

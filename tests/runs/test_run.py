@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from fake_clock import Clock
 
 from depthfuse import PruneConfig, Supernet, load, open_data
 from depthfuse.checkpoint import load_json, load_tensors
-from depthfuse.cli import main
 from depthfuse.config import FinetuneConfig, LatencyConfig, SearchConfig, SupernetConfig, TrainConfig, to_yaml
 from depthfuse.costs.table import CostTable
 from depthfuse.data import DataConfig, DataError
@@ -328,52 +326,6 @@ def test_given_weights_become_the_baseline(finished, tmp_path):
     refused(
         tmp_path / "3", CheckpointError, "weights of another model", weights=finished / "merged.safetensors"
     )
-
-
-def test_command_line(finished, tmp_path, capsys):
-    config = tmp_path / "c.yaml"
-    config.write_text(to_yaml(dataclasses.replace(CONFIG, out=Path("unused"))))
-    assert main(["prune", "--config", str(config), "--out", str(finished)]) == 0
-    assert "merged accelerated" in capsys.readouterr().out
-    assert main(["prune", "--config", str(config), "--out", str(finished), "--seed", "5"]) == 1
-    assert "another configuration" in capsys.readouterr().err
-    assert main(["prune", "--model", "nonsense", "--search.blocks", "1", "--out", str(tmp_path / "x")]) == 1
-    assert "timm has no model 'nonsense'" in capsys.readouterr().err
-    assert main(["fly"]) == 2
-    assert "unknown command 'fly'" in capsys.readouterr().err
-    assert main(["--help"]) == 0
-    assert "depthfuse COMMAND" in capsys.readouterr().out
-    assert (
-        main(
-            [
-                "bench",
-                str(finished),
-                "--rounds",
-                "2",
-                "--round-ms",
-                "1",
-                "--batch",
-                "1",
-                "--contenders",
-                "eager",
-            ]
-        )
-        == 0
-    )
-    assert "depthfuse" in capsys.readouterr().out
-    assert {f"bench_cpu_fp32.{kind}" for kind in ("csv", "png")} <= {path.name for path in finished.iterdir()}
-    assert main(["env"]) == 0
-    assert "torch" in capsys.readouterr().out
-
-
-def test_inspect(capsys):
-    assert main(["inspect", "test_resnet"]) == 0
-    out = capsys.readouterr().out
-    assert "layer1.0" in out and "compact" in out
-    assert main(["inspect", "efficientnet_b0"]) == 0
-    assert "SE gate" in capsys.readouterr().out
-    assert main(["inspect", "mixer_s32_224"]) == 0
-    assert "unknown block type" in capsys.readouterr().out
 
 
 def test_a_search_without_a_budget_leaves_the_front_to_pick_from(finished, tmp_path):

@@ -14,7 +14,7 @@ from depthfuse import ModelSource, Supernet, accelerate, merge
 from depthfuse.checkpoint import save_json, save_state, save_tensors, save_text
 from depthfuse.config import PruneConfig, to_yaml
 from depthfuse.costs.table import CostTable
-from depthfuse.measuring.measured_cache import MeasuredCache
+from depthfuse.measured_cache import MeasuredCache
 from depthfuse.runs.report import merge_document
 from depthfuse.searching.journal import Journal
 from depthfuse.training.evaluation import Score
@@ -128,7 +128,7 @@ def test_files_with_a_value_of_another_kind(folder):
 
 def test_answers_of_the_measured_cache(folder, monkeypatch, tmp_path):
     monkeypatch.setenv("DEPTHFUSE_CACHE_DIR", str(tmp_path))
-    cache, question = MeasuredCache(torch.device("cpu")), {"op": "conv", "shape": [1, 2, 3]}
+    cache, question = MeasuredCache.of(torch.device("cpu")), {"op": "conv", "shape": [1, 2, 3]}
     cache.put(question, {"winner": "gemm", "latency_ms": {"gemm": 0.25}})
     data, rng = cache.path(question).read_bytes(), random.Random(0)
     met = set()

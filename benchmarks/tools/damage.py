@@ -21,7 +21,7 @@ from depthfuse.checkpoint import JSON_FORMAT, load_foreign_tensors, load_json, l
 from depthfuse.config import load_yaml
 from depthfuse.costs.table import CostTable
 from depthfuse.errors import CheckpointError, DepthfuseError
-from depthfuse.measuring.measured_cache import MeasuredCache
+from depthfuse.measured_cache import MeasuredCache
 from depthfuse.rivals import compare_report
 from depthfuse.runs import report
 from depthfuse.runs.run import load

@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import signal
+import socket
 import struct
 import sys
 import traceback
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from depthfuse.checkpoint import load_json, load_tensors
+from depthfuse.checkpoint import load_json, load_tensors, read_json
 
 Job = Callable[[Path], None]  # works in a folder, and goes on with what it finds there
 
@@ -41,14 +42,29 @@ class Ending:
     writes: int
 
 
-def run_forked(job: Job, folder: Path, kill_at: int | None = None, after: bool = False) -> Ending:
-    """Run `job` in a fork, to its end, or until its write number `kill_at` (from 1), before or `after` that call."""
+def run_forked(
+    job: Job, folder: Path, kill_at: int | None = None, after: bool = False, ranks: int = 1
+) -> Ending:
+    """Run `job` in a fork, to its end, or until its write number `kill_at` (from 1), before or `after` that call.
+
+    With several `ranks` as many forks work together, as torchrun starts them; the first one is counted and killed, and
+    the others are then killed too, as torchrun does.
+    """
     counter = mmap.mmap(-1, 8)
-    pid = os.fork()
-    if pid == 0:
+    port = _free_port()
+    children = []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid:
+            children.append(pid)
+            continue
         status = 1
         try:
-            _count_writes(counter, kill_at, after)
+            if ranks > 1:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            if rank == 0:
+                _count_writes(counter, kill_at, after)
             job(folder)
             status = 0
         except BaseException:
@@ -56,9 +72,19 @@ def run_forked(job: Job, folder: Path, kill_at: int | None = None, after: bool =
         finally:
             sys.stderr.flush()
             os._exit(status)
-    _, code = os.waitpid(pid, 0)
+    codes = []
+    for pid in children:
+        if codes and codes[0] != 0:
+            os.kill(pid, signal.SIGKILL)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     (writes,) = struct.unpack("q", counter[:8])
-    return Ending(os.waitstatus_to_exitcode(code), writes)
+    return Ending(codes[0] or max(codes), writes)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def _count_writes(counter: mmap.mmap, kill_at: int | None, after: bool) -> None:
@@ -107,7 +133,7 @@ def contents(folder: Path) -> dict[str, Any]:
         elif path.name == "config.yaml":
             found[name] = [line for line in path.read_text().splitlines() if str(folder) not in line]
         elif path.suffix == ".json":
-            found[name] = _lasting(load_json(path))
+            found[name] = read_json(path) if path.name == "subnet.json" else _lasting(load_json(path))
         else:
             found[name] = path.read_bytes()
     return found

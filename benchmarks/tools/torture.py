@@ -3,10 +3,11 @@
     python -m benchmarks.tools.torture                       # everything, about an hour on one core
     python -m benchmarks.tools.torture kills --kills 40      # one part of it
 
-kills      `prune` is killed at its n-th write and started again; all it leaves must be the same, bit for bit
+kills        `prune` is killed at its n-th write and started again; all it leaves must be the same, bit for bit
 comparisons  the same for `compare`
-damage     every file that depthfuse reads, cut anywhere, bytes flipped, values replaced: one of our errors, or equal
-threads    one accelerated model called by many threads while others save and load it
+ranks        the same for `prune` on two processes
+damage       every file that depthfuse reads, cut anywhere, bits flipped, values replaced: one of our errors, or equal
+threads      one accelerated model called by many threads while others save and load it
 
 Results go line by line into a journal in --work, so that a run which was stopped goes on; the table at the end is
 benchmarks/results/torture.md. Exit status 1 where anything differed. Tests run a small slice of it.
@@ -21,6 +22,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -66,19 +68,24 @@ TINY = PruneConfig(
 )
 
 
-def prune_job(table: Path) -> Job:
+def baseline_job(work: Path) -> Job:
+    """The first stage alone."""
+    return lambda folder: _ignore(prune(replace(TINY, out=folder), "baseline"))
+
+
+def prune_job(work: Path) -> Job:
     """The whole job on a net of a few hundred weights, with a latency table that is there already."""
-    latency = replace(TINY.latency, table=table)
+    latency = replace(TINY.latency, table=_table(work))
     return lambda folder: _ignore(prune(replace(TINY, out=folder, latency=latency)))
 
 
-def compare_job(table: Path) -> Job:
+def compare_job(work: Path) -> Job:
     """Two methods and the controls, one seed."""
     shared = {name: value for name, value in vars(TINY).items() if name not in ("out", "latency", "search")}
     config = CompareConfig(
         **shared,
         search=replace(TINY.search, blocks=None),
-        latency=replace(TINY.latency, table=table),
+        latency=replace(TINY.latency, table=_table(work)),
         methods=("updp", "direct"),
         budgets=("blocks=2",),
         seeds=(0,),
@@ -90,42 +97,52 @@ def _ignore(_result: object) -> None:
     pass
 
 
-def undisturbed(work: Path, job: Callable[[Path], Job], name: str) -> tuple[Job, Path, int]:
-    """(the job, the folder of one that ran to its end, how many writes that took)."""
-    table = work / "latency.json"
+def _table(work: Path) -> Path:
+    """One latency table for all jobs, measured once: two measurements never agree to the last digit."""
+    table, first = work / "latency.json", work / "first"
     if not table.exists():
-        first = work / "first"
         shutil.rmtree(first, ignore_errors=True)
         ending = run_forked(lambda folder: _ignore(prune(replace(TINY, out=folder), "search")), first)
         if ending.status:
             raise SystemExit("the undisturbed job failed; see above")
         shutil.copy(first / "latency.json", table)
-    ready, folder = job(table), work / f"{name}_undisturbed"
+    return table
+
+
+def undisturbed(work: Path, job: Job, name: str, ranks: int = 1) -> tuple[Path, int]:
+    """(the folder of a job that ran to its end, how many writes that took)."""
+    folder = work / f"{name}_undisturbed"
     shutil.rmtree(folder, ignore_errors=True)
-    ending = run_forked(ready, folder)
+    ending = run_forked(job, folder, ranks=ranks)
     if ending.status:
         raise SystemExit(f"the undisturbed {name} failed; see above")
-    return ready, folder, ending.writes
+    return folder, ending.writes
 
 
 def kills(
-    work: Path, count: int, job: Callable[[Path], Job] = prune_job, name: str = "kills"
+    work: Path, count: int, make: Callable[[Path], Job] = prune_job, name: str = "kills", ranks: int = 1
 ) -> Iterator[dict]:
     """Kill, start again, compare: a row a kill, with what differed."""
-    ready, whole, writes = undisturbed(work, job, name)
+    job = make(work)
+    whole, writes = undisturbed(work, job, name, ranks)
     expected = contents(whole)
     for number, after in moments(writes, count):
         folder = work / f"{name}_killed"
         shutil.rmtree(folder, ignore_errors=True)
-        killed = run_forked(ready, folder, number, after)
-        ended = run_forked(ready, folder)
+        killed = run_forked(job, folder, number, after, ranks)
+        ended = run_forked(job, folder, ranks=ranks)
         wrong = [] if ended.status == 0 else ["the second start failed"]
         wrong += differences(contents(folder), expected) if folder.exists() else ["nothing is there"]
         wrong += [f"left over: {path.name}" for path in folder.rglob("*") if path.name.startswith(".")]
         wrong += [f"left over: {path.name}" for path in folder.rglob("*.state")]
-        if killed.status != -9:
+        if killed.status != -signal.SIGKILL:
             wrong.append(f"ended by itself ({killed.status}) before write {number}")
         yield {"case": f"write {number}, {'after' if after else 'before'}", "wrong": wrong}
+
+
+def ranks(work: Path, count: int) -> Iterator[dict]:
+    """The same for `prune` on two processes, of which the one that writes is killed."""
+    return kills(work, count, prune_job, "ranks", ranks=2)
 
 
 def comparisons(work: Path, count: int) -> Iterator[dict]:
@@ -172,14 +189,14 @@ def damaged(work: Path, count: int) -> Iterator[dict]:
     """Cuts, flips and crafted values, about `count` of each, over the files of a run, a comparison and a plan."""
     folder = work / "damaged"
     shutil.rmtree(folder, ignore_errors=True)
-    _, whole, _ = undisturbed(work, prune_job, "damage")
-    _, compared, _ = undisturbed(work, compare_job, "damage_comparisons")
+    whole, _ = undisturbed(work, prune_job(work), "damage")
+    compared, _ = undisturbed(work, compare_job(work), "damage_comparisons")
     shutil.copytree(whole, folder / "run")
     shutil.copytree(compared, folder / "comparison")
     fast = accelerate(depthfuse.load(whole), torch.randn(1, 1, 28, 28), tune="heuristic")
     fast.save(folder / "fast.safetensors")
     # half-way through a stage, where a training state lies
-    run_forked(prune_job(work / "latency.json"), folder / "stopped", kill_at=12, after=True)
+    run_forked(prune_job(work), folder / "stopped", kill_at=12, after=True)
     files = damage.artefacts(folder)
     share = -(-count // len(files))
     for path, kind in files:
@@ -213,6 +230,7 @@ def damaged(work: Path, count: int) -> Iterator[dict]:
 PARTS: dict[str, tuple[Callable[[Path, int], Iterator[dict]], int]] = {
     "kills": (kills, 200),
     "comparisons": (comparisons, 40),
+    "ranks": (ranks, 10),
     "damage": (damaged, 2500),
     "threads": (threads, 18000),
 }

@@ -192,7 +192,7 @@ def damaged(work: Path, count: int) -> Iterator[dict]:
     whole, _ = undisturbed(work, prune_job(work), "damage")
     compared, _ = undisturbed(work, compare_job(work), "damage_comparisons")
     shutil.copytree(whole, folder / "run")
-    shutil.copytree(compared, folder / "comparison")
+    shutil.copytree(compared, folder / "comparison", ignore=shutil.ignore_patterns("config.yaml"))
     fast = accelerate(depthfuse.load(whole), torch.randn(1, 1, 28, 28), tune="heuristic")
     fast.save(folder / "fast.safetensors")
     # half-way through a stage, where a training state lies

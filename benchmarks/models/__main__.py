@@ -17,7 +17,7 @@ from torch import nn
 
 from depthfuse import Supernet, merge
 from depthfuse.benching.bench import DTYPES, compare, machine, plot, randomised, write_csv
-from depthfuse.benching.engines import CONTENDERS
+from depthfuse.benching.engines import ENGINES
 from depthfuse.merging.model_inputs import input_size
 from depthfuse.spec import ModelSource
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--round-ms", type=float, default=150.0, help="time for each contender in each round")

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from depthfuse.acceleration import Report, accelerate
 from depthfuse.acceleration.checking.verify import TOLERANCE, relative_error
-from depthfuse.benching.engines import CONTENDERS, OURS, Run, available
+from depthfuse.benching.engines import ENGINES, OURS, Call, available
 from depthfuse.env import collect
 from depthfuse.measuring.timing import Timing, quartiles, time_interleaved
 
@@ -53,7 +53,7 @@ def compare(
     model: nn.Module,
     label: str,
     x: Tensor,
-    contenders: Sequence[str] = tuple(CONTENDERS),
+    contenders: Sequence[str] = tuple(ENGINES),
     rounds: int = 15,
     round_ms: float = 150.0,
     backend: str = "auto",
@@ -65,16 +65,17 @@ def compare(
 
     Args:
         model: in evaluation mode, of x's dtype and device. x: [N, C, H, W].
-        contenders: names in `CONTENDERS`; ours takes part in any case.
+        contenders: names in `ENGINES`; ours takes part in any case.
         rounds: interleaved. round_ms: time for each contender in each round.
         backend: of ours, see `depthfuse.ops.resolve_backend`.
     """
     reference = model(x)
-    runs: dict[str, Run] = {}
+    runs: dict[str, Call] = {}
     errors: dict[str, float] = {}
-    for name in [OURS, *(name for name in available(contenders, x.dtype, x.device) if name != OURS)]:
+    others = [name for name in contenders if name != OURS]
+    for name in [OURS, *available(others, x.dtype, x.device)]:
         try:
-            run = accelerate(model, x, backend=backend) if name == OURS else CONTENDERS[name].make(model, x)
+            run = accelerate(model, x, backend=backend) if name == OURS else ENGINES[name].make(model, x)
             error = relative_error(run(x), reference)
         except Exception as failure:  # whatever another project's compiler raises
             if name == OURS:

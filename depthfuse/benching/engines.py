@@ -1,6 +1,6 @@
 """What a user could run a model with instead, each as one call of an image batch, for fair comparisons with ours.
 
-Each contender is given the same weights and an input in the same layout and dtype. Optional packages take part where
+Each engine is given the same weights and an input in the same layout and dtype. Optional packages take part where
 they are installed: ONNX Runtime and OpenVINO go through torch.onnx.export, which needs onnxscript.
 """
 
@@ -17,27 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from depthfuse.acceleration import accelerate
+OURS = "depthfuse"  # beside which all of `ENGINES` are measured
 
-OURS = "depthfuse"
-
-Run = Callable[[Tensor], Tensor]
+Call = Callable[[Tensor], Tensor]
 
 
-def _ours(model: nn.Module, x: Tensor) -> Run:
-    return accelerate(model, x)
-
-
-def _eager(model: nn.Module, x: Tensor) -> Run:
+def _eager(model: nn.Module, x: Tensor) -> Call:
     return model
 
 
-def _eager_channels_last(model: nn.Module, x: Tensor) -> Run:
+def _eager_channels_last(model: nn.Module, x: Tensor) -> Call:
     twin: Any = copy.deepcopy(model)
     return twin.to(memory_format=torch.channels_last)
 
 
-def _compiled(model: nn.Module, x: Tensor) -> Run:
+def _compiled(model: nn.Module, x: Tensor) -> Call:
     from torch._inductor import config
 
     torch._dynamo.reset()
@@ -61,7 +55,7 @@ def _onnx(model: nn.Module, x: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def _onnxruntime(model: nn.Module, x: Tensor) -> Run:
+def _onnxruntime(model: nn.Module, x: Tensor) -> Call:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -71,7 +65,7 @@ def _onnxruntime(model: nn.Module, x: Tensor) -> Run:
     return lambda x: torch.from_numpy(session.run(None, {argument.name: x.numpy()})[0])
 
 
-def _openvino(model: nn.Module, x: Tensor) -> Run:
+def _openvino(model: nn.Module, x: Tensor) -> Call:
     """In bfloat16 by its own way to it: a hint on a float32 graph, whose inputs and outputs stay float32."""
     import openvino
 
@@ -88,33 +82,30 @@ def _openvino(model: nn.Module, x: Tensor) -> Run:
 
 
 @dataclass(frozen=True)
-class Contender:
+class Engine:
     """make: from a model and an example input to what runs it. packages: what it needs. dtypes: None for all."""
 
-    make: Callable[[nn.Module, Tensor], Run]
+    make: Callable[[nn.Module, Tensor], Call]
     packages: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] | None = None
     on_gpu: bool = True
 
 
-CONTENDERS: dict[str, Contender] = {
-    OURS: Contender(_ours),
-    "eager": Contender(_eager),
-    "eager channels_last": Contender(_eager_channels_last),
-    "torch.compile": Contender(_compiled),
-    "onnxruntime": Contender(_onnxruntime, ("onnxruntime", "onnxscript"), (torch.float32,), on_gpu=False),
-    "openvino": Contender(
-        _openvino, ("openvino", "onnxscript"), (torch.float32, torch.bfloat16), on_gpu=False
-    ),
+ENGINES: dict[str, Engine] = {
+    "eager": Engine(_eager),
+    "eager channels_last": Engine(_eager_channels_last),
+    "torch.compile": Engine(_compiled),
+    "onnxruntime": Engine(_onnxruntime, ("onnxruntime", "onnxscript"), (torch.float32,), on_gpu=False),
+    "openvino": Engine(_openvino, ("openvino", "onnxscript"), (torch.float32, torch.bfloat16), on_gpu=False),
 }
 
 
 def available(names: Sequence[str], dtype: torch.dtype, device: torch.device) -> list[str]:
     """Those of `names` that are installed and can run in `dtype` on `device`."""
 
-    def can_run(contender: Contender) -> bool:
-        installed = all(importlib.util.find_spec(package) for package in contender.packages)
-        fits = contender.dtypes is None or dtype in contender.dtypes
-        return installed and fits and (contender.on_gpu or device.type == "cpu")
+    def can_run(engine: Engine) -> bool:
+        installed = all(importlib.util.find_spec(package) for package in engine.packages)
+        fits = engine.dtypes is None or dtype in engine.dtypes
+        return installed and fits and (engine.on_gpu or device.type == "cpu")
 
-    return [name for name in names if can_run(CONTENDERS[name])]
+    return [name for name in names if can_run(ENGINES[name])]

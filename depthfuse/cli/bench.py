@@ -37,7 +37,7 @@ def bench(invocation: Invocation) -> None:
     import torch
 
     from depthfuse.benching import bench
-    from depthfuse.benching.engines import CONTENDERS
+    from depthfuse.benching.engines import ENGINES, OURS
     from depthfuse.cli.models import chosen_device, require_positive
     from depthfuse.cli.tables import print_bench
     from depthfuse.config import DTYPES
@@ -46,9 +46,9 @@ def bench(invocation: Invocation) -> None:
     require_positive(rounds=given.rounds)
     for batch in given.batch:
         require_positive(batch=batch)
-    unknown = [name for name in given.contenders if name not in CONTENDERS]
+    unknown = [name for name in given.contenders if name not in (OURS, *ENGINES)]
     if unknown:
-        raise ConfigError(f"unknown contender {unknown[0]!r}; known: {', '.join(CONTENDERS)}")
+        raise ConfigError(f"unknown contender {unknown[0]!r}; known: {', '.join((OURS, *ENGINES))}")
     device = chosen_device(given.device)
     model, size, out = _bench_model(given)
     dtype = DTYPES[given.dtype]
@@ -59,7 +59,7 @@ def bench(invocation: Invocation) -> None:
         x = torch.randn(batch, *size, device=device).to(dtype)
         if not rows:
             report = bench.operations(model, x, given.backend)
-        names = given.contenders or tuple(CONTENDERS)
+        names = given.contenders or tuple(ENGINES)
         rows += bench.compare(model, given.model, x, names, given.rounds, given.round_ms, given.backend)
     out = given.out or out
     bench.write_csv(rows, out / f"bench_{device.type}_{given.dtype}.csv", facts)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from depthfuse.errors import BudgetError
 from depthfuse.merging.supernet import Supernet
 from depthfuse.searching.space import Choices, SearchSpace
-from depthfuse.training.objectives import Calibrate, Objective, Score
+from depthfuse.training.objectives import CalibrateNet, Objective, ScoreNet
 
 
 class GatedNet(nn.Module):
@@ -62,7 +62,7 @@ class GateObjective(Objective):
     net: GatedNet
 
     def evaluate(
-        self, net: nn.Module, progress: float, score: Score, calibrate: Calibrate
+        self, net: nn.Module, progress: float, score: ScoreNet, calibrate: CalibrateNet
     ) -> dict[str, float]:
         """Nothing may be chosen as the best: the gates of the last step decide."""
         return {}

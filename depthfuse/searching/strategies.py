@@ -16,7 +16,7 @@ from depthfuse.errors import BudgetError
 from depthfuse.searching.space import Choices, Level, SearchSpace
 
 Judge = Callable[[Choices], float]
-Run = Callable[[SearchSpace, Judge, SearchConfig, random.Random], None]
+Walk = Callable[[SearchSpace, Judge, SearchConfig, random.Random], None]
 Importance = dict[str, dict[str, float]]  # {block: {candidate: score lost when this block alone is merged}}
 
 
@@ -25,17 +25,17 @@ class Strategy:
     """A way to search. count: about how many subnets it judges."""
 
     name: str
-    run: Run
+    run: Walk
     count: Callable[[SearchSpace, SearchConfig], int]
 
 
 STRATEGIES: dict[str, Strategy] = {}
 
 
-def strategy(name: str, count: Callable[[SearchSpace, SearchConfig], int]) -> Callable[[Run], Run]:
+def strategy(name: str, count: Callable[[SearchSpace, SearchConfig], int]) -> Callable[[Walk], Walk]:
     """Function decorator: register a strategy."""
 
-    def add(run: Run) -> Run:
+    def add(run: Walk) -> Walk:
         STRATEGIES[name] = Strategy(name, run, count)
         return run
 

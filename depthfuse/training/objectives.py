@@ -15,8 +15,8 @@ from depthfuse.merging.supernet import Supernet
 from depthfuse.spec import KEEP
 from depthfuse.training.lambda_schedule import lambda_at
 
-Score = Callable[[nn.Module], float]  # top-1 (percent) on held-out images
-Calibrate = Callable[[nn.Module], None]  # re-estimate batch norm statistics in place
+ScoreNet = Callable[[nn.Module], float]  # top-1 (percent) on held-out images
+CalibrateNet = Callable[[nn.Module], None]  # re-estimate batch norm statistics in place
 
 
 class Objective(nn.Module):
@@ -38,7 +38,7 @@ class Objective(nn.Module):
         return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 
     def evaluate(
-        self, net: nn.Module, progress: float, score: Score, calibrate: Calibrate
+        self, net: nn.Module, progress: float, score: ScoreNet, calibrate: CalibrateNet
     ) -> dict[str, float]:
         """Metrics of `net` (the trained net or its moving average). "top1" is there only where the state may be
         chosen as the best one."""
@@ -94,7 +94,7 @@ class SandwichObjective(Objective):
         return loss / (2 + self.random_subnets)
 
     def evaluate(
-        self, net: nn.Module, progress: float, score: Score, calibrate: Calibrate
+        self, net: nn.Module, progress: float, score: ScoreNet, calibrate: CalibrateNet
     ) -> dict[str, float]:
         assert isinstance(net, Supernet)
         metrics = {}
@@ -151,7 +151,7 @@ class ProgressiveObjective(TaughtObjective):
         return super().forward(images, targets, progress)
 
     def evaluate(
-        self, net: nn.Module, progress: float, score: Score, calibrate: Calibrate
+        self, net: nn.Module, progress: float, score: ScoreNet, calibrate: CalibrateNet
     ) -> dict[str, float]:
         assert isinstance(net, Supernet)
         lam = self.lam(progress)

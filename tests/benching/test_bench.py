@@ -14,7 +14,7 @@ from torch import nn
 from depthfuse.benching import bench
 from depthfuse.benching import engines as contenders
 from depthfuse.benching.bench import compare, operations, plot, randomised, write_csv
-from depthfuse.benching.engines import CONTENDERS, OURS, Contender, available
+from depthfuse.benching.engines import ENGINES, OURS, Engine, available
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -31,9 +31,9 @@ def image(batch=2):
 
 def test_who_can_take_part(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert available(list(CONTENDERS), torch.float32, CPU) == list(CONTENDERS)
-    assert "openvino" in available(list(CONTENDERS), torch.bfloat16, CPU)
-    assert "onnxruntime" not in available(list(CONTENDERS), torch.bfloat16, CPU)
+    assert available(list(ENGINES), torch.float32, CPU) == list(ENGINES)
+    assert "openvino" in available(list(ENGINES), torch.bfloat16, CPU)
+    assert "onnxruntime" not in available(list(ENGINES), torch.bfloat16, CPU)
     assert available(["openvino", "eager", "onnxruntime"], torch.float32, GPU) == ["eager"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
     assert available(["openvino", "onnxruntime"], torch.float32, CPU) == []
@@ -58,9 +58,9 @@ def test_the_wrong_and_the_failing_are_left_out(monkeypatch, caplog):
     def fail(model, x):
         raise RuntimeError("no such operator\nand more")
 
-    monkeypatch.setitem(CONTENDERS, "wrong", Contender(lambda model, x: lambda x: model(x) * 1.1))
-    monkeypatch.setitem(CONTENDERS, "nan", Contender(lambda model, x: lambda x: model(x) / 0))
-    monkeypatch.setitem(CONTENDERS, "failing", Contender(fail))
+    monkeypatch.setitem(ENGINES, "wrong", Engine(lambda model, x: lambda x: model(x) * 1.1))
+    monkeypatch.setitem(ENGINES, "nan", Engine(lambda model, x: lambda x: model(x) / 0))
+    monkeypatch.setitem(ENGINES, "failing", Engine(fail))
     rows = compare(small_net(), "small", image(), ["wrong", "nan", "failing"], rounds=2, round_ms=0.1)
     assert [row["contender"] for row in rows] == [OURS]
     assert "wrong is wrong on small" in caplog.text
@@ -86,7 +86,7 @@ def test_openvino_runs_bfloat16_by_a_hint_on_a_float32_graph(monkeypatch, dtype)
     monkeypatch.setitem(sys.modules, "openvino", types.SimpleNamespace(Core=Core))
     monkeypatch.setattr(contenders, "_onnx", lambda model, x: seen.update(x=x) or model)
     model, x = small_net().to(dtype).requires_grad_(False), image().to(dtype)
-    result = CONTENDERS["openvino"].make(model, x)(x)
+    result = ENGINES["openvino"].make(model, x)(x)
     assert seen["x"].dtype == result.dtype == torch.float32
     assert (
         seen["options"]["INFERENCE_PRECISION_HINT"] == {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
@@ -100,13 +100,13 @@ def test_engines_compute_the_same(name):
     if not available([name], torch.float32, CPU):
         pytest.skip(f"{name} or onnxscript is not installed")
     model, x = small_net().requires_grad_(False), image()
-    torch.testing.assert_close(CONTENDERS[name].make(model, x)(x), model(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ENGINES[name].make(model, x)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_torch_compile_is_frozen_and_compiles_once():
     model, x = small_net().requires_grad_(False), image()
-    run = CONTENDERS["torch.compile"].make(model, x)
+    run = ENGINES["torch.compile"].make(model, x)
     counters = torch._dynamo.utils.counters
     graphs = counters["stats"]["unique_graphs"]
     for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):

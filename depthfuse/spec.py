@@ -100,7 +100,7 @@ class ModelSource:
         except Exception as error:  # an argument out of place may fail anywhere in timm's code
             what = "timm refused"
             if pretrained and isinstance(error, RuntimeError):
-                what = "there are no pretrained weights with"
+                what = "pretrained weights cannot be loaded with"
             raise SpecError(
                 f"{what} the arguments {self.kwargs} for {self.name!r}: {type(error).__name__} {error}"
             ) from error

@@ -26,6 +26,15 @@ MALFORMED = (
     TypeError,
     ValueError,  # JSONDecodeError and UnicodeError too
 )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine ran out of memory, of which the file that was read is not guilty."""
+    return (
+        isinstance(error, MemoryError) or "out of memory" in str(error) or "not enough memory" in str(error)
+    )
+
+
 # The largest of ours are histories of hundreds of epochs, under 2 MB.
 MAX_JSON_BYTES = 8 * 2**20
 # Ours reach 12; Python's own recursion ends near 1000.

@@ -1,6 +1,7 @@
 """Two real processes that work together, for tests. Each has one thread, and all have a time limit: a run that hangs is
 a test that fails."""
 
+import fcntl
 import os
 import socket
 import subprocess
@@ -9,6 +10,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import pytest
 
 LIMIT_S = 120
 
@@ -82,3 +85,17 @@ def pair(*arguments: str | Path) -> Processes:
     return Processes(
         [[sys.executable, *arguments]] * 2, [shared | {"RANK": r, "LOCAL_RANK": r} for r in "01"]
     )
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder filled by `make`, for all tests and for all workers of pytest-xdist: the first makes it, others wait."""
+    base = factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = root / name, root / f"{name}.done"
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            folder.mkdir()  # fails where an earlier try has failed
+            make(folder)
+            done.touch()
+    return folder

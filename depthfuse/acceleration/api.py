@@ -22,10 +22,11 @@ from depthfuse.acceleration.running.execution import Executor
 from depthfuse.acceleration.running.implementations import TUNE
 from depthfuse.acceleration.saving.saved import read_plan
 from depthfuse.devices import capability_of
-from depthfuse.errors import AccelerationError, CheckpointError
+from depthfuse.errors import AccelerationError, CheckpointError, DepthfuseError
 from depthfuse.measured_cache import environment
 from depthfuse.merging.model_inputs import known_input_size
 from depthfuse.ops import onednn, resolve_backend
+from depthfuse.untrusted import MALFORMED, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -132,17 +133,23 @@ def load_accelerated(
     plan = replace(saved.plan, module=saved.plan.module.to(device))
     inputs = plan.example_inputs()
     here = environment(plan.device)
-    if here == saved.environment:
-        try:
-            executor = restore(plan, saved.execution, inputs, saved.implementations)
-        except ValueError as error:
-            raise CheckpointError(
-                f"{path} holds no plan that this version understands ({error}): save it again with this version"
-            ) from error
-    else:
+    same = here == saved.environment
+    if not same:
         changed = [name for name in here if here[name] != saved.environment.get(name)]
         logger.info("tuning anew: another %s than where the model was saved", ", ".join(changed))
-        executor = choose(plan, None, inputs, tune)
+    try:  # the first time that what the file holds is run
+        if same:
+            executor = restore(plan, saved.execution, inputs, saved.implementations)
+        else:
+            executor = choose(plan, None, inputs, tune)
+    except DepthfuseError:
+        raise
+    except MALFORMED as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{path} holds no plan that this version understands ({error}): save it again with this version"
+        ) from error
     report = replace(
         _report(plan, executor),
         max_relative_error=saved.report.max_relative_error,

@@ -11,8 +11,8 @@ class DataConfig:
     """Where images come from and how they are prepared."""
 
     data: str = "fashion-mnist"
-    """"fashion-mnist" (embedded), a folder with a sub-folder for each split, or a data set of timm's factory:
-    "torch/cifar10", "hfds/NAME", "wds/NAME", ..."""
+    """"fashion-mnist" (embedded), a folder with a sub-folder for each split and in it one for each class, or a data set
+    of timm's factory: "torch/cifar10", "hfds/NAME", "wds/NAME", ..."""
     data_dir: str | None = None
     """Root folder of a named data set; for a folder of images give `data` alone."""
     train_split: str = "train"

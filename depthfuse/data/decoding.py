@@ -5,6 +5,8 @@ the sensor lay. All kinds of data go through `to_mode`, so that one file gives t
 """
 
 import functools
+import os
+import stat
 from typing import IO
 
 import numpy as np
@@ -17,7 +19,7 @@ _FORMATS = (
     *("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF"),
     *("DIB", "DDS", "ICO", "MPO", "PCX", "QOI", "SGI", "SUN", "TGA"),
 )
-# By mode, the formats of which Pillow gives 16 bits in it; elsewhere a value has no defined white.
+# The formats of which Pillow gives 16 bits in mode I; those of others have no defined white.
 _SIXTEEN_BITS_AS_INT32 = ("PNG", "PPM")
 # Raw PNG pixels that Pillow rescales, but not the transparent value beside them.
 _RESCALED = ("L;2", "L;4", "RGB;16B")
@@ -36,7 +38,9 @@ _TURNS = {
 
 
 def open_image(source: str | IO[bytes]) -> Image.Image:
-    """Pillow's lazily read image of a path or an open file; raises what Pillow raises."""
+    """Pillow's lazily read image of a path or an open file; raises what Pillow raises, or OSError."""
+    if isinstance(source, str) and not stat.S_ISREG(os.stat(source).st_mode):
+        raise OSError("it is not a regular file")  # a pipe would make us wait for ever
     return Image.open(source, formats=_readable_formats())
 
 
@@ -54,7 +58,8 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
         DataError: integers or floats without a defined range, an image of which nothing is to be seen.
         OSError and others: what Pillow raises for a damaged file.
     """
-    raw_mode = image.tile[0][3] if getattr(image, "tile", None) else None  # forgotten once it is loaded
+    tiles = getattr(image, "tile", None)  # of a file; forgotten once it is loaded
+    raw_mode = tiles[0][3] if tiles else None
     image.load()
     turn = _turn(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):

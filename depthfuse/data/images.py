@@ -67,7 +67,8 @@ class DecodedImages(Dataset):
         """[N] int64 without decoding, or None where the data set does not tell.
 
         Raises:
-            DataError: a label is no whole number.
+            DataError: a label is not one whole number.
+            ValueError: labels are of several shapes.
         """
         if hasattr(self.items, "samples"):
             labels = [label for _, label, *_ in self.items.samples]
@@ -78,10 +79,8 @@ class DecodedImages(Dataset):
         else:
             return None
         numbers = np.asarray(labels)
-        if numbers.dtype.kind not in "iu":
-            raise DataError(
-                f"labels must be class numbers, but some are like {labels[0]!r} ({numbers.dtype})"
-            )
+        if numbers.ndim != 1 or numbers.dtype.kind not in "iub":
+            raise DataError(f"each must be one class number, but there are some like {labels[0]!r}")
         return torch.as_tensor(numbers, dtype=torch.int64)
 
     def class_names(self) -> list[str]:

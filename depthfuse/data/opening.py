@@ -54,8 +54,8 @@ def open_data(
             bundle = _open_indexed(config, format)
     if bundle.num_classes < 2:
         raise DataError(
-            f"{config.data} has {bundle.num_classes} class(es), and there is nothing to tell apart: "
-            "a classifier needs two"
+            f"{config.data} has {'one single class' if bundle.num_classes else 'no class'}, and there is nothing to "
+            "tell apart: a classifier needs two classes"
         )
     if num_classes is not None and num_classes != bundle.num_classes:
         shown = ", ".join(bundle.class_names[:5]) + (", ..." if bundle.num_classes > 5 else "")
@@ -115,7 +115,13 @@ def _open_indexed(config: DataConfig, format: InputFormat) -> DataBundle:
 
     def open_split(split: str) -> tuple[DecodedImages, Tensor | None, list[str]]:
         images = DecodedImages(_create(config, split), format.pillow_mode)
-        labels, names = images.labels(), images.class_names()
+        names = images.class_names()
+        try:
+            labels = images.labels()
+        except ValueError as error:
+            raise DataError(
+                f"labels of the split {split!r} of {config.data} are not usable: {error}"
+            ) from error
         if labels is not None and not names:
             names = [str(number) for number in range(int(labels.max()) + 1)]
         if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):

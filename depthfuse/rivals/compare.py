@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -288,8 +289,14 @@ def _time(nets: Mapping[str, nn.Module], x: torch.Tensor, rounds: int) -> dict[s
 
 
 def compare(config: CompareConfig, until: str = "measure") -> Path:
-    """Run a comparison up to a step; returns its folder."""
+    """Run a comparison up to a step; returns its folder. On one process: ConfigError where torchrun started several."""
     if until not in STEPS:
         raise ConfigError(f"unknown step {until!r}; known: {', '.join(STEPS)}")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ConfigError(
+            f"a comparison runs on one process, and {processes} were started, which would write the same files: give "
+            "each process seeds of its own (--seeds 0, --seeds 1) and a folder of its own, without torchrun"
+        )
     Comparison(config).run(until)
     return config.out

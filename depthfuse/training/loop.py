@@ -82,151 +82,215 @@ def fit(
     goes on from it if it is there. Raises TrainingDiverged, naming iteration and layer, when loss or gradient is not
     finite in any process, and CheckpointError for a checkpoint of another run or number of processes.
     """
-    accelerator = accelerator or make_accelerator()
-    device = accelerator.device
-    # oneDNN and cuDNN train convolutions faster in channels_last; images follow below
-    net = objective.net.to(device, memory_format=torch.channels_last)
-    optimizer = create_optimizer_v2(net, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
-    ema = ModelEmaV3(net, decay=config.ema_decay) if config.ema_decay > 0 else None
-    wrapped, optimizer = accelerator.prepare(objective, optimizer)
-    world, rank = accelerator.num_processes, accelerator.process_index
-    epoch_batches = data.train_batches(world)
-    total = config.epochs * epoch_batches
-    warmup = min(round(config.warmup_epochs * epoch_batches), max(total - 1, 0))
-    hold = min(round(config.hold_share * total), max(total - 1 - warmup, 0))
-    scheduler = CosineLRScheduler(
-        optimizer,
-        t_initial=max(total - hold, 1),
-        lr_min=config.min_lr,
-        warmup_t=warmup,
-        warmup_lr_init=config.min_lr,
-        warmup_prefix=True,
-        t_in_epochs=False,
+    training = _Training(
+        objective,
+        data,
+        config,
+        accelerator or make_accelerator(),
+        stage=stage,
+        seed=seed,
+        checkpoint=checkpoint,
+        checkpoint_seconds=checkpoint_seconds,
+        calibration_images=calibration_images,
     )
-    mixup = data.mixup()  # without label smoothing, which the objective does
-    result, iteration, best = TrainResult(), 0, None
-    identity = {
-        "stage": stage,
-        "seed": seed,
-        "total": total,
-        "processes": world,
-        "parameters": sum(p.numel() for p in net.parameters()),
-    }
+    training.restore()
+    training.run()
+    return training.finish()
 
-    if checkpoint is not None and on_one(accelerator, checkpoint.exists):
-        state = on_all(accelerator, lambda: _load_state(checkpoint, identity))
+
+class _Training:
+    """One training stage under way: what changes from step to step, and the parts of `fit`, whose arguments it has."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        data: DataBundle,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        *,
+        stage: str,
+        seed: int,
+        checkpoint: Path | None,
+        checkpoint_seconds: float,
+        calibration_images: int,
+    ) -> None:
+        self.objective, self.data, self.config, self.accelerator = objective, data, config, accelerator
+        self.stage, self.seed, self.calibration_images = stage, seed, calibration_images
+        self.checkpoint, self.checkpoint_seconds = checkpoint, checkpoint_seconds
+        # oneDNN and cuDNN train convolutions faster in channels_last; images follow in `_step`
+        self.net = objective.net.to(accelerator.device, memory_format=torch.channels_last)
+        optimizer = create_optimizer_v2(
+            self.net, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay
+        )
+        self.ema = ModelEmaV3(self.net, decay=config.ema_decay) if config.ema_decay > 0 else None
+        self.wrapped, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.epoch_batches = data.train_batches(accelerator.num_processes)
+        self.total = config.epochs * self.epoch_batches
+        self.warmup = min(round(config.warmup_epochs * self.epoch_batches), max(self.total - 1, 0))
+        self.hold = min(round(config.hold_share * self.total), max(self.total - 1 - self.warmup, 0))
+        self.scheduler = CosineLRScheduler(
+            self.optimizer,
+            t_initial=max(self.total - self.hold, 1),
+            lr_min=config.min_lr,
+            warmup_t=self.warmup,
+            warmup_lr_init=config.min_lr,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+        self.mixup = data.mixup()  # without label smoothing, which the objective does
+        self.result, self.iteration = TrainResult(), 0
+        self.best: dict[str, Tensor] | None = None
+        self.started = self.last_saved = time.monotonic()
+
+    def restore(self) -> None:
+        """Go on from the checkpoint, if it is there. Raises CheckpointError for one of another run."""
+        checkpoint = self.checkpoint
+        if checkpoint is None or not on_one(self.accelerator, checkpoint.exists):
+            return
+        state = on_all(self.accelerator, lambda: _load_state(checkpoint, self._identity()))
+        scaler = self.accelerator.scaler
         try:
-            net.load_state_dict(state["net"])
-            optimizer.load_state_dict(state["optimizer"])
-            if ema is not None:
-                ema.module.load_state_dict(state["ema"])
-            if accelerator.scaler is not None and state["scaler"]:
-                accelerator.scaler.load_state_dict(state["scaler"])
-            iteration, best = state["iteration"], state["best"]
-            result = TrainResult(state["history"], state["best_top1"], state["seconds"])
+            self.net.load_state_dict(state["net"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state["ema"])
+            if scaler is not None and state["scaler"]:
+                scaler.load_state_dict(state["scaler"])
+            self.iteration, self.best = state["iteration"], state["best"]
+            self.result = TrainResult(state["history"], state["best_top1"], state["seconds"])
         except MALFORMED as error:
             raise CheckpointError(
                 f"{checkpoint} is no training state of this version ({type(error).__name__} {error!s:.200}): delete it "
                 "to start this stage over"
             ) from error
-        log.info("%s: going on from iteration %d of %d", stage, iteration, total)
+        log.info("%s: going on from iteration %d of %d", self.stage, self.iteration, self.total)
 
-    started = last_saved = time.monotonic()
+    def run(self) -> None:
+        """All steps that are left, an evaluation after each epoch."""
+        self.wrapped.train()
+        with progress(self.stage, total=self.total, done=self.iteration) as bar:
+            while self.iteration < self.total:
+                epoch, start_batch = divmod(self.iteration, self.epoch_batches)
+                loader = self.data.train_loader(
+                    seed=self.seed,
+                    epoch=epoch,
+                    start_batch=start_batch,
+                    rank=self.accelerator.process_index,
+                    world_size=self.accelerator.num_processes,
+                )
+                batches = iter(loader)
+                for _ in range(start_batch, self.epoch_batches):
+                    fetch = functools.partial(self._save_and_fetch, batches)
+                    loss = self._step(*on_all(self.accelerator, fetch))
+                    bar.advance(1, loss=loss, **self.objective.status((self.iteration - 1) / self.total))
+                self._end_epoch(epoch)
 
-    def save() -> None:
-        nonlocal last_saved
-        last_saved = time.monotonic()
-        if checkpoint is not None:
-            state = {
-                "identity": identity,
-                "net": net.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "ema": ema.module.state_dict() if ema is not None else None,
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-                "iteration": iteration,
-                **objective.status(iteration / total),
-                "history": result.history,
-                "best": best,
-                "best_top1": result.best_top1,
-                "seconds": result.seconds + time.monotonic() - started,
-            }
-            save_state(checkpoint, state)
+    def finish(self) -> TrainResult:
+        """Put the best weights into the net, or the last where none may be chosen."""
+        self.result.seconds += time.monotonic() - self.started
+        if self.best is not None:
+            self.net.load_state_dict(self.best)
+        elif self.ema is not None:
+            self.net.load_state_dict(self.ema.module.state_dict())
+        return self.result
 
-    def save_and_fetch(batches: Iterator[Batch]) -> Batch:
+    def _identity(self) -> dict[str, Any]:
+        """What must agree for a checkpoint to be this stage's."""
+        return {
+            "stage": self.stage,
+            "seed": self.seed,
+            "total": self.total,
+            "processes": self.accelerator.num_processes,
+            "parameters": sum(p.numel() for p in self.net.parameters()),
+        }
+
+    def _save(self) -> None:
+        self.last_saved = time.monotonic()
+        if self.checkpoint is None:
+            return
+        scaler = self.accelerator.scaler
+        state = {
+            "identity": self._identity(),
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "iteration": self.iteration,
+            **self.objective.status(self.iteration / self.total),
+            "history": self.result.history,
+            "best": self.best,
+            "best_top1": self.result.best_top1,
+            "seconds": self.result.seconds + time.monotonic() - self.started,
+        }
+        save_state(self.checkpoint, state)
+
+    def _save_and_fetch(self, batches: Iterator[Batch]) -> Batch:
         # at the end of an epoch evaluation comes first, and saving after it
-        due = iteration % epoch_batches and time.monotonic() - last_saved > checkpoint_seconds
-        if due and accelerator.is_main_process:
-            save()
+        waited = time.monotonic() - self.last_saved > self.checkpoint_seconds
+        if self.iteration % self.epoch_batches and waited and self.accelerator.is_main_process:
+            self._save()
         batch = next(batches, None)
         if batch is None:
-            epoch = iteration // epoch_batches
+            epoch = self.iteration // self.epoch_batches
             raise RuntimeError(
-                f"{stage}: the data gave fewer batches in epoch {epoch} than the {epoch_batches} announced"
+                f"{self.stage}: the data gave fewer batches in epoch {epoch} than the {self.epoch_batches} announced"
             )
         return batch
 
-    log_every = max(1, epoch_batches // 10)
-    wrapped.train()
-    with progress(stage, total=total, done=iteration) as bar:
-        while iteration < total:
-            epoch, start_batch = divmod(iteration, epoch_batches)
-            loader = data.train_loader(
-                seed=seed, epoch=epoch, start_batch=start_batch, rank=rank, world_size=world
-            )
-            batches = iter(loader)
-            for _ in range(start_batch, epoch_batches):
-                images, targets = on_all(accelerator, functools.partial(save_and_fetch, batches))
-                seed_iteration(seed, iteration, rank)
-                if mixup is not None:
-                    images, targets = mixup(images, targets, seed=seed, iteration=iteration)
-                images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-                targets = targets.to(device, non_blocking=True)
-                scheduler.step_update(iteration if iteration < warmup else max(warmup, iteration - hold))
-                optimizer.zero_grad(set_to_none=True)
-                with accelerator.autocast():
-                    loss = wrapped(images, targets, iteration / total)
-                check = functools.partial(_check_finite, loss, net, images, iteration, stage)
-                on_all(accelerator, check)  # one process has the images at fault, and all have to end
-                accelerator.backward(loss)
-                if config.clip_grad > 0:
-                    accelerator.unscale_gradients()
-                    norm = get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
-                    if accelerator.scaler is None:  # a gradient scaler skips overflowing steps by itself
-                        _check_gradient(norm, net, iteration, stage)
-                    clip_grads_with_norm_(net.parameters(), config.clip_grad, norm)
-                optimizer.step()
-                iteration += 1
-                if ema is not None:
-                    ema.update(net, step=iteration)
-                if iteration % log_every == 0 or iteration == total:
-                    row = {"stage": stage, "iteration": iteration, "epoch": iteration / epoch_batches}
-                    row |= {"loss": float(loss.detach()), "lr": optimizer.param_groups[0]["lr"]}
-                    result.history.append(row | objective.status((iteration - 1) / total))
-                bar.advance(1, loss=float(loss.detach()), **objective.status((iteration - 1) / total))
-            shown = net if ema is None else ema.module
-            share_buffers(accelerator, shown)  # what is scored is what the main process saves
-            metrics = objective.evaluate(
-                shown,
-                min(1.0, iteration / total),
-                score=lambda n: top1(n, data.holdout_loader(), accelerator),
-                calibrate=lambda n: calibrate(n, data, calibration_images),
-            )
-            wrapped.train()
-            result.history.append(
-                {"stage": stage, "iteration": iteration, "epoch": iteration // epoch_batches, **metrics}
-            )
-            log.info("%s: epoch %d of %d: %s", stage, epoch + 1, config.epochs, _show(metrics))
-            score = metrics.get("top1")
-            if score is not None and (result.best_top1 is None or score > result.best_top1):
-                result.best_top1 = score
-                best = {key: value.detach().cpu().clone() for key, value in shown.state_dict().items()}
-            on_one(accelerator, save)
-    result.seconds += time.monotonic() - started
-    if best is not None:
-        net.load_state_dict(best)
-    elif ema is not None:
-        net.load_state_dict(ema.module.state_dict())
-    return result
+    def _step(self, images: Tensor, targets: Tensor) -> float:
+        """One optimiser step; returns the loss."""
+        accelerator, config, iteration = self.accelerator, self.config, self.iteration
+        seed_iteration(self.seed, iteration, accelerator.process_index)
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets, seed=self.seed, iteration=iteration)
+        images = images.to(accelerator.device, non_blocking=True, memory_format=torch.channels_last)
+        targets = targets.to(accelerator.device, non_blocking=True)
+        held = iteration if iteration < self.warmup else max(self.warmup, iteration - self.hold)
+        self.scheduler.step_update(held)
+        self.optimizer.zero_grad(set_to_none=True)
+        with accelerator.autocast():
+            loss = self.wrapped(images, targets, iteration / self.total)
+        check = functools.partial(_check_finite, loss, self.net, images, iteration, self.stage)
+        on_all(accelerator, check)  # one process has the images at fault, and all have to end
+        accelerator.backward(loss)
+        if config.clip_grad > 0:
+            accelerator.unscale_gradients()
+            norm = get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
+            if accelerator.scaler is None:  # a gradient scaler skips overflowing steps by itself
+                _check_gradient(norm, self.net, iteration, self.stage)
+            clip_grads_with_norm_(self.net.parameters(), config.clip_grad, norm)
+        self.optimizer.step()
+        self.iteration += 1
+        if self.ema is not None:
+            self.ema.update(self.net, step=self.iteration)
+        loss_value = float(loss.detach())
+        log_every = max(1, self.epoch_batches // 10)
+        if self.iteration % log_every == 0 or self.iteration == self.total:
+            epoch = self.iteration / self.epoch_batches
+            row = {"stage": self.stage, "iteration": self.iteration, "epoch": epoch}
+            row |= {"loss": loss_value, "lr": self.optimizer.param_groups[0]["lr"]}
+            self.result.history.append(row | self.objective.status(iteration / self.total))
+        return loss_value
+
+    def _end_epoch(self, epoch: int) -> None:
+        """Score what would be shown, remember it if it is the best, and save."""
+        shown = self.net if self.ema is None else self.ema.module
+        share_buffers(self.accelerator, shown)  # what is scored is what the main process saves
+        metrics = self.objective.evaluate(
+            shown,
+            min(1.0, self.iteration / self.total),
+            score=lambda n: top1(n, self.data.holdout_loader(), self.accelerator),
+            calibrate=lambda n: calibrate(n, self.data, self.calibration_images),
+        )
+        self.wrapped.train()
+        done = {"iteration": self.iteration, "epoch": self.iteration // self.epoch_batches}
+        self.result.history.append({"stage": self.stage, **done, **metrics})
+        log.info("%s: epoch %d of %d: %s", self.stage, epoch + 1, self.config.epochs, _show(metrics))
+        score = metrics.get("top1")
+        if score is not None and (self.result.best_top1 is None or score > self.result.best_top1):
+            self.result.best_top1 = score
+            self.best = {key: value.detach().cpu().clone() for key, value in shown.state_dict().items()}
+        on_one(self.accelerator, self._save)
 
 
 def _show(metrics: Mapping[str, float]) -> str:

@@ -18,6 +18,7 @@ from fake_clock import Clock
 from nets import SMALL, build, random_subnet
 
 from depthfuse import Supernet
+from depthfuse.checkpoint import load_json
 from depthfuse.config import LatencyConfig, SearchConfig
 from depthfuse.costs.counting import count_costs
 from depthfuse.costs.latency import (
@@ -328,8 +329,8 @@ def test_a_table_that_lacks_only_the_closing_check_is_closed(clock, tmp_path):
     clock.measured.clear()
     assert measure_latencies(supernet, size, CONFIG, cache) == wanted == CostTable.load(cache)
     assert not clock.measured
-    # one of an earlier version holds neither floor nor spread
-    document = json.loads(cache.read_text())
+    # one that nobody closed and nobody checked
+    document = load_json(cache)
     cut = {key: document[key] for key in ("conditions", "unit", "whole", "saved")}
     nonsense = {path: {n: 10 * v for n, v in names.items()} for path, names in document["saved"].items()}
     CostTable(**cut | {"saved": nonsense}).save(cache)

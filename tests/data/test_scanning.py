@@ -315,6 +315,16 @@ def test_only_regular_files_are_opened(folder, tmp_path, kind, where, what):
         open_root(folder, kind)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_file_that_becomes_a_device_later_is_not_opened(folder, kind):
+    bundle = open_root(folder, kind)
+    path = folder / "val" / "bee" / "1.jpg"
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=f"cannot read image {path}: it is not a regular file"):
+        list(bundle.val_loader())
+
+
 def test_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
     def scandir(path):
         if str(path).endswith("/bee"):

@@ -1,9 +1,13 @@
 """Streamed data, as WebDataset shards: order, resuming, and its own errors."""
 
+import io
+import tarfile
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from shards import CLASSES, IMAGES, numbers, write_shards
 from shards import shard_config as config
 
@@ -122,3 +126,41 @@ def test_streams_that_cannot_be_divided_are_refused():
         bundle.train_loader(seed=0, epoch=0, world_size=2)
     with pytest.raises(DataError, match="cannot be told which share of tfds/some"):
         bundle_of(SimpleNamespace(num_samples=8), config)
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_pixels_are_those_that_a_folder_gives(tmp_path, in_chans):
+    """16 bits, transparency and EXIF turns, which timm's own conversion would lose."""
+    deep = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    alpha = Image.fromarray(np.stack([deep // 257] * 3 + [255 - deep // 257], -1).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = {"deep": (Image.fromarray(deep), {}), "clear": (alpha, {}), "turned": (alpha, {"exif": exif})}
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for number, (name, (image, options)) in enumerate(files.items()):
+            for split in ("train", "val"):  # one image a class
+                path = tmp_path / "folder" / split / str(number) / f"{name}.png"
+                path.parent.mkdir(parents=True)
+                image.save(path, **options)
+            for suffix, data in (("png", path.read_bytes()), ("cls", b"%d" % number)):
+                info = tarfile.TarInfo(f"{number}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    (tmp_path / "other.tar").write_bytes((tmp_path / "all.tar").read_bytes())
+    common = {"img_size": 16, "batch_size": 1, "crop_pct": 1.0}
+    stream = DataConfig(
+        data="wds/x", data_dir=str(tmp_path), train_split="other.tar|3", val_split="all.tar|3", **common
+    )
+    folder = DataConfig(data=str(tmp_path / "folder"), **common)
+    (given, labels), (expected, expected_labels) = (
+        next(iter(open_data(config, num_classes=3, in_chans=in_chans).val_loader()))
+        for config in (stream, folder)
+    )
+    assert torch.equal(labels, expected_labels) and torch.equal(given, expected)
+
+
+@pytest.mark.parametrize("split", ["val_split", "holdout_split"])
+def test_training_images_are_not_measured_on(shards, split):
+    same = config(shards).train_split
+    with pytest.raises(DataError, match="is trained on and measured on: name another split"):
+        open_data(config(shards, **{split: same}), num_classes=CLASSES)

@@ -195,3 +195,10 @@ def test_channel_pruning_gives_a_working_net(family):
     pruned = prune_channels(model, size, 0.5).eval()
     assert pruned(x).shape == before.shape and pruned(x).isfinite().all()
     assert torch.equal(model(x), before)
+
+
+def test_several_processes_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"runs on one process, and 2 were started.*--seeds"):
+        compare(dataclasses.replace(CONFIG, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

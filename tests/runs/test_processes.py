@@ -10,7 +10,7 @@ import prune_worker
 import pytest
 import torch
 from PIL import Image
-from processes import pair, torchrun
+from processes import made_once, pair, torchrun
 from shards import CLASSES, shard_config, write_shards
 
 from depthfuse import ModelSource, PruneConfig, Supernet, load
@@ -51,15 +51,17 @@ CONFIG = PruneConfig(
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Two classes, one a little brighter: 96 images for training and 53 for validation, which no batch size divides."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.RandomState(0)
-    for split, counts in (("train", (48, 48)), ("val", (27, 26))):
-        for label, count in enumerate(counts):
-            (root / split / str(label)).mkdir(parents=True)
-            for number in range(count):
-                pixels = rng.randint(0, 236, (SIDE, SIDE, 3), dtype=np.uint8) + np.uint8(20 * label)
-                Image.fromarray(pixels).save(root / split / str(label) / f"{number}.png")
-    return root
+
+    def make(root):
+        rng = np.random.RandomState(0)
+        for split, counts in (("train", (48, 48)), ("val", (27, 26))):
+            for label, count in enumerate(counts):
+                (root / split / str(label)).mkdir(parents=True)
+                for number in range(count):
+                    pixels = rng.randint(0, 236, (SIDE, SIDE, 3), dtype=np.uint8) + np.uint8(20 * label)
+                    Image.fromarray(pixels).save(root / split / str(label) / f"{number}.png")
+
+    return made_once(tmp_path_factory, "images_of_two", make)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +71,8 @@ def table(tmp_path_factory):
     supernet = Supernet(ModelSource.make(CONFIG.model, **kwargs).build())
     options = supernet.options()
     saved = {path: {name: 0.01 * i for i, name in enumerate(names)} for path, names in options.items()}
-    path = tmp_path_factory.mktemp("table") / "latency.json"
-    CostTable({"model": CONFIG.model, "device": "none"}, "ms", 1.0, saved).save(path)
-    return path
+    costs = CostTable({"model": CONFIG.model, "device": "none"}, "ms", 1.0, saved)
+    return made_once(tmp_path_factory, "table_of_two", lambda f: costs.save(f / "table.json")) / "table.json"
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def finished_by_two(folder, config, *flags):
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     """A run of two processes that nobody disturbed."""
-    return finished_by_two(tmp_path_factory.mktemp("finished"), config)
+    return made_once(tmp_path_factory, "run_by_two", lambda folder: finished_by_two(folder, config)) / "run"
 
 
 def row(out, net):

@@ -211,7 +211,7 @@ def test_a_missed_budget_is_said(finished, tmp_path, caplog):
     shutil.copytree(finished, out, ignore=shutil.ignore_patterns("results.json", "config.yaml"))
     search = dataclasses.replace(CONFIG.search, blocks=None, speedup=1000.0)
     prune(dataclasses.replace(CONFIG, out=out, search=search))
-    results = json.loads((out / "results.json").read_text())
+    results = load_json(out / "results.json")
     budget = results["budget"]
     fast = next(row for row in results["rows"] if row["net"] == "merged accelerated")
     assert budget == {
@@ -226,7 +226,7 @@ def test_a_missed_budget_is_said(finished, tmp_path, caplog):
     assert missed in [record.message.partition(";")[0] for record in caplog.records]
     assert missed[1:] in (out / "report.md").read_text()
     assert ["budget (MISSED)", "", "", "", "", ">= 1000.00x"] in report.comparison_rows(results)
-    first = json.loads((finished / "results.json").read_text())
+    first = load_json(finished / "results.json")
     assert first["budget"] == {"name": "blocks", "unit": "blocks", "wanted": 2, "reached": 2, "met": True}
     assert report.budget_missed(first) is None and first["noisy_latencies"] == []
 

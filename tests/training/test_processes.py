@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import training_worker as worker
-from processes import pair
+from processes import made_once, pair
 from shards import CLASSES, IMAGES, shard_config, write_shards
 
 from depthfuse import open_data
@@ -21,10 +21,12 @@ pytest.importorskip("webdataset", reason="WebDataset is an optional dependency (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What two processes have left."""
-    folder = write_shards(tmp_path_factory.mktemp("pair"))
-    with pair(worker.__file__, folder) as processes:
-        assert processes.exit_codes() == [0, 0], processes.said()
-    return folder
+
+    def make(folder):
+        with pair(worker.__file__, write_shards(folder)) as processes:
+            assert processes.exit_codes() == [0, 0], processes.said()
+
+    return made_once(tmp_path_factory, "trained_by_two", make)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ from depthfuse.measured_cache import environment
 from depthfuse.merging.tracing import has_hooks
 from depthfuse.shapes import bytes_of_source
 from depthfuse.spec import ModelSource
-from depthfuse.untrusted import MALFORMED, parse_json
+from depthfuse.untrusted import MALFORMED, is_out_of_memory, parse_json
 
 FORMAT = "depthfuse.accelerated/2"
 
@@ -105,6 +105,8 @@ def read_plan(path: str | Path) -> Saved:
     try:
         return _read(parse_json(metadata["document"]), tensors)
     except (DescriptionError, SpecError, *MALFORMED) as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{path} holds no plan that this version understands ({error}): save it again with this version"
         ) from error

@@ -386,3 +386,24 @@ def test_the_lists_hold_nothing_that_reaches_outside():
     assert all((f.__module__ or "torch").partition(".")[0] in allowed for f in FUNCTIONS.values())
     assert all(hasattr(torch.Tensor, name) for name in METHODS)
     assert [name for name, f in FUNCTIONS.items() if f.__module__ == "builtins"] == ["getattr"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["CUDA out of memory. Tried to allocate 20.00 MiB.", "DefaultCPUAllocator: not enough memory: you tried"],
+)
+@pytest.mark.parametrize("where", ["restore", "choose"])
+def test_a_full_memory_is_not_the_files_fault(file, monkeypatch, message, where):
+    model, size = build("resnet")
+    accelerate(model, torch.randn(1, *size), tune="off").save(file)
+    if where == "choose":
+        monkeypatch.setattr(api, "environment", lambda device: {"device": "another"})
+
+    def fail(*args):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(api, where, fail)
+    with pytest.raises(RuntimeError, match=message[:20]):
+        load_accelerated(file, tune="off")
+    monkeypatch.undo()
+    assert load_accelerated(file, tune="off").report().fused_count > 0

@@ -24,9 +24,8 @@ from depthfuse.kernels import linear
 from depthfuse.kernels.arguments import NO_TAIL, POINTWISE, Tail, Window
 from depthfuse.kernels.device import splitk
 from depthfuse.kernels.device.epilogue import finish
-from depthfuse.kernels.device.patches import join_positions
-from depthfuse.kernels.device.splitk import part_of
-from depthfuse.kernels.device.tile import GemmConfig, gemm_config, tile_of, within_reduction
+from depthfuse.kernels.device.implicit_gemm import flat_product, tap_product
+from depthfuse.kernels.device.tile import GemmConfig, gemm_config, tile_of
 from depthfuse.kernels.launch import (
     Launch,
     Target,
@@ -97,58 +96,56 @@ def conv2d_kernel(
     x_row = ((image * height + top) * width + left) * (GROUPS * CHANNELS) + group * CHANNELS
     w_row = (group * OUT_CHANNELS + source_channel) * W_STRIDE
 
-    step = tl.arange(0, BLOCK_K)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    PIXEL: tl.constexpr = GROUPS * CHANNELS
+    PADDED: tl.constexpr = PADDING_H > 0 or PADDING_W > 0
     if FLAT:
-        first, last = part_of((R * S * CHANNELS + BLOCK_K - 1) // BLOCK_K, SPLITS, split)
-        for i in range(first, last):
-            # Of 3 channels each element is loaded by itself. On AMD a thread gathers neighbours of one row, so that
-            # they go to LDS and come back together, and not 16 bits at a time.
-            parts = ()
-            for j in tl.static_range(INTERLEAVE):
-                flat = i * BLOCK_K + tl.arange(0, BLOCK_K // INTERLEAVE) * INTERLEAVE + j
-                row = flat // (S * CHANNELS) * DILATION_H
-                column = flat % (S * CHANNELS) // CHANNELS * DILATION_W
-                c = flat % CHANNELS
-                x_mask = within_reduction(flat, R * S * CHANNELS, BLOCK_K)[None, :]
-                if PADDING_H > 0 or PADDING_W > 0:
-                    ih = top[:, None] + row[None, :]
-                    iw = left[:, None] + column[None, :]
-                    x_mask = x_mask & (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width)
-                x_offset = x_row[:, None] + ((row * width + column) * (GROUPS * CHANNELS) + c)[None, :]
-                if (
-                    CHANNELS % 8 == 0
-                ):  # eight neighbours of the flat axis are one pixel's; older compilers miss it
-                    x_offset = tl.max_contiguous(tl.multiple_of(x_offset, [1, 8]), [1, 8])
-                    x_mask = tl.max_constancy(x_mask, [1, 8])
-                parts = parts + (tl.load(x + x_offset, mask=x_mask, other=0.0),)  # noqa: RUF005  no starred expressions
-            a = parts[0]
-            if INTERLEAVE > 1:
-                a = tl.reshape(join_positions(parts, INTERLEAVE), (BLOCK_M, BLOCK_K))
-            flat = i * BLOCK_K + step
-            # What pack_weight put between two filters is zero, and x is masked there: only the next filter must be.
-            w_mask = within_reduction(flat, W_STRIDE, BLOCK_K)[None, :]
-            b = tl.load(weight + w_row[:, None] + flat[None, :], mask=w_mask, other=0.0)
-            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        acc = flat_product(
+            x,
+            weight,
+            x_row,
+            w_row,
+            top,
+            left,
+            height,
+            width,
+            split,
+            PIXEL,
+            CHANNELS,
+            R,
+            S,
+            W_STRIDE,
+            DILATION_H,
+            DILATION_W,
+            PADDED,
+            INTERLEAVE,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            SPLITS,
+        )
     else:
-        STEPS: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
-        first, last = part_of(R * S * STEPS, SPLITS, split)
-        for i in range(first, last):
-            tap = i // STEPS
-            row = tap // S * DILATION_H
-            column = tap % S * DILATION_W
-            c = i % STEPS * BLOCK_K + step
-            x_offset = (x_row + (row * width + column) * (GROUPS * CHANNELS))[:, None] + c[None, :]
-            w_offset = (w_row + tap * CHANNELS)[:, None] + c[None, :]
-            inside = within_reduction(c, CHANNELS, BLOCK_K)[None, :]
-            x_mask = inside
-            if PADDING_H > 0 or PADDING_W > 0:
-                ih = top + row
-                iw = left + column
-                x_mask = inside & ((ih >= 0) & (ih < height) & (iw >= 0) & (iw < width))[:, None]
-            a = tl.load(x + x_offset, mask=x_mask, other=0.0)
-            b = tl.load(weight + w_offset, mask=inside, other=0.0)
-            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        acc = tap_product(
+            x,
+            weight,
+            x_row,
+            w_row,
+            top,
+            left,
+            height,
+            width,
+            split,
+            PIXEL,
+            CHANNELS,
+            R,
+            S,
+            DILATION_H,
+            DILATION_W,
+            PADDED,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            SPLITS,
+        )
 
     channel_mask = channel < OUT_CHANNELS
     channel += group * OUT_CHANNELS

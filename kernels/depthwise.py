@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from depthfuse.kernels.arguments import NO_TAIL, POINTWISE, Tail, Window
-from depthfuse.kernels.device.epilogue import finish, normalize
+from depthfuse.kernels.device.rows import filter_row, filter_rows, finish_patch, first_sums, store_patch
 from depthfuse.kernels.launch import (
     Launch,
     Target,
@@ -64,48 +64,6 @@ class DepthwiseConfig:
         return compiler_options(target, self.num_warps, 1)
 
 
-@triton.jit
-def load_row(x, offset, mask, in_left, width, CHANNELS: tl.constexpr, IN_W: tl.constexpr):
-    """IN_W neighbouring pixels, each float32 [PATCHES, BLOCK_C]; zero left and right of the image."""
-    row = ()
-    for j in tl.static_range(IN_W):
-        iw = in_left + j
-        inside = mask & ((iw >= 0) & (iw < width))[:, None]
-        pixel = tl.load(x + offset + j * CHANNELS, mask=inside, other=0.0).to(tl.float32)
-        row = row + (pixel,)  # noqa: RUF005  Triton compiles no starred expressions
-    return row
-
-
-@triton.jit
-def add_row(
-    sums,
-    row,
-    w_row,
-    channel_mask,
-    FIRST: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    W_STRIDE_TAP: tl.constexpr,
-    PATCH_W: tl.constexpr,
-):
-    """Add one input row, through one kernel row, to the PATCH_W sums that start at index FIRST."""
-    for s in tl.static_range(S):
-        w = tl.load(w_row + s * W_STRIDE_TAP, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
-        for b in tl.static_range(PATCH_W):
-            total = sums[FIRST + b] + row[b * STRIDE_W + s * DILATION_W] * w
-            sums = sums[: FIRST + b] + (total,) + sums[FIRST + b + 1 :]  # noqa: RUF005  as above
-    return sums
-
-
-@triton.jit
-def _output(y_base, p, q, step, exists, out_height, out_width, channel, channel_mask, CHANNELS: tl.constexpr):
-    """Offsets and mask, [PATCHES, BLOCK_C], of the output pixels (p, q), `step` pixels after their patch's first."""
-    offset = (y_base + step * CHANNELS)[:, None] + channel[None, :]
-    mask = (exists & (p < out_height) & (q < out_width))[:, None] & channel_mask[None, :]
-    return offset, mask
-
-
 # Image sizes and batch change nothing in the code: one compilation serves them all.
 @triton.jit(do_not_specialize=["batch", "height", "width", "out_height", "out_width"])
 def depthwise_kernel(
@@ -140,9 +98,6 @@ def depthwise_kernel(
     PATCHES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    IN_H: tl.constexpr = (PATCH_H - 1) * STRIDE_H + (R - 1) * DILATION_H + 1  # input rows under a patch
-    IN_W: tl.constexpr = (PATCH_W - 1) * STRIDE_W + (S - 1) * DILATION_W + 1
-
     # Blocks of channels run fastest: programs side by side read the same pixels' cache lines.
     BLOCKS_C: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
@@ -162,86 +117,92 @@ def depthwise_kernel(
     x_base = ((image * height + in_top) * width + in_left) * CHANNELS
     y_base = ((image * out_height + top) * out_width + left) * CHANNELS
 
-    initial = tl.zeros((PATCHES, BLOCK_C), dtype=tl.float32)
-    if bias is not None:
-        initial += tl.load(bias + channel, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
-    sums = (initial,) * (PATCH_H * PATCH_W)
+    sums = first_sums(bias, channel, channel_mask, PATCHES, PATCH_H * PATCH_W)
     if PATCH_H == 1:
-        for r in range(R):
-            ih = in_top + r * DILATION_H
-            mask = (exists & (ih >= 0) & (ih < height))[:, None] & channel_mask[None, :]
-            offset = (x_base + r * DILATION_H * width * CHANNELS)[:, None] + channel[None, :]
-            row = load_row(x, offset, mask, in_left, width, CHANNELS, IN_W)
-            w_row = weight + r * S * W_STRIDE_TAP + channel * W_STRIDE_C
-            sums = add_row(sums, row, w_row, channel_mask, 0, S, STRIDE_W, DILATION_W, W_STRIDE_TAP, PATCH_W)
+        sums = filter_row(
+            sums,
+            x,
+            weight,
+            x_base,
+            exists,
+            in_top,
+            in_left,
+            height,
+            width,
+            channel,
+            channel_mask,
+            CHANNELS,
+            R,
+            S,
+            STRIDE_W,
+            DILATION_H,
+            DILATION_W,
+            W_STRIDE_C,
+            W_STRIDE_TAP,
+            PATCH_W,
+        )
     else:
-        for i in tl.static_range(IN_H):
-            ih = in_top + i
-            mask = (exists & (ih >= 0) & (ih < height))[:, None] & channel_mask[None, :]
-            offset = (x_base + i * width * CHANNELS)[:, None] + channel[None, :]
-            row = load_row(x, offset, mask, in_left, width, CHANNELS, IN_W)
-            for a in tl.static_range(PATCH_H):
-                # Output row a reads input row i through the kernel's row r where a * STRIDE_H + r * DILATION_H == i.
-                if (
-                    i >= a * STRIDE_H
-                    and (i - a * STRIDE_H) % DILATION_H == 0
-                    and (i - a * STRIDE_H) // DILATION_H < R
-                ):
-                    w_row = (
-                        weight + (i - a * STRIDE_H) // DILATION_H * S * W_STRIDE_TAP + channel * W_STRIDE_C
-                    )
-                    sums = add_row(
-                        sums,
-                        row,
-                        w_row,
-                        channel_mask,
-                        a * PATCH_W,
-                        S,
-                        STRIDE_W,
-                        DILATION_W,
-                        W_STRIDE_TAP,
-                        PATCH_W,
-                    )
+        sums = filter_rows(
+            sums,
+            x,
+            weight,
+            x_base,
+            exists,
+            in_top,
+            in_left,
+            height,
+            width,
+            channel,
+            channel_mask,
+            CHANNELS,
+            R,
+            S,
+            STRIDE_H,
+            STRIDE_W,
+            DILATION_H,
+            DILATION_W,
+            W_STRIDE_C,
+            W_STRIDE_TAP,
+            PATCH_H,
+            PATCH_W,
+        )
 
     # All tails before the first store: the compiler then loads bias, scale and shift once, not once an output.
-    results = ()
-    for a in tl.static_range(PATCH_H):
-        for b in tl.static_range(PATCH_W):
-            offset, mask = _output(
-                y_base,
-                top + a,
-                left + b,
-                a * out_width + b,
-                exists,
-                out_height,
-                out_width,
-                channel,
-                channel_mask,
-                CHANNELS,
-            )
-            total = sums[a * PATCH_W + b]
-            if NORM_EPS is not None:
-                tl.static_assert(BLOCK_C >= CHANNELS, "LayerNorm needs all channels in one program")
-                total = normalize(total, channel_mask, CHANNELS, NORM_EPS)
-            total = finish(
-                total, None, residual, scale, shift, channel, channel_mask, offset, mask, ACTIVATION
-            )
-            results = results + (total.to(y.dtype.element_ty),)  # noqa: RUF005  as above
-    for a in tl.static_range(PATCH_H):
-        for b in tl.static_range(PATCH_W):
-            offset, mask = _output(
-                y_base,
-                top + a,
-                left + b,
-                a * out_width + b,
-                exists,
-                out_height,
-                out_width,
-                channel,
-                channel_mask,
-                CHANNELS,
-            )
-            tl.store(y + offset, results[a * PATCH_W + b], mask=mask)
+    results = finish_patch(
+        sums,
+        y_base,
+        top,
+        left,
+        exists,
+        out_height,
+        out_width,
+        channel,
+        channel_mask,
+        residual,
+        scale,
+        shift,
+        CHANNELS,
+        NORM_EPS,
+        ACTIVATION,
+        PATCH_H,
+        PATCH_W,
+        y.dtype.element_ty,
+    )
+    store_patch(
+        results,
+        y,
+        y_base,
+        top,
+        left,
+        exists,
+        out_height,
+        out_width,
+        channel,
+        channel_mask,
+        CHANNELS,
+        PATCH_H,
+        PATCH_W,
+    )
 
 
 @functools.cache

@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 
 from depthfuse.kernels.arguments import NO_TAIL, POINTWISE, Tail, TwoLayers, Window
-from depthfuse.kernels.depthwise import add_row, load_row, require_taps
+from depthfuse.kernels.depthwise import require_taps
 from depthfuse.kernels.device.epilogue import activate, finish
 from depthfuse.kernels.device.patches import join_positions
+from depthfuse.kernels.device.rows import filter_row, first_sums
 from depthfuse.kernels.launch import (
     Launch,
     Target,
@@ -99,7 +100,6 @@ def depthwise_pointwise_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    IN_W: tl.constexpr = (PATCH_W - 1) * STRIDE_W + (S - 1) * DILATION_W + 1  # input columns under a patch
     patches_w = tl.cdiv(out_width, PATCH_W)
     patch = tl.program_id(0) * PATCHES + tl.arange(0, PATCHES)
     image = patch // (out_height * patches_w)
@@ -116,17 +116,28 @@ def depthwise_pointwise_kernel(
     for start in range(0, CHANNELS, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C)
         channel_mask = channel < CHANNELS
-        initial = tl.zeros((PATCHES, BLOCK_C), dtype=tl.float32)
-        if b1 is not None:
-            initial += tl.load(b1 + channel, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
-        sums = (initial,) * PATCH_W
-        for r in range(R):
-            ih = in_top + r * DILATION_H
-            mask = (exists & (ih >= 0) & (ih < height))[:, None] & channel_mask[None, :]
-            offset = (x_base + r * DILATION_H * width * CHANNELS)[:, None] + channel[None, :]
-            row = load_row(x, offset, mask, in_left, width, CHANNELS, IN_W)
-            w_row = w1 + r * S * W1_STRIDE_TAP + channel * W1_STRIDE_C
-            sums = add_row(sums, row, w_row, channel_mask, 0, S, STRIDE_W, DILATION_W, W1_STRIDE_TAP, PATCH_W)
+        sums = filter_row(
+            first_sums(b1, channel, channel_mask, PATCHES, PATCH_W),
+            x,
+            w1,
+            x_base,
+            exists,
+            in_top,
+            in_left,
+            height,
+            width,
+            channel,
+            channel_mask,
+            CHANNELS,
+            R,
+            S,
+            STRIDE_W,
+            DILATION_H,
+            DILATION_W,
+            W1_STRIDE_C,
+            W1_STRIDE_TAP,
+            PATCH_W,
+        )
         filtered = ()
         for i in tl.static_range(PATCH_W):
             filtered = filtered + (activate(sums[i], ACT_INNER),)

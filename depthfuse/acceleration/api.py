@@ -209,7 +209,7 @@ def _try_inputs(model: nn.Module, inputs: tuple[Tensor, ...], like: Tensor) -> N
     for x in inputs:
         if not isinstance(x, Tensor):
             raise AccelerationError(f"example_inputs holds a {type(x).__name__}, expected tensors")
-        if x.is_floating_point() and x.dtype != like.dtype:
+        if x.dtype != like.dtype:
             raise AccelerationError(
                 f"the example input has dtype {x.dtype}, expected the model's {like.dtype}"
             )

@@ -95,14 +95,15 @@ def test_every_merge_candidate(family):
     model, size = build(family)
     supernet = randomise_norms(Supernet(model)).eval()
     options = supernet.options()
-    x = torch.randn(2, *size)
+    x = torch.randn(2, *size, dtype=torch.float64)
     for candidate in dict.fromkeys(name for names in options.values() for name in names):
         supernet.set_choices({path: candidate for path, names in options.items() if candidate in names})
-        merged = merge(supernet, size)
-        rebuilt = merged_structure(supernet.spec())
+        merged = merge(supernet, size).double()
+        rebuilt = merged_structure(supernet.spec()).double()
         rebuilt.load_state_dict(merged.state_dict())
         fast = accelerate(rebuilt, x, tune="heuristic")
-        torch.testing.assert_close(fast(x), merged(x), rtol=1e-3, atol=1e-4, msg=candidate)
+        wanted = merged(x)
+        assert (fast(x) - wanted).abs().max() <= 1e-10 * wanted.abs().max(), candidate
         assert not [entry.path for entry in fast.report().entries if entry.kind in ("Dropped", "Identity")]
 
 
@@ -430,3 +431,11 @@ def test_rounding_that_the_model_amplifies_itself_is_no_mistake(monkeypatch):
         fast.plan.get_submodule("fused_second").weight[0] *= 1.5
     with pytest.raises(AccelerationError, match="differs from the model"):
         verify_module.verify(fast._made, fast, model, (x,))
+
+
+def test_integer_example_inputs_are_refused_by_name():
+    model = nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 4)).eval()
+    with pytest.raises(
+        AccelerationError, match="example input has dtype torch.int64, expected the model's torch.float32"
+    ):
+        accelerate(model, torch.zeros(2, 3, dtype=torch.int64))

@@ -111,16 +111,11 @@ class Plan:
         )
 
     def cast(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Floating-point inputs in the plan's dtype."""
-        return tuple(x.to(self.dtype) if x.is_floating_point() else x for x in inputs)
+        """Inputs in the plan's dtype."""
+        return tuple(x.to(self.dtype) for x in inputs)
 
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """Noise of the shapes and dtypes that the plan was made for; zeros for integers."""
+        """Noise of the shapes that the plan was made for, in its dtype."""
         generator = torch.Generator().manual_seed(0)
-
-        def make(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            if not dtype.is_floating_point:
-                return torch.zeros(shape, dtype=dtype, device=self.device)
-            return torch.randn(shape, generator=generator).to(self.device, self.dtype)
-
-        return tuple(make(shape, dtype) for shape, dtype in self.example)
+        noise = (torch.randn(shape, generator=generator) for shape, _ in self.example)
+        return self.cast(tuple(x.to(self.device) for x in noise))

@@ -106,11 +106,11 @@ def check(folder, draw, slow, quick):
 
 
 def test_files_cut_short(folder):
-    assert "refused" in check(folder, lambda path, n, rng: damage.cuts(path.read_bytes(), n, rng), 20, 60)
+    assert "refused" in check(folder, lambda path, n, rng: damage.cuts(path.read_bytes(), n, rng), 20, 80)
 
 
 def test_files_with_a_flipped_bit(folder):
-    assert "refused" in check(folder, lambda path, n, rng: damage.flips(path.read_bytes(), n, rng), 20, 60)
+    assert "refused" in check(folder, lambda path, n, rng: damage.flips(path.read_bytes(), n, rng), 20, 80)
 
 
 def test_files_with_a_value_of_another_kind(folder):
@@ -119,7 +119,7 @@ def test_files_with_a_value_of_another_kind(folder):
     bad = []
     for path, kind in damage.artefacts(folder):
         expected = kind.read(path)
-        for told, data in damage.crafted(path, 30 if path.name in SLOW else 60, random.Random(path.name)):
+        for told, data in damage.crafted(path, 30 if path.name in SLOW else 80, random.Random(path.name)):
             verdict = damage.verdict(path, kind, data, expected)
             if verdict.bad(checked=False):
                 bad.append(f"{path.name}, {told}: {verdict.outcome} {verdict.told:.200}")

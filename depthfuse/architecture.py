@@ -14,7 +14,7 @@ from typing import Any
 from depthfuse.errors import SpecError
 
 # {keyword: what the numbers in its value may be at most}. Names of layers are looked up in timm's own tables.
-_WIDTH, _SIDE, _FACTOR = 2**16, 2**13, 2**10
+_WIDTH, _SIDE, _FACTOR = 2**16, 2**11, 2**10
 _KEYWORDS: dict[str, int] = {
     # what comes in and goes out
     **dict.fromkeys(("in_chans", "img_size"), _SIDE),
@@ -29,7 +29,8 @@ _KEYWORDS: dict[str, int] = {
     ),
     **dict.fromkeys(("num_heads", "head_dim", "block_reduce_first", "reg_tokens", "width_factor"), _FACTOR),
     # depth; the sum of these is bounded below
-    **dict.fromkeys(("depth", "depths", "layers", "depth_multiplier"), 256),
+    **dict.fromkeys(("depth", "depths", "layers"), 128),
+    "depth_multiplier": 8,
     # parts and their settings
     **dict.fromkeys(("patch_size", "kernel_size", "kernel_sizes", "down_kernel_size", "window_size"), 64),
     **dict.fromkeys(("act_layer", "norm_layer", "aa_layer", "pad_type", "stem_type", "norm_eps"), _FACTOR),
@@ -45,8 +46,8 @@ _KEYWORDS: dict[str, int] = {
     **dict.fromkeys(("drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate"), 1),
     **dict.fromkeys(("attn_drop_rate", "pos_drop_rate", "patch_drop_rate"), 1),
 }
-# No more layers of a kind; timm's deepest net has 100.
-_MOST_LAYERS = 512
+# timm's deepest net has 100 blocks; each takes 10 ms to build.
+_MOST_LAYERS = 128
 _LAYERS = ("depth", "depths", "layers")
 # Read files, load weights, take code, or are set by depthfuse itself: never taken, whoever asks.
 _NEVER = frozenset(

@@ -30,7 +30,7 @@ JSON_FORMAT = "depthfuse.json/1"
 _ENTRY = "depthfuse"
 _REMEDY = "delete it and run the stage that writes it again, or restore a whole copy"
 # Of a safetensors file; ours hold a plan or the structure of a training state, under 2 MB.
-_MAX_HEADER_BYTES = 8 * 2**20
+_MAX_HEADER_BYTES = 4 * 2**20
 
 # Names of the temporary files that this process is writing now.
 _own_temporaries: set[str] = set()

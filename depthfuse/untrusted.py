@@ -36,7 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 # The largest of ours are histories of hundreds of epochs, under 2 MB.
-MAX_JSON_BYTES = 8 * 2**20
+MAX_JSON_BYTES = 4 * 2**20
 # Ours reach 12; Python's own recursion ends near 1000.
 MAX_DEPTH = 100
 _MAX_INTEGER = 2**63

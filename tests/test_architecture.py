@@ -168,7 +168,7 @@ def test_a_model_larger_than_the_machine_is_weighed_and_not_built(monkeypatch):
         return model
 
     monkeypatch.setattr(timm, "create_model", create)
-    source = ModelSource.make("vit_base_patch16_224", embed_dim=2**15, depth=250, num_heads=16)
+    source = ModelSource.make("vit_base_patch16_224", embed_dim=2**16, depth=120, num_heads=16)
     with pytest.raises(SpecError, match=r"takes [\d,]+ MB, where [\d,]+ MB are the most"):
         source.build()
     assert built == [True]

@@ -145,7 +145,7 @@ class Supernet(nn.Module):
         blocks = self.blocks
         unknown = [path for path in chosen if path not in blocks]
         if unknown:
-            raise SpecError(f"no prunable block {', '.join(unknown)}; this model has {', '.join(blocks)}")
+            raise SpecError(f"no prunable block {', '.join(unknown[:5])}; this model has {', '.join(blocks)}")
         for path, name in chosen.items():
             if name != KEEP and name not in blocks[path].candidates:
                 known = ", ".join([KEEP, *blocks[path].candidates])

@@ -22,8 +22,8 @@ _SHAPE = {
     "loss": float | Literal["nan", "inf", "-inf"],  # of a subnet whose outputs overflow
     "sha256": str,
 }
-# 30,000 subnets of 100 blocks.
-_MAX_BYTES, _MAX_LINE_BYTES = 64 * 2**20, 2**16
+# 8,000 subnets of 100 blocks.
+_MAX_BYTES, _MAX_LINE_BYTES = 16 * 2**20, 2**16
 
 
 class Journal:

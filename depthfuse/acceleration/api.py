@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,13 +24,11 @@ from depthfuse.devices import capability_of
 from depthfuse.errors import AccelerationError, CheckpointError, DepthfuseError
 from depthfuse.measured_cache import environment
 from depthfuse.merging.model_inputs import known_input_size
+from depthfuse.merging.tracing import one_at_a_time
 from depthfuse.ops import onednn, resolve_backend
 from depthfuse.untrusted import MALFORMED, is_out_of_memory
 
 logger = logging.getLogger(__name__)
-
-# Tracing patches PyTorch for the whole process, planning watches the model by hooks, and measuring wants to be alone.
-_one_at_a_time = threading.Lock()
 
 
 def accelerate(
@@ -70,7 +67,7 @@ def accelerate(
         ValueError: an unknown `tune`, `verify` or `backend`.
         depthfuse.ops.BackendError: a backend asked for by name cannot run here.
     """
-    with _one_at_a_time:
+    with one_at_a_time:  # and measuring wants to be alone
         return _accelerate(model, example_inputs, dtype, backend, verify, tune)
 
 
@@ -129,6 +126,11 @@ def load_accelerated(
         ValueError: an unknown `tune`.
     """
     _check_tune(tune)
+    with one_at_a_time:
+        return _load(path, device, tune)
+
+
+def _load(path: str | Path, device: torch.device | str, tune: str) -> AcceleratedModel:
     saved = read_plan(path)
     plan = replace(saved.plan, module=saved.plan.module.to(device))
     inputs = plan.example_inputs()

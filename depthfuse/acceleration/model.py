@@ -14,6 +14,7 @@ from depthfuse.acceleration.checking.report import Report
 from depthfuse.acceleration.planning.plan import Plan
 from depthfuse.acceleration.running.execution import Executor
 from depthfuse.acceleration.saving.saved import save_plan
+from depthfuse.merging.tracing import one_at_a_time
 
 
 class AcceleratedModel(nn.Module):
@@ -68,7 +69,8 @@ class AcceleratedModel(nn.Module):
             TypeError, ValueError: inputs that do not fit; a model that is not the one this was made from.
         """
         inputs = tuple(self._check(x) for x in inputs)
-        entries = profile_entries(self.plan, self._report.entries, inputs, model, passes)
+        with one_at_a_time:
+            entries = profile_entries(self.plan, self._report.entries, inputs, model, passes)
         return replace(self._report, entries=entries)
 
     def save(self, path: str | Path) -> None:

@@ -24,6 +24,10 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+# Tracing patches PyTorch for the whole process, and planning watches models by hooks: whoever does so, does it alone.
+one_at_a_time = threading.RLock()
+
+
 class LayerTracer(fx.Tracer):
     """Traces down to torch.nn's layers and to timm's leaf modules; optional arguments keep their defaults."""
 
@@ -43,6 +47,10 @@ class LayerTracer(fx.Tracer):
         if threading.get_ident() != self._thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def trace(self, root, concrete_args=None):
+        with one_at_a_time:
+            return super().trace(root, concrete_args)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if isinstance(module, self._leaves) or has_hooks(module):

@@ -28,7 +28,8 @@ from torch import Tensor, fx, nn
 
 from depthfuse.acceleration.planning.elements import Act, Add, Affine, Norm, layer_norm, read
 from depthfuse.acceleration.planning.fuse_blocks import KERNEL_PASSES, fuse_attention
-from depthfuse.acceleration.planning.graph import constant_of, insert_fused, mark_value, module_of
+from depthfuse.acceleration.planning.graph import constant_of, insert_fused, mark_value, module_of, path_of
+from depthfuse.errors import AccelerationError
 from depthfuse.fused.layers import FusedConv2d, FusedLinear, FusedModule
 from depthfuse.merging.tracing import has_hooks
 from depthfuse.ops import resolve_backend
@@ -311,7 +312,10 @@ def fuse(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
 
 
 def build(chain: Chain, dtype: torch.dtype, backend: str) -> FusedModule:
-    """The fused module of a chain."""
+    """The fused module of a chain.
+
+    Raises AccelerationError where folding took a weight beyond what `dtype` holds: it would become infinite.
+    """
 
     def cast(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(dtype)
@@ -324,7 +328,20 @@ def build(chain: Chain, dtype: torch.dtype, backend: str) -> FusedModule:
     else:
         module = FusedConv2d(*tensors, **chain.geometry, act=act, norm_eps=chain.norm_eps, backend=backend)
     chain.write_weight(module.weight)
+    _check_range(chain, module, dtype)
     return module
+
+
+def _check_range(chain: Chain, module: FusedModule, dtype: torch.dtype) -> None:
+    exact = {"weight": chain.weight, "bias": chain.bias, "scale": chain.scale, "shift": chain.shift}
+    if not all(t is None or bool(t.isfinite().all()) for t in exact.values()):
+        return  # the model's own
+    for name, tensor in module.tensors().items():
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            raise AccelerationError(
+                f"{path_of(chain.start)}: with the norms folded into it, its {name} is beyond what {dtype} holds "
+                f"({torch.finfo(dtype).max:,.0f}): choose dtype=torch.bfloat16 or torch.float32"
+            )
 
 
 def emit(plan: fx.GraphModule, chain: Chain, module: FusedModule) -> None:

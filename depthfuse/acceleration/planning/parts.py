@@ -39,10 +39,10 @@ def first_inputs(
 
 
 def cast(inputs: tuple[Tensor, ...], model: nn.Module) -> tuple[Tensor, ...]:
-    """Floating-point inputs in the dtype of `model`'s weights."""
+    """Floating-point inputs in the dtype of `model`'s weights; as they are for a model without any."""
     tensors = [*model.parameters(), *model.buffers()]
-    dtype = next(t.dtype for t in tensors if t.is_floating_point())
-    return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+    dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
+    return tuple(x.to(dtype) if dtype is not None and x.is_floating_point() else x for x in inputs)
 
 
 def tensors_in(value: object) -> list[Tensor]:

@@ -4,14 +4,16 @@ import copy
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from nets import SMALL, build
 from torch import nn
 
 from depthfuse.acceleration import AccelerationError, accelerate
-from depthfuse.acceleration.checking.verify import compare_operations, relative_error
+from depthfuse.acceleration.checking.verify import compare_operations, relative_error, verify
 from depthfuse.acceleration.planning import elements
+from depthfuse.acceleration.planning.build import build_plan
 
 FAMILIES = ("resnet_d", "mobilenet", "convnext", "vit_scaled")
 
@@ -159,3 +161,79 @@ def test_all_small_nets_have_paths_of_the_model():
         report = accelerate(model, torch.randn(1, *size), tune="off", verify=False).report()
         modules = dict(model.named_modules())
         assert all(entry.path.partition(":")[0] in modules for entry in report.entries if entry.fused)
+
+
+def test_relative_error_of_other_values():
+    nan, inf = float("nan"), float("inf")
+    signs = torch.tensor([inf, 1.0])
+    assert relative_error(torch.tensor([-inf, 1.0]), signs) == inf
+    assert relative_error(torch.tensor([nan, 1.0]), signs) == inf
+    assert relative_error(signs, signs) == 0.0
+    large = torch.tensor([2**60, 3])
+    assert relative_error(large, large) == 0.0
+    assert relative_error(large + 1, large) > 0.0 or torch.equal((large + 1).double(), large.double())
+    assert relative_error(torch.tensor([True, False]), torch.tensor([True, True])) == 1.0
+    turned = torch.tensor([1 + 1j, 2.0])
+    assert relative_error(turned.conj(), turned) == 1.0
+    assert relative_error(turned.real, turned) == inf
+
+
+class Poisoned(nn.Module):
+    """Gives NaN in every dtype; `healed` is what a plan must not be taken for."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("factor", torch.tensor(float("nan")))
+
+    def forward(self, x):
+        return self.layer(x) * self.factor
+
+
+def test_finite_outputs_of_a_model_that_gives_nan_are_refused():
+    model, x = Poisoned().eval(), torch.randn(2, 4)
+    plan = build_plan(model, (x,), torch.float32, "auto")
+    assert verify(plan, plan.module, model, (x,)) == 0.0  # NaN for NaN is right
+    with pytest.raises(AccelerationError, match="differs from the model by inf"):
+        verify(plan, lambda x: torch.zeros(2, 4), model, (x,))
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_folding_beyond_the_range_of_a_dtype_is_refused(verified):
+    """Whatever the example: zeros show nothing of the weights."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)).eval()
+    nn.init.constant_(model[0].weight, 400.0)
+    model[1].running_var.fill_(1e-7)
+    x = torch.zeros(1, 3, 4, 4)
+    with pytest.raises(
+        AccelerationError, match=r"^0: .* its weight is beyond what torch.float16 holds \(65,504\)"
+    ):
+        accelerate(model, x, dtype=torch.float16, verify=verified, tune="off")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert accelerate(model, x, dtype=dtype, verify=verified, tune="off")(x).isfinite().all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_of_the_plans_dtype_is_no_mistake(seed):
+    """Random nets of many layers amplify the rounding of bfloat16 to a tenth of the output, plan or not."""
+    torch.manual_seed(seed)
+    model = timm.create_model("mobilenetv2_050").eval()
+    x = torch.randn(1, 3, 96, 96)
+    fast = accelerate(model, x, dtype=torch.bfloat16, tune="heuristic")
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        expected = exact(x.double())
+        own = relative_error(copy.deepcopy(model).bfloat16()(x.bfloat16()), expected)
+        assert relative_error(fast(x), expected) <= max(8e-2, 4 * own)
+
+
+def test_a_watched_container_without_weights():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.ReLU(), nn.Flatten())).eval()
+    seen = []
+    model[1].register_forward_hook(lambda *_: seen.append(1))
+    x = torch.randn(1, 3, 4, 4)
+    fast = accelerate(model, x, tune="heuristic")
+    seen.clear()
+    with torch.no_grad():
+        assert relative_error(fast(x), model(x)) < 1e-6
+    assert seen == [1, 1]

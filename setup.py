@@ -15,9 +15,9 @@ SWITCH = "DEPTHFUSE_BUILD_EXT"
 # second one would overwrite that. No torchvision: timm asks for it.
 DEPENDENCIES = [
     "torch>=2.11",
-    # Up to 1.0.25 at least, timm unpickles what `checkpoint_path` names. No keyword of that kind reaches it from a file
-    # (depthfuse/architecture.py), so that the floor need not rise for this.
-    "timm>=1.0.20",
+    # Up to 1.0.25 timm unpickles whatever `checkpoint_path` names, and its ViTs know no `is_causal`. Nothing from a file
+    # reaches that keyword (depthfuse/architecture.py): the floor is a second wall.
+    "timm>=1.0.26",
     "numpy",
     "pillow",
     "safetensors",

@@ -84,7 +84,7 @@ def requirements_of(metadata: str) -> list[str]:
 def test_metadata_holds_the_installed_torch_and_brings_no_triton(wheel):
     requirements = requirements_of(wheel.read("depthfuse-0.1.0.dist-info/METADATA").decode())
     base = [requirement for requirement in requirements if "extra ==" not in requirement]
-    assert {"torch>=2.11", "timm>=1.0.20", f"torch=={version('torch')}"} <= set(base)
+    assert {"torch>=2.11", "timm>=1.0.26", f"torch=={version('torch')}"} <= set(base)
     assert not [
         requirement for requirement in base if "triton" in requirement or "torchvision" in requirement
     ]

@@ -15,8 +15,8 @@ SWITCH = "DEPTHFUSE_BUILD_EXT"
 # second one would overwrite that. No torchvision: timm asks for it.
 DEPENDENCIES = [
     "torch>=2.11",
-    # Up to 1.0.25 timm unpickles whatever `checkpoint_path` names, and its ViTs know no `is_causal`. Nothing from a file
-    # reaches that keyword (depthfuse/architecture.py): the floor is a second wall.
+    # Up to 1.0.25 timm unpickles whatever `checkpoint_path` names, and its ViTs know no `is_causal`. Nothing from a
+    # file reaches that keyword (depthfuse/architecture.py): the floor is a second wall.
     "timm>=1.0.26",
     "numpy",
     "pillow",

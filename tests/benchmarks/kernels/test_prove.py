@@ -19,9 +19,12 @@ def rows(request, tmp_path_factory) -> list[dict]:
     """The prover's quick table of one target, from a process of its own: here kernels may be interpreted."""
     folder = tmp_path_factory.mktemp("prove")
     command = [sys.executable, "-m", "benchmarks.kernels.prove", "--quick", "--targets", request.param]
-    command += ["--out", str(folder / "table.csv"), "--cache", str(folder / "cache")]
+    command += ["--out", str(folder / "table.csv")]
     result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True
+        command,
+        env=os.environ | {"TRITON_INTERPRET": "0", "DEPTHFUSE_CACHE_DIR": str(folder / "cache")},
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     with (folder / "table.csv").open() as file:
@@ -93,8 +96,8 @@ def test_an_exit_that_stands_inside_a_loop_is_not_part_of_it():
     assert _lines_in_loops(lines) == [True, True, True, False, False, False, True, True, True, False]
 
 
-def test_the_interpreter_cannot_be_proven(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.kernels.prove", "--quick", "--cache", str(tmp_path)]
+def test_the_interpreter_cannot_be_proven():
+    command = [sys.executable, "-m", "benchmarks.kernels.prove", "--quick"]
     result = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )

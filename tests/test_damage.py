@@ -11,11 +11,12 @@ import torch
 
 from benchmarks.tools import damage
 from depthfuse import ModelSource, Supernet, accelerate, merge
-from depthfuse.checkpoint import save_json, save_state, save_tensors, save_text
+from depthfuse.checkpoint import load_json, save_json, save_state, save_tensors, save_text
 from depthfuse.config import PruneConfig, to_yaml
 from depthfuse.costs.table import CostTable
+from depthfuse.errors import CheckpointError
 from depthfuse.measured_cache import MeasuredCache
-from depthfuse.runs.report import merge_document
+from depthfuse.runs.report import RESULTS, merge_document
 from depthfuse.searching.journal import Journal
 from depthfuse.training.evaluation import Score
 
@@ -38,6 +39,7 @@ TRIAL = {
         "seconds": 2.5,
     },
 }
+BUDGET = {"name": "speedup", "unit": "x", "wanted": 1.5, "reached": 1.4, "met": False}
 CONDITIONS = {"device": "cpu", "threads": 1, "input_size": [1, 28, 28], "predicted": False}
 SETTINGS = {"model": "resnet18", "conditions": CONDITIONS, "chosen_by": CONDITIONS}
 
@@ -65,6 +67,7 @@ def folder(tmp_path_factory):
     save_text(folder / "config.yaml", to_yaml(PruneConfig(model_kwargs=("in_chans=1",))))
     blocks, choices = supernet.options(), spec.mapping()
     results = {**SETTINGS, "rows": [{"net": "baseline", **NET}], "choices": choices, "blocks": blocks}
+    results |= {"noisy_latencies": ["layer1.0 (dense)"], "merge": str(merged.merge_report), "budget": BUDGET}
     save_json(folder / "results.json", results)
     save_json(folder / "merge.json", merge_document(merged.merge_report))
     rows = [{"stage": "baseline", "iteration": i, "epoch": i / 2, "loss": 0.5, "lr": 1e-3} for i in range(2)]
@@ -140,3 +143,11 @@ def test_answers_of_the_measured_cache(folder, monkeypatch, tmp_path):
         verdict = damage.cache_verdict(cache, question, damaged)
         assert not verdict.bad(checked=False), f"{told}: {verdict}"
     assert met == {"refused"}
+
+
+@pytest.mark.parametrize("wrong", [[[]], [None], "layer1.0", {}])
+def test_every_entry_of_the_results_that_is_shown_is_checked(folder, tmp_path, wrong):
+    results = load_json(folder / "results.json", RESULTS)
+    save_json(tmp_path / "results.json", results | {"noisy_latencies": wrong})
+    with pytest.raises(CheckpointError, match="noisy_latencies"):
+        load_json(tmp_path / "results.json", RESULTS)

@@ -48,6 +48,7 @@ RESULTS = {
     "choices": dict[str, str],
     "blocks": dict[str, Any],
     "merge?": str,
+    "noisy_latencies?": [str],
     "budget?": Either(
         None,
         {

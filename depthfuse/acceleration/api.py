@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -16,19 +17,22 @@ from depthfuse.acceleration.checking.verify import verify as verify_plan
 from depthfuse.acceleration.model import AcceleratedModel
 from depthfuse.acceleration.planning.build import build_plan
 from depthfuse.acceleration.planning.plan import Plan
-from depthfuse.acceleration.running.choose import choose, restore
+from depthfuse.acceleration.running.choose import choose, fingerprint, restore
 from depthfuse.acceleration.running.execution import Executor
 from depthfuse.acceleration.running.implementations import TUNE
 from depthfuse.acceleration.saving.saved import read_plan
 from depthfuse.devices import capability_of
 from depthfuse.errors import AccelerationError, CheckpointError, DepthfuseError
-from depthfuse.measured_cache import environment
+from depthfuse.measured_cache import MeasuredCache, environment
+from depthfuse.measuring.timing import time_interleaved
 from depthfuse.merging.model_inputs import known_input_size
 from depthfuse.merging.tracing import one_at_a_time
 from depthfuse.ops import onednn, resolve_backend
 from depthfuse.untrusted import MALFORMED, is_out_of_memory
 
 logger = logging.getLogger(__name__)
+
+_WORTH_COARSER = 1.05  # a dtype of fewer digits has to be faster by this
 
 
 def accelerate(
@@ -47,7 +51,7 @@ def accelerate(
             size that the model's `pretrained_cfg` gives, batch 1. Packed weights suit its size best and are
             right for any.
         dtype: float32, float16, bfloat16 or float64 for the result; default the model's own. "auto": what is fast where
-            the model is, see `fast_dtype`.
+            the model is, on a CPU by measurement; see `fast_dtypes`.
         backend: "auto", "triton" or "reference", see `depthfuse.ops.resolve_backend`.
         verify: True compares outputs with the model's on the example input; "blocks" also gives the error of every
             operation against a float64 copy of the model, in the report; False does neither.
@@ -85,8 +89,8 @@ def _accelerate(
     tensor = next((p for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()), None)
     if tensor is None:
         raise AccelerationError(f"{type(model).__name__} has no weights: there is nothing to accelerate")
-    dtype = fast_dtype(tensor.dtype, tensor.device) if dtype == "auto" else dtype or tensor.dtype
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+    dtypes = fast_dtypes(tensor.dtype, tensor.device) if dtype == "auto" else (dtype or tensor.dtype,)
+    if not set(dtypes) <= {torch.float32, torch.float16, torch.bfloat16, torch.float64}:
         raise AccelerationError(f"dtype is {dtype}, expected float32, float16, bfloat16, float64 or 'auto'")
     _check_tune(tune)
     if verify not in (True, False, "blocks"):
@@ -96,12 +100,9 @@ def _accelerate(
         example_inputs = _default_input(model, tensor)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     _try_inputs(model, inputs, tensor)
-    plan = build_plan(model, inputs, dtype, backend)
-
-    def finish(executor: Executor) -> AcceleratedModel:
-        return AcceleratedModel(plan, executor, _report(plan, executor))
-
-    executor = choose(plan, model, plan.cast(inputs), tune, finish)
+    measured = tune == "measure" and all(x.numel() > 0 for x in inputs)
+    choices = [_choose(model, inputs, each, backend, tune) for each in (dtypes if measured else dtypes[:1])]
+    plan, executor = choices[0] if len(choices) == 1 else _fastest(choices, inputs)
     report = _report(plan, executor)
     if verify:
         error = verify_plan(plan, AcceleratedModel(plan, executor, report), model, inputs)
@@ -181,19 +182,56 @@ def _check_tune(tune: str) -> None:
         raise ValueError(f"tune is {tune!r}, expected one of {', '.join(map(repr, TUNE))}")
 
 
-def fast_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that `dtype="auto"` stands for.
+Choice = tuple[Plan, Executor]
+
+
+def _choose(
+    model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str, tune: str
+) -> Choice:
+    plan = build_plan(model, inputs, dtype, backend)
+    return plan, choose(plan, model, plan.cast(inputs), tune, functools.partial(_finish, plan))
+
+
+def _finish(plan: Plan, executor: Executor) -> AcceleratedModel:
+    return AcceleratedModel(plan, executor, _report(plan, executor))
+
+
+def _fastest(choices: list[Choice], inputs: tuple[Tensor, ...]) -> Choice:
+    """Of plans in several dtypes the fastest as it will run, by measurement; the first where none is clearly faster."""
+    own = choices[0][0]
+    names = [str(plan.dtype) for plan, _ in choices]
+    question = {
+        "dtypes": names,
+        "plan": fingerprint(own.module),
+        "inputs": [[list(x.shape), str(x.dtype)] for x in inputs],
+    }
+    cache = MeasuredCache.of(own.device)
+    answer = cache.get(question)
+    if answer is None or answer.get("winner") not in names:
+        runs = {
+            name: functools.partial(_finish(plan, executor), *plan.cast(inputs))
+            for name, (plan, executor) in zip(names, choices, strict=True)
+        }
+        timings = time_interleaved(runs, rounds=9, min_round_ms=20.0, warmup=1, device=own.device)
+        speedups = {name: timings[name].speedup_over(timings[names[0]]) for name in names}
+        best = max(speedups, key=speedups.__getitem__)
+        answer = {"winner": best if speedups[best] > _WORTH_COARSER else names[0], "speedups": speedups}
+        cache.put(question, answer)
+    return choices[names.index(answer["winner"])]
+
+
+def fast_dtypes(own: torch.dtype, device: torch.device) -> tuple[torch.dtype, ...]:
+    """The dtypes that `dtype="auto"` chooses from; without measurement it is the first.
 
     On a GPU float16, unless the model is in bfloat16 already and the card multiplies that as fast (gfx908, the MI100,
-    does so at half the rate). On a CPU bfloat16 where it has instructions for it (AMX, AVX512-BF16), else the model's
-    own.
+    does so at half the rate). On a CPU the model's own, and bfloat16 where oneDNN computes in it: instructions for it
+    say little, as on processors without AMX it can be the slower one.
     """
     if device.type == "cuda":
         slow_bfloat16 = capability_of(device).startswith("gfx908")
-        return torch.bfloat16 if own == torch.bfloat16 and not slow_bfloat16 else torch.float16
-    cpu = torch.cpu
-    has = [getattr(cpu, f"_is_{name}_supported", lambda: False)() for name in ("amx_tile", "avx512_bf16")]
-    return torch.bfloat16 if any(has) and onednn.available(torch.bfloat16) else own
+        return (torch.bfloat16 if own == torch.bfloat16 and not slow_bfloat16 else torch.float16,)
+    coarser = (torch.bfloat16,) if own == torch.float32 and onednn.available(torch.bfloat16) else ()
+    return own, *coarser
 
 
 def _default_input(model: nn.Module, like: Tensor) -> Tensor:

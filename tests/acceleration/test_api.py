@@ -3,6 +3,7 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from depthfuse.acceleration.checking import verify as verify_module
 from depthfuse.acceleration.checking.verify import relative_error
 from depthfuse.acceleration.planning import elements
 from depthfuse.fused.layers import FusedModule
+from depthfuse.measuring.timing import Timing
 from depthfuse.merging.merge import merged_structure
 from depthfuse.ops import BackendError
 
@@ -368,17 +370,32 @@ def test_reduced_precision(dtype):
 )
 def test_automatic_dtype_on_gpus(capability, own, chosen, monkeypatch):
     monkeypatch.setattr(api, "capability_of", lambda device: capability)
-    assert api.fast_dtype(own, torch.device("cuda")) == chosen
+    assert api.fast_dtypes(own, torch.device("cuda")) == (chosen,)
 
 
-@pytest.mark.parametrize("present", [True, False])
-def test_automatic_dtype_on_a_cpu(present, monkeypatch):
-    for name in ("amx_tile", "avx512_bf16"):
-        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: present, raising=False)
-    monkeypatch.setattr(api.onednn, "available", lambda dtype: True)
-    model, size = build("resnet")
-    fast = accelerate(model, torch.randn(1, *size), dtype="auto", tune="off")
-    assert fast.dtype == (torch.bfloat16 if present else torch.float32)
+@pytest.mark.parametrize(("bfloat16_ms", "chosen"), [(0.5, torch.bfloat16), (0.97, None), (2.0, None)])
+def test_automatic_dtype_on_a_cpu_is_measured(bfloat16_ms, chosen, monkeypatch, tmp_path):
+    """Whatever instructions the processor has: the times decide, and a gain within noise is not worth the digits."""
+    monkeypatch.setenv("DEPTHFUSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(api, "onednn", SimpleNamespace(available=lambda dtype: True))
+    timed = []
+
+    def timings(runs, **_):
+        timed.append([run().dtype for run in runs.values()])
+        return {name: Timing((bfloat16_ms if "bfloat16" in name else 1.0,) * 3) for name in runs}
+
+    monkeypatch.setattr(api, "time_interleaved", timings)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU()).eval()
+    x = torch.randn(3, 6)
+    for _ in range(2):  # the second time it is known
+        fast = accelerate(model, x, dtype="auto")
+        assert fast.dtype == fast(x).dtype == (chosen or torch.float32)
+        assert fast.report().max_relative_error < (8e-2 if chosen else 1e-5)
+    assert timed == [[torch.float32, torch.bfloat16]]
+    for tune in ("off", "heuristic"):
+        assert accelerate(model, x, dtype="auto", tune=tune).dtype == torch.float32
+    assert accelerate(model.double(), x.double(), dtype="auto").dtype == torch.float64
+    assert len(timed) == 1
 
 
 class AsksItsChild(nn.Module):

@@ -99,10 +99,11 @@ def _count_writes(counter: mmap.mmap, kill_at: int | None, after: bool) -> None:
             counter[:8] = struct.pack("q", writes)
             if number == kill_at and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = call(*args, **kwargs)
-            if number == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return call(*args, **kwargs)
+            finally:  # a file that need not be there is unlinked, too
+                if number == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return run
 

@@ -228,8 +228,8 @@ def damaged(work: Path, count: int) -> Iterator[dict]:
 
 
 PARTS: dict[str, tuple[Callable[[Path, int], Iterator[dict]], int]] = {
-    "kills": (kills, 200),
-    "comparisons": (comparisons, 40),
+    "kills": (kills, 150),
+    "comparisons": (comparisons, 60),
     "ranks": (ranks, 10),
     "damage": (damaged, 2500),
     "threads": (threads, 18000),

@@ -228,7 +228,7 @@ def damaged(work: Path, count: int) -> Iterator[dict]:
 
 
 PARTS: dict[str, tuple[Callable[[Path, int], Iterator[dict]], int]] = {
-    "kills": (kills, 150),
+    "kills": (kills, 130),
     "comparisons": (comparisons, 60),
     "ranks": (ranks, 10),
     "damage": (damaged, 2500),

@@ -163,7 +163,7 @@ class Comparison:
         for text in self.searches:
             for name in self.methods:
                 folder = self._folder(seed, text, name)
-                if (folder / "trial.json").exists() or self._done_elsewhere(seed, text, name):
+                if self._is_done(folder) or self._done_elsewhere(seed, text, name):
                     continue
                 costs, latency = self._tables(run, text)  # and sets the run's budget
                 trial = Trial(run, costs, latency, folder, self._ratio(text))
@@ -192,8 +192,15 @@ class Comparison:
                     **trial.facts,
                 }
                 save_json(folder / "trial.json", document)
-                for state in folder.glob("*.state"):
-                    state.unlink()
+                self._is_done(folder)
+
+    def _is_done(self, folder: Path) -> bool:
+        """Whether a trial is. Its training checkpoints are then of no more use: a kill may have come between writing
+        its result and deleting them."""
+        done = (folder / "trial.json").exists()
+        for state in folder.glob("*.state") if done else ():
+            state.unlink()
+        return done
 
     def _done_elsewhere(self, seed: int, text: str, name: str) -> bool:
         """Take over what is the same at another budget and done there."""

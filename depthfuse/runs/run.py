@@ -134,7 +134,8 @@ class Run:
             getattr(self, stage)()
             self.accelerator.wait_for_everyone()
 
-    # Each stage returns what later ones need; the artefact on the disk is the only thing passed on.
+    # Each stage returns what later ones need, and always as it is read from its artefact: what was just trained lies in
+    # another memory format, so that the same weights would give other last digits than after a kill.
 
     def _take_over(self) -> None:
         """Copy what another run (`start_from`) has already worked out. Raises ConfigError where that run differs."""
@@ -169,7 +170,7 @@ class Run:
                 Objective(model, self.config.baseline.label_smoothing), "baseline", self.config.baseline
             )
         self._save_weights(model, path)
-        return model
+        return self.baseline()
 
     def supernet(self) -> Supernet:
         path = self.dir / "supernet.safetensors"
@@ -185,7 +186,7 @@ class Run:
         self._fit(objective, "supernet", settings)
         supernet.set_choices({})
         self._save_weights(supernet, path)
-        return supernet
+        return self.supernet()
 
     def latency(self, supernet: Supernet) -> CostTable:
         on_one(self.accelerator, lambda: self._make_latency(supernet))  # the others read what it measures
@@ -260,7 +261,7 @@ class Run:
         subnet.set_lambda(0.0)
         self.calibrate(subnet)
         self._save_weights(subnet, path)
-        return subnet
+        return self.finetune()
 
     def teaching(self, settings: FinetuneConfig) -> dict[str, Any]:
         """What `TaughtObjective` needs to be taught by this run's baseline."""
@@ -295,7 +296,7 @@ class Run:
         document = report.merge_document(merged.merge_report)
         on_one(self.accelerator, lambda: save_json(self.dir / "merge.json", document))
         self._save_weights(merged, path)
-        return merged
+        return self.merge()
 
     def compare(self) -> None:
         """Accuracy and latency of all forms, side by side; then report.md, metrics.csv and the plots."""

@@ -384,3 +384,14 @@ def test_ablations_run_to_the_end(finished, tmp_path, ablation):
     if config.supernet.border_remedy:
         assert wrong <= 1e-10
     assert all(block["interior"] <= 1e-10 for block in merged["blocks"])
+
+
+def test_a_stage_gives_what_is_read_from_its_artefact(tmp_path):
+    """Just trained, weights lie in another memory format, and every later score would differ in its last digits."""
+    run = Run(dataclasses.replace(CONFIG, out=tmp_path / "run"))
+    x = torch.randn(2, 1, 28, 28)
+    trained, read = run.baseline().eval(), run.baseline().eval()
+    for ours, theirs in zip(trained.parameters(), read.parameters(), strict=True):
+        assert ours.stride() == theirs.stride()
+    with torch.no_grad():
+        assert torch.equal(trained(x), read(x))

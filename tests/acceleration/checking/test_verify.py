@@ -171,7 +171,7 @@ def test_relative_error_of_other_values():
     assert relative_error(signs, signs) == 0.0
     large = torch.tensor([2**60, 3])
     assert relative_error(large, large) == 0.0
-    assert relative_error(large + 1, large) > 0.0 or torch.equal((large + 1).double(), large.double())
+    assert relative_error(large[:1] + 1, large[:1]) > 0.0  # float64 cannot tell these two apart
     assert relative_error(torch.tensor([True, False]), torch.tensor([True, True])) == 1.0
     turned = torch.tensor([1 + 1j, 2.0])
     assert relative_error(turned.conj(), turned) == 1.0

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from depthfuse.acceleration.checking.repeatable import check_repeatable
 from depthfuse.acceleration.checking.report import Report
-from depthfuse.acceleration.checking.verify import compare_operations
+from depthfuse.acceleration.checking.verify import compare_operations, in_dtype
 from depthfuse.acceleration.checking.verify import verify as verify_plan
 from depthfuse.acceleration.model import AcceleratedModel
 from depthfuse.acceleration.planning.build import build_plan
+from depthfuse.acceleration.planning.own import cast_main, main_dtype, own_copy
 from depthfuse.acceleration.planning.plan import Plan
+from depthfuse.acceleration.planning.program import Call
+from depthfuse.acceleration.planning.signature import signature_of
 from depthfuse.acceleration.running.choose import choose, fingerprint, restore
 from depthfuse.acceleration.running.execution import Executor
 from depthfuse.acceleration.running.implementations import TUNE
@@ -37,79 +41,94 @@ _WORTH_COARSER = 1.05  # a dtype of fewer digits has to be faster by this
 
 def accelerate(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Tensor, ...] | None = None,
+    example_inputs: Tensor | tuple[Any, ...] | None = None,
     dtype: torch.dtype | str | None = None,
     backend: str = "auto",
     verify: bool | str = True,
     tune: str = "measure",
+    *,
+    example_kwargs: dict[str, Any] | None = None,
 ) -> AcceleratedModel:
     """Replace convolution and linear chains by fused modules and check that nothing else changed.
 
     Args:
         model: any module in evaluation mode; best a merged or plain timm model. It is left alone.
-        example_inputs: one tensor or a tuple of them, as the model takes them. Default: noise of the input
-            size that the model's `pretrained_cfg` gives, batch 1. Packed weights suit its size best and are
-            right for any.
-        dtype: float32, float16, bfloat16 or float64 for the result; default the model's own. "auto": what is fast where
-            the model is, on a CPU by measurement; see `fast_dtypes`.
+        example_inputs: the arguments of an example call by position, or the one tensor that the model takes. Default,
+            where there are no `example_kwargs` either: noise of the input size that the model's `pretrained_cfg` gives,
+            batch 1. Packed weights suit its sizes best and are right for any.
+        dtype: float32, float16, bfloat16 or float64 for the result, in the place of the model's main dtype, which is
+            the default; tensors of other dtypes keep theirs. "auto": what is fast where the model is, on a CPU by
+            measurement; see `fast_dtypes`.
         backend: "auto", "triton" or "reference", see `depthfuse.ops.resolve_backend`.
-        verify: True compares outputs with the model's on the example input; "blocks" also gives the error of every
-            operation against a float64 copy of the model, in the report; False does neither.
+        verify: True compares outputs with the model's on the example and on other values, in another batch where that
+            is open; "blocks" also gives the error of every operation against a float64 copy of the model, in the
+            report; False does neither.
         tune: "measure" runs the implementations of every distinct shape on this machine and takes the fastest (one
             to a few seconds, kept for the next time in `cache_folder()`), then compares the whole with the model: where
             that is faster, a copy of it runs. "heuristic" takes the usual best without running any. "off" leaves the
             fused modules to the plain ops.
+        example_kwargs: the arguments of the example call by name.
 
     Several threads may call this; they wait for each other. Other threads may run models meanwhile, but not this one.
 
     Returns:
-        An AcceleratedModel; `print(result.report())` shows what was fused.
+        An AcceleratedModel, which is called as the model is; `print(result.report())` shows what was fused.
 
     Raises:
-        AccelerationError: the model is in training mode, the example input does not go through it, no input
-            size is known, or the outputs differ (the first wrong operation is named).
+        AccelerationError: the model is in training mode, it does not take the example, no input size is known, it keeps
+            state between calls or draws random numbers, or the outputs differ (the first wrong operation is named).
+        TypeError: arguments that the model's `forward` does not have.
         ValueError: an unknown `tune`, `verify` or `backend`.
         depthfuse.ops.BackendError: a backend asked for by name cannot run here.
     """
     with one_at_a_time:  # and measuring wants to be alone
-        return _accelerate(model, example_inputs, dtype, backend, verify, tune)
+        return _accelerate(model, example_inputs, dtype, backend, verify, tune, example_kwargs)
 
 
 def _accelerate(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Tensor, ...] | None,
+    example_inputs: Tensor | tuple[Any, ...] | None,
     dtype: torch.dtype | str | None,
     backend: str,
     verify: bool | str,
     tune: str,
+    example_kwargs: dict[str, Any] | None,
 ) -> AcceleratedModel:
     training = next((name or "the model itself" for name, m in model.named_modules() if m.training), None)
     if training is not None:
         raise AccelerationError(f"the model is in training mode ({training}): call model.eval() first")
-    tensor = next((p for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()), None)
-    if tensor is None:
+    main = main_dtype(model)
+    if main is None:
         raise AccelerationError(f"{type(model).__name__} has no weights: there is nothing to accelerate")
-    dtypes = fast_dtypes(tensor.dtype, tensor.device) if dtype == "auto" else (dtype or tensor.dtype,)
+    device = next(t.device for t in [*model.parameters(), *model.buffers()] if t.dtype == main)
+    dtypes = fast_dtypes(main, device) if dtype == "auto" else (dtype or main,)
     if not set(dtypes) <= {torch.float32, torch.float16, torch.bfloat16, torch.float64}:
         raise AccelerationError(f"dtype is {dtype}, expected float32, float16, bfloat16, float64 or 'auto'")
     _check_tune(tune)
     if verify not in (True, False, "blocks"):
         raise ValueError(f"verify is {verify!r}, expected True, False or 'blocks'")
-    resolve_backend(backend, tensor.device)
+    resolve_backend(backend, device)
     if example_inputs is None:
-        example_inputs = _default_input(model, tensor)
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    _try_inputs(model, inputs, tensor)
-    measured = tune == "measure" and all(x.numel() > 0 for x in inputs)
-    choices = [_choose(model, inputs, each, backend, tune) for each in (dtypes if measured else dtypes[:1])]
-    plan, executor = choices[0] if len(choices) == 1 else _fastest(choices, inputs)
-    report = _report(plan, executor)
+        example_inputs = () if example_kwargs else _default_input(model, main, device)
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    call = Call.of(*signature_of(model).bind(args, example_kwargs or {}))
+    elsewhere = next((x.device for x in call.tensors if x.device != device), None)
+    if elsewhere is not None:
+        raise AccelerationError(f"the example input is on {elsewhere}, expected the model's {device}")
+    reference = own_copy(model)
+    check_repeatable(reference, call)
+    measured = tune == "measure" and all(x.numel() > 0 for x in call.tensors)
+    makes = [_make(reference, call, each, backend, tune) for each in (dtypes if measured else dtypes[:1])]
+    fast = makes[0] if len(makes) == 1 else _fastest(makes, call)
+    error, entries = None, fast.report().entries
     if verify:
-        error = verify_plan(plan, AcceleratedModel(plan, executor, report), model, inputs)
-        report = replace(report, max_relative_error=error)
+        error = verify_plan(fast.made, fast, reference, call)
+        if fast.runs_the_model:  # what is saved is the plan, and it takes over when that is moved
+            alone = functools.partial(_run_alone, fast.made)
+            error = max(error, verify_plan(fast.made, alone, reference, call))
     if verify == "blocks":
-        report = replace(report, entries=compare_operations(plan, copy.deepcopy(model).double(), inputs))
-    return AcceleratedModel(plan, executor, report)
+        entries = compare_operations(fast.made, *in_dtype(reference, call, torch.float64))
+    return fast.verified(error, entries)
 
 
 def load_accelerated(
@@ -134,7 +153,7 @@ def load_accelerated(
 def _load(path: str | Path, device: torch.device | str, tune: str) -> AcceleratedModel:
     saved = read_plan(path)
     plan = replace(saved.plan, module=saved.plan.module.to(device))
-    inputs = plan.example_inputs()
+    call = plan.example_call()
     here = environment(plan.device)
     same = here == saved.environment
     if not same:
@@ -142,9 +161,9 @@ def _load(path: str | Path, device: torch.device | str, tune: str) -> Accelerate
         logger.info("tuning anew: another %s than where the model was saved", ", ".join(changed))
     try:  # the first time that what the file holds is run
         if same:
-            executor = restore(plan, saved.execution, inputs, saved.implementations)
+            executor = restore(plan, saved.execution, call, saved.implementations)
         else:
-            executor = choose(plan, None, inputs, tune)
+            executor = choose(plan, None, call, tune)
     except DepthfuseError:
         raise
     except MALFORMED as error:
@@ -182,42 +201,47 @@ def _check_tune(tune: str) -> None:
         raise ValueError(f"tune is {tune!r}, expected one of {', '.join(map(repr, TUNE))}")
 
 
-Choice = tuple[Plan, Executor]
+def _make(reference: nn.Module, call: Call, dtype: torch.dtype, backend: str, tune: str) -> AcceleratedModel:
+    """In one dtype, not verified yet."""
+    main = main_dtype(reference)
+    own = reference if dtype == main else cast_main(own_copy(reference), dtype)
+    tensors = tuple(x.to(dtype) if x.dtype == main else x for x in call.tensors)
+    plan = build_plan(own, reference, replace(call, tensors=tensors), backend)
+
+    def finish(executor: Executor) -> AcceleratedModel:
+        return AcceleratedModel(plan, executor, _report(plan, executor), own, backend)
+
+    return finish(choose(plan, reference, plan.cast(call), tune, finish))
 
 
-def _choose(
-    model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str, tune: str
-) -> Choice:
-    plan = build_plan(model, inputs, dtype, backend)
-    return plan, choose(plan, model, plan.cast(inputs), tune, functools.partial(_finish, plan))
+def _run_alone(plan: Plan, *args: Any, **kwargs: Any) -> Any:
+    call = plan.cast(Call.of(*plan.signature.bind(args, kwargs)))
+    return Executor(plan)(call)
 
 
-def _finish(plan: Plan, executor: Executor) -> AcceleratedModel:
-    return AcceleratedModel(plan, executor, _report(plan, executor))
-
-
-def _fastest(choices: list[Choice], inputs: tuple[Tensor, ...]) -> Choice:
-    """Of plans in several dtypes the fastest as it will run, by measurement; the first where none is clearly faster."""
-    own = choices[0][0]
-    names = [str(plan.dtype) for plan, _ in choices]
+def _fastest(makes: list[AcceleratedModel], call: Call) -> AcceleratedModel:
+    """Of one model in several dtypes the fastest by measurement; the first where none is clearly faster."""
+    own = makes[0]
+    names = [str(fast.dtype) for fast in makes]
     question = {
         "dtypes": names,
-        "plan": fingerprint(own.module),
-        "inputs": [[list(x.shape), str(x.dtype)] for x in inputs],
+        "plan": fingerprint(own.plan),
+        "inputs": [[list(x.shape), str(x.dtype)] for x in call.tensors],
+        "call": str(call),
     }
     cache = MeasuredCache.of(own.device)
     answer = cache.get(question)
     if answer is None or answer.get("winner") not in names:
+        args, kwargs = call.arguments()
         runs = {
-            name: functools.partial(_finish(plan, executor), *plan.cast(inputs))
-            for name, (plan, executor) in zip(names, choices, strict=True)
+            name: functools.partial(fast, *args, **kwargs) for name, fast in zip(names, makes, strict=True)
         }
         timings = time_interleaved(runs, rounds=9, min_round_ms=20.0, warmup=1, device=own.device)
         speedups = {name: timings[name].speedup_over(timings[names[0]]) for name in names}
         best = max(speedups, key=speedups.__getitem__)
         answer = {"winner": best if speedups[best] > _WORTH_COARSER else names[0], "speedups": speedups}
         cache.put(question, answer)
-    return choices[names.index(answer["winner"])]
+    return makes[names.index(answer["winner"])]
 
 
 def fast_dtypes(own: torch.dtype, device: torch.device) -> tuple[torch.dtype, ...]:
@@ -234,7 +258,7 @@ def fast_dtypes(own: torch.dtype, device: torch.device) -> tuple[torch.dtype, ..
     return own, *coarser
 
 
-def _default_input(model: nn.Module, like: Tensor) -> Tensor:
+def _default_input(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Tensor:
     size = known_input_size(model)
     if size is None:
         raise AccelerationError(
@@ -242,22 +266,4 @@ def _default_input(model: nn.Module, like: Tensor) -> Tensor:
             "instance torch.randn(1, 3, 224, 224)"
         )
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, *size, generator=generator).to(like.device, like.dtype)
-
-
-def _try_inputs(model: nn.Module, inputs: tuple[Tensor, ...], like: Tensor) -> None:
-    for x in inputs:
-        if not isinstance(x, Tensor):
-            raise AccelerationError(f"example_inputs holds a {type(x).__name__}, expected tensors")
-        if x.dtype != like.dtype:
-            raise AccelerationError(
-                f"the example input has dtype {x.dtype}, expected the model's {like.dtype}"
-            )
-        if x.device != like.device:
-            raise AccelerationError(f"the example input is on {x.device}, expected the model's {like.device}")
-    try:
-        with torch.no_grad():
-            model(*(x.clone() for x in inputs))  # some models write over their input
-    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
-        shapes = ", ".join(f"{x.dtype} {list(x.shape)}" for x in inputs)
-        raise AccelerationError(f"the model does not take the example input ({shapes}): {error}") from error
+    return torch.randn(1, *size, generator=generator).to(device, dtype)

@@ -1,44 +1,77 @@
-"""`AcceleratedModel`: a plan that checks its inputs, runs without autograd, and reports what it is made of."""
+"""`AcceleratedModel`: a plan that checks its calls, runs without autograd, and reports what it is made of."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import fx, nn
 
 from depthfuse.acceleration.checking.profile import profile_entries
 from depthfuse.acceleration.checking.report import Report
-from depthfuse.acceleration.planning.plan import Plan
-from depthfuse.acceleration.running.execution import Executor
+from depthfuse.acceleration.checking.verify import verify
+from depthfuse.acceleration.planning.build import build_plan
+from depthfuse.acceleration.planning.plan import Entry, Plan
+from depthfuse.acceleration.planning.program import Call
+from depthfuse.acceleration.running.choose import choose, restore
+from depthfuse.acceleration.running.execution import Executor, run_plan
 from depthfuse.acceleration.saving.saved import save_plan
+from depthfuse.errors import AccelerationError, DepthfuseError
 from depthfuse.merging.tracing import one_at_a_time
+
+logger = logging.getLogger(__name__)
+
+_OTHER_PLANS = 4  # for calls that the first plan does not take; each has weights of its own
+_KNOWN_CALLS = 1024
 
 
 class AcceleratedModel(nn.Module):
     """The result of `depthfuse.accelerate`: call it as you called the model. Not trainable.
 
-    It is built last, from what planning, choosing and checking gave, and nothing is set in it afterwards. Inputs of
-    another floating-point dtype are cast to the plan's; other memory formats, batch sizes and image sizes that the
-    model takes are fine. Where a compiled copy for one input shape was faster, inputs of that shape run it; where the
-    model itself was faster than its plan, a copy of it runs. On a GPU the plan's launches are captured for each input
-    shape, and replayed. All of these hold weights of their own, and are dropped, so that the plan runs alone, whenever
-    the plan's weights are moved, cast or loaded, and in copies; the report then says so.
+    It is built last, from what planning, choosing and checking gave. Inputs of another floating-point dtype are cast to
+    the plan's. A call that the plan is not right for (another flag, another dtype of integers, a size that the model
+    treats otherwise) runs a private copy of the model; up to four such kinds of calls get plans of their own, which
+    take over from the second call on. Under autocast the private copy runs. A model that was loaded from a file has
+    no such copy, and raises AccelerationError instead.
+
+    Where a compiled copy for one input shape was faster, inputs of that shape run it; where the model itself was faster
+    than its plan, a copy of it runs. On a GPU the plan's launches are captured for each input shape, and replayed. All
+    of these hold weights of their own; they are dropped, so that the plan runs alone, whenever the plan's weights are
+    moved, cast or loaded. Copies (`copy.deepcopy`, pickle) run what the original runs.
 
     plan: the module that runs, with the weights.
     """
 
-    def __init__(self, plan: Plan, executor: Executor, report: Report) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        executor: Executor,
+        report: Report,
+        original: nn.Module | None = None,
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
         self.plan = plan.module
         self._made = plan
-        self._device = plan.device
         self._executor = executor
         self._report = report
+        self._backend = backend
+        # Not as a submodule: its weights are none of this model's.
+        self.__dict__["_original"] = original
+        self._others: list[Executor] = []
+        self._refused: set[tuple] = set()
+        self._known: dict[tuple, Executor] = {}
         self.register_load_state_dict_post_hook(_after_load)
         self.eval()
+
+    @property
+    def made(self) -> Plan:
+        """The plan as a value: what runs, its operations, and the calls that it is right for."""
+        return self._made
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,18 +81,37 @@ class AcceleratedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._device
+        return self._made.device
 
     def report(self) -> Report:
         """Every operation: its path in the original model, what runs it, what was fused. `print` gives a table."""
         return self._report
 
-    def profile(self, *inputs: Tensor, model: nn.Module | None = None, passes: int = 10) -> Report:
-        """The report with what each operation costs on `inputs`; takes a few runs of the model op by op.
+    @property
+    def runs_the_model(self) -> bool:
+        """Whether a copy of the model runs, because that was faster than its plan."""
+        return self._executor.eager is not None
+
+    def verified(self, error: float | None, entries: tuple[Entry, ...]) -> AcceleratedModel:
+        """The same with what was found when it was checked in its report."""
+        self._report = replace(self._report, max_relative_error=error, entries=entries)
+        return self
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weights, frozen, as `next(model.parameters()).device` and its like ask for. They are buffers."""
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        for name, buffer in self.named_buffers(prefix, recurse, remove_duplicate):
+            if buffer.is_floating_point():
+                yield name, nn.Parameter(buffer, requires_grad=False)
+
+    def profile(self, *args: Any, model: nn.Module | None = None, passes: int = 10, **kwargs: Any) -> Report:
+        """The report with what each operation costs in a call; takes a few runs of the model op by op.
 
         Args:
-            inputs: as for a call. model: what this was made from, for the latencies of its layers; None leaves those
-                out. passes: how often everything runs; the least time of each operation counts.
+            args, kwargs: as for a call. model: what this was made from, for the latencies of its layers; None leaves
+                those out. passes: how often everything runs; the least time of each operation counts.
 
         Returns:
             A Report whose entries have a `Cost`: latency before and after in ms, multiply-accumulates, bytes moved,
@@ -68,9 +120,13 @@ class AcceleratedModel(nn.Module):
         Raises:
             TypeError, ValueError: inputs that do not fit; a model that is not the one this was made from.
         """
-        inputs = tuple(self._check(x) for x in inputs)
+        call = self._call(args, kwargs)
+        if self._made.form is not None and not self._made.form.takes(call):
+            raise ValueError(
+                f"the plan is not made for a call like {call}: its example was {self._example()}"
+            )
         with one_at_a_time:
-            entries = profile_entries(self.plan, self._report.entries, inputs, model, passes)
+            entries = profile_entries(self._made, self._report.entries, call, model, passes)
         return replace(self._report, entries=entries)
 
     def save(self, path: str | Path) -> None:
@@ -90,63 +146,159 @@ class AcceleratedModel(nn.Module):
             raise RuntimeError("an accelerated model cannot be trained: train the model it was made from")
         return super().train(False)
 
-    def _leave_plan_alone(self) -> None:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model. Raises TypeError, ValueError or AccelerationError for a call that cannot be made here; the
+        model's own errors come out as they are.
+        """
+        call = self._call(args, kwargs)
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                return run_plan(self._made, call)
+        executor = None if torch.is_autocast_enabled(self.device.type) else self._executor_for(call)
+        return self._run_original(call) if executor is None else executor(call)
+
+    def _call(self, args: tuple, kwargs: dict[str, Any]) -> Call:
+        call = Call.of(*self._made.signature.bind(args, kwargs))
+        for x in call.tensors:
+            if x.device != self.device:
+                raise ValueError(
+                    f"input is on {x.device}, expected {self.device}: move it there, or the accelerated model to it"
+                )
+        return self._made.cast(call)
+
+    def _executor_for(self, call: Call) -> Executor | None:
+        """What is right for a call, or None."""
+        key = _key(call)
+        known = self._known.get(key)
+        if known is not None:
+            return known
+        for executor in (self._executor, *self._others):
+            form = executor.plan.form
+            if form is None or form.takes(call):
+                if len(self._known) >= _KNOWN_CALLS:
+                    self._known.clear()
+                self._known[key] = executor
+                return executor
+        return None
+
+    @torch.no_grad()
+    def _run_original(self, call: Call) -> Any:
+        """Run the model itself, and plan for such calls from then on."""
+        original: nn.Module | None = self.__dict__["_original"]
+        if original is None:
+            where = "under autocast" if torch.is_autocast_enabled(self.device.type) else f"a call like {call}"
+            raise AccelerationError(
+                f"no plan for {where}: the example was {self._example()}, and the model itself is not at hand in what "
+                "was loaded; accelerate the model with such an example"
+            )
+        before = call.on_clones()
+        args, kwargs = call.arguments()
+        outputs = original(*args, **kwargs)
+        key = _key(call)
+        plannable = not torch.is_autocast_enabled(self.device.type) and key not in self._refused
+        if plannable and len(self._others) < _OTHER_PLANS and torch.is_inference_mode_enabled() is False:
+            self._plan_anew(original, before, key)
+        return outputs
+
+    def _plan_anew(self, original: nn.Module, call: Call, key: tuple) -> None:
+        with one_at_a_time:
+            if self._executor_for(call) is not None:
+                return  # another thread did
+            try:
+                plan = build_plan(original, original, call, self._backend)
+                executor = choose(plan, None, call, "heuristic")
+                ours = AcceleratedModel(plan, executor, self._report)
+                verify(plan, ours, original, call)
+            except (DepthfuseError, RuntimeError) as error:
+                logger.info("the model itself runs calls like %s: %s", call, error)
+                self._refused.add(key)
+                return
+            self._others.append(executor)
+
+    def _example(self) -> str:
+        empty = tuple(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in self._made.example)
+        return str(Call(empty, self._made.tree))
+
+    def _leave_plan_alone(self, executor: Executor) -> None:
         """After the weights were touched: the plan alone runs, and nothing that was found before is said of it."""
-        self._executor = self._executor.alone()
+        self._executor = executor
+        self._others, self._refused, self._known = [], set(), {}
         self._report = replace(
             self._report,
             dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device),
             entries=self._made.named_entries(),
-            executor=self._executor.in_words(),
+            executor=executor.in_words(),
             max_relative_error=None,
             latency_ms={},
             ratios={},
         )
 
     def _apply(self, fn, recurse: bool = True):
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        original: nn.Module | None = self.__dict__["_original"]
+        if probe.dtype != self.dtype:
+            return self._cast(fn, original, probe.dtype)
+        moved = probe.device != self.device
         super()._apply(fn, recurse)
-        tensor = next(t for t in [*self.parameters(), *self.buffers()] if t.is_floating_point())
-        self._made = replace(self._made, dtype=tensor.dtype)
-        self._device = tensor.device
-        self._leave_plan_alone()
+        if original is not None:
+            original._apply(fn)
+        if moved:
+            for module in self.plan.modules():
+                if isinstance(module, fx.GraphModule):
+                    _move_constants(module, probe.device)
+        self._leave_plan_alone(self._executor.alone())
+        return self
+
+    def _cast(self, fn, original: nn.Module | None, dtype: torch.dtype) -> AcceleratedModel:
+        """What computes in another dtype is another plan: casts that the model makes are part of it."""
+        if original is None:
+            raise AccelerationError(
+                f"a loaded model stays in {self.dtype}: accelerate the model with dtype={dtype}, and save that"
+            )
+        original._apply(fn)
+        tensors = tuple(fn(x) for x in self._made.example_call().tensors)
+        call = Call(tensors, self._made.tree)
+        self._made = replace(build_plan(original, original, call, self._backend), source=self._made.source)
+        self.plan = self._made.module
+        self._leave_plan_alone(Executor(self._made))
         return self
 
     def __getstate__(self):
-        # A copy's modules have dropped their bindings, too.
-        return {**super().__getstate__(), "_executor": self._executor.alone()}
+        # Replays, compiled copies and packed weights can be neither copied nor saved: their names are.
+        names = {name: module.implementation() for name, module in self._made.fused_modules().items()}
+        state = {**super().__getstate__(), "_known": {}, "_refused": set(), "_others": []}
+        return {**state, "_executor": self._executor.alone(), "_chosen": (self._executor.execution, names)}
 
     def __setstate__(self, state):
+        execution, names = state.pop("_chosen")
         super().__setstate__(state)
-        self._leave_plan_alone()
+        try:
+            with one_at_a_time:
+                original = self.__dict__["_original"]
+                self._executor = restore(self._made, execution, self._made.example_call(), names, original)
+        except (DepthfuseError, RuntimeError, ValueError, KeyError) as error:  # as on another machine
+            logger.info("a copy runs its plan op by op: %s", error)
+            self._leave_plan_alone(Executor(self._made))
+        self._report = replace(self._report, executor=self._executor.in_words())
 
-    def forward(self, *inputs: Tensor) -> Any:
-        """Run the plan. Raises TypeError or ValueError for inputs that the model could not take either."""
-        if not inputs:
-            raise TypeError("expected at least one input tensor, got none")
-        inputs = tuple(self._check(x) for x in inputs)
-        if torch.compiler.is_compiling():
-            with torch.no_grad():
-                return self.plan(*inputs)
-        return self._executor(*inputs)
 
-    def _check(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"expected a tensor, got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(
-                f"input has dtype {x.dtype}, expected {self.dtype} (or another floating-point dtype, "
-                "which is cast); convert images to floating point and normalise them first"
-            )
-        if x.device != self.device:
-            raise ValueError(
-                f"input is on {x.device}, expected {self.device}: move it there, or the accelerated model to it"
-            )
-        channels = self._made.in_channels
-        if channels is not None and (x.dim() != 4 or x.shape[1] != channels):
-            raise ValueError(f"input has shape {list(x.shape)}, expected [N, {channels}, H, W]")
-        return x if x.dtype == self.dtype else x.to(self.dtype)
+def _key(call: Call) -> tuple:
+    return call.tree, tuple(x.dtype for x in call.tensors), call.shapes()
+
+
+def _move_constants(graph: fx.GraphModule, device: torch.device) -> None:
+    """Let the operators that make tensors make them on `device`."""
+
+    def moved(value: Any) -> Any:
+        return device if isinstance(value, torch.device) else value
+
+    for node in graph.graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, moved)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
+    graph.recompile()
 
 
 def _after_load(module: AcceleratedModel, _incompatible: object) -> None:
-    module._leave_plan_alone()
+    module.__dict__["_original"] = None  # it has other weights
+    module._leave_plan_alone(module._executor.alone())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from depthfuse.acceleration import accelerate
 from depthfuse.acceleration.checking.profile import count_operations
+from depthfuse.acceleration.planning.program import Call
 from depthfuse.costs.table import CostTable
 from depthfuse.devices import OPTIONS, Device, Peaks
 from depthfuse.errors import CostError
@@ -112,9 +113,9 @@ def _sum_ms(model: nn.Module, x: Tensor, peaks: Peaks, width_bytes: int, batch_s
     """The roofline of `model` on a batch like the one image x, operation by operation, in a dtype of `width_bytes`."""
     fast = accelerate(model, x, backend="reference", verify=False, tune="off")
     entries = fast.report().entries
-    one = count_operations(fast.plan, entries, (x,))
+    one = count_operations(fast.made, Call.of((x,), {}))
     # Arithmetic and bytes are straight lines in the batch size: two points give them for any.
-    two = count_operations(fast.plan, entries, (torch.cat([x, x]),)) if batch_size > 1 else one
+    two = count_operations(fast.made, Call.of((torch.cat([x, x]),), {})) if batch_size > 1 else one
     if len(one) < len(entries):
         log.warning("%d of %d operations cannot be counted: left out", len(entries) - len(one), len(entries))
     total_ms = 0.0

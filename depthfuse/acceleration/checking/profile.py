@@ -12,24 +12,22 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from depthfuse.acceleration.planning.build import trace_simplified
-from depthfuse.acceleration.planning.parts import CallByCall, cast, first_inputs, parts_of, tensors_in
-from depthfuse.acceleration.planning.plan import Cost, Entry
+from depthfuse.acceleration.planning.own import main_dtype
+from depthfuse.acceleration.planning.parts import CallByCall, Given, parts_given, programs_given
+from depthfuse.acceleration.planning.plan import Cost, Entry, Plan
+from depthfuse.acceleration.planning.program import Call, CaptureError
 from depthfuse.fused.layers import FusedConv2d, plain_ops
 from depthfuse.measuring.roofline import peaks_of
 
 
 def profile_entries(
-    plan: nn.Module,
-    entries: tuple[Entry, ...],
-    inputs: tuple[Tensor, ...],
-    model: nn.Module | None,
-    passes: int,
+    plan: Plan, entries: tuple[Entry, ...], call: Call, model: nn.Module | None, passes: int
 ) -> tuple[Entry, ...]:
-    """`entries` of `plan` with their costs on `inputs`, in the plan's dtype.
+    """`entries` of `plan` with their costs on `call`, which is in the plan's dtypes.
 
     Args:
         model: what the plan was made from, for the latencies before; None to leave them out.
@@ -38,16 +36,15 @@ def profile_entries(
     Raises:
         ValueError: `model` is another than the plan's.
     """
-    parts = parts_of(plan)
-    ours = first_inputs(plan, parts, inputs)
-    peaks = peaks_of(inputs[0].device, inputs[0].dtype)
+    parts = parts_given(plan, call)
+    peaks = peaks_of(plan.device, plan.dtype)
     costs: dict[tuple[str, str], Cost] = {}
-    for name in parts.keys() & ours.keys():
-        latency_ms = _least_latencies(parts[name], ours[name], passes)
-        for node, (macs, bytes_moved, matrix) in _count(parts[name], ours[name]).items():
+    for name, given in parts.items():
+        latency_ms = _least_latencies(given, plan.device, passes)
+        for node, (macs, bytes_moved, matrix) in _count(given).items():
             roofline_ms = peaks.least_ms(2 * macs, bytes_moved, matrix)
             costs[name, node] = Cost(latency_ms[node], None, macs, bytes_moved, roofline_ms)
-    before = {} if model is None else _latencies_before(model, tuple(parts), inputs, passes)
+    before = {} if model is None else _latencies_before(plan, model, tuple(parts), call, passes)
     profiled = []
     for entry in entries:
         cost = costs.get((entry.part, entry.node))
@@ -72,40 +69,42 @@ class Counts(NamedTuple):
     matrix: bool
 
 
-def count_operations(plan: nn.Module, entries: tuple[Entry, ...], inputs: tuple[Tensor, ...]) -> list[Counts]:
-    """What `profile_entries` counts, without any timing: for each of `entries` that is a call in a graph, in order.
+def count_operations(plan: Plan, call: Call) -> list[Counts]:
+    """What `profile_entries` counts, without any timing: for each entry that is a call in a graph, in order.
 
     Views, which compute nothing, are no entries. Args: as for `profile_entries`.
     """
-    parts = parts_of(plan)
     counts = {
         (name, node): count
-        for name, given in first_inputs(plan, parts, inputs).items()
-        for node, count in _count(parts[name], given).items()
+        for name, given in parts_given(plan, call).items()
+        for node, count in _count(given).items()
     }
-    return [counts[entry.part, entry.node] for entry in entries if (entry.part, entry.node) in counts]
+    return [counts[entry.part, entry.node] for entry in plan.entries if (entry.part, entry.node) in counts]
 
 
 def _latencies_before(
-    model: nn.Module, parts: tuple[str, ...], inputs: tuple[Tensor, ...], passes: int
+    plan: Plan, model: nn.Module, parts: tuple[str, ...], call: Call, passes: int
 ) -> dict[str, dict[str, float]]:
     """For each part, the latency in ms of each node of the model's own graph."""
-    layers = dict(model.named_modules())
-    missing = [part for part in parts if part not in layers]
-    if missing:
+    main = main_dtype(model)
+    if main is not None:
+        call = Call(tuple(x.to(main) if x.dtype == plan.dtype else x for x in call.tensors), call.tree)
+    try:
+        theirs = programs_given(model, parts, call)
+    except KeyError as error:
         raise ValueError(
-            f"{type(model).__name__} has no module {missing[0]!r}: profile takes the model that was accelerated"
-        )
-    theirs = first_inputs(model, {part: layers[part] for part in parts}, cast(inputs, model))
-    return {
-        part: _least_latencies(trace_simplified(layers[part]), given, passes)
-        for part, given in theirs.items()
-    }
+            f"{type(model).__name__} has no module {error}: profile takes the model that was accelerated"
+        ) from error
+    except CaptureError as error:
+        raise ValueError(
+            f"{type(model).__name__} takes no such input ({error}): profile takes the model that was accelerated"
+        ) from error
+    return {part: _least_latencies(given, plan.device, passes) for part, given in theirs.items()}
 
 
 @torch.no_grad()
-def _least_latencies(graph: fx.GraphModule, inputs: tuple[Tensor, ...], passes: int) -> dict[str, float]:
-    mark, between_ms = _clock(inputs[0].device)
+def _least_latencies(given: Given, device: torch.device, passes: int) -> dict[str, float]:
+    mark, between_ms = _clock(device)
     least_ms: dict[str, float] = {}
     for index in range(passes + 1):  # the first one warms up
         marks: dict[str, tuple] = {}
@@ -116,7 +115,7 @@ def _least_latencies(graph: fx.GraphModule, inputs: tuple[Tensor, ...], passes: 
             marks[node.name] = (start, mark())
             return value
 
-        CallByCall(graph, timed).run(*(x.clone() for x in inputs))
+        CallByCall(given.graph, timed).run(*given.clones())
         if index:
             for name, (start, end) in marks.items():
                 least_ms[name] = min(least_ms.get(name, float("inf")), between_ms(start, end))
@@ -141,7 +140,7 @@ def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any]
 
 
 @torch.no_grad()
-def _count(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> dict[str, Counts]:
+def _count(given: Given) -> dict[str, Counts]:
     """By the name of each call."""
     counts = {}
 
@@ -149,16 +148,21 @@ def _count(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> dict[str, Count
         # The plain ops are those that PyTorch can count.
         with plain_ops(), FlopCounterMode(display=False) as counter:
             value = call()
-        module = graph.get_submodule(node.target) if node.op == "call_module" else None
+        module = given.graph.get_submodule(node.target) if node.op == "call_module" else None
         own = [] if module is None else [*module.parameters(), *module.buffers()]
-        tensors = _unique([*tensors_in((args, kwargs)), *own, *tensors_in(value)])
+        tensors = _unique([*_tensors_in((args, kwargs)), *own, *_tensors_in(value)])
         depthwise = isinstance(module, FusedConv2d) and module.weight.shape[1] == 1 and module.groups > 1
         macs = counter.get_total_flops() // 2
         counts[node.name] = Counts(macs, sum(t.nbytes for t in tensors), not depthwise)
         return value
 
-    CallByCall(graph, counted).run(*(x.clone() for x in inputs))
+    CallByCall(given.graph, counted).run(*given.clones())
     return counts
+
+
+def _tensors_in(value: object) -> list[Tensor]:
+    """The tensors among the arguments or the results of an operator."""
+    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
 
 
 def _unique(tensors: list[Tensor]) -> list[Tensor]:

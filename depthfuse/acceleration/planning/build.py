@@ -1,36 +1,30 @@
-"""From a model to its plan: trace, simplify, fuse, own. Where tracing fails, the same for the children."""
+"""From a model to its plan: capture, simplify, fuse, own. Where that fails for the whole, the same for the children."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
 
-from depthfuse.acceleration.planning.canonical import canonicalise
-from depthfuse.acceleration.planning.elements import is_no_op
+from depthfuse.acceleration.planning import aten, moves
 from depthfuse.acceleration.planning.fuse import fuse
-from depthfuse.acceleration.planning.graph import fold_constants, origin_of, own_layers, redirect_in_place
-from depthfuse.acceleration.planning.parts import cast
+from depthfuse.acceleration.planning.graph import module_of, origin_of, own_tensors
+from depthfuse.acceleration.planning.own import main_dtype, tensors_by_name
+from depthfuse.acceleration.planning.part import PlannedPart
 from depthfuse.acceleration.planning.plan import Entry, Plan
-from depthfuse.acceleration.planning.trace import TRACE_ERRORS, record_shapes, trace
+from depthfuse.acceleration.planning.program import Call, CaptureError, Program, capture
+from depthfuse.acceleration.planning.signature import signature_of
+from depthfuse.acceleration.planning.simplify import simplify
+from depthfuse.acceleration.planning.trees import flatten
+from depthfuse.errors import AccelerationError
 from depthfuse.fused.layers import FusedModule
-from depthfuse.merging.tracing import has_hooks
 from depthfuse.spec import ModelSource
 
 logger = logging.getLogger(__name__)
-
-# Nodes that compute nothing: the report leaves them out.
-_VIEWS = frozenset(
-    [
-        *("view", "reshape", "permute", "transpose", "flatten", "unbind", "expand", "unflatten", "squeeze"),
-        *("unsqueeze", "chunk", "split", "contiguous", "getitem", "getattr", "size", "dim", "eq", "_assert"),
-    ]
-)
 
 
 class Planned(NamedTuple):
@@ -40,64 +34,154 @@ class Planned(NamedTuple):
     entries: list[Entry]
 
 
-def build_plan(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str) -> Plan:
-    """Plan `model` for inputs like `inputs`; the model is left alone and shares nothing with the plan.
+def build_plan(own: nn.Module, model: nn.Module, call: Call, backend: str) -> Plan:
+    """Plan a model for calls like `call`; the plan shares nothing with it.
 
     Args:
-        model: in evaluation mode.
-        inputs: example inputs in the model's dtype; batch and image size may differ later.
-        dtype: of the plan. backend: see `depthfuse.ops.resolve_backend`.
+        own: a copy of the model, in evaluation mode and in the dtype that the plan is to have.
+        model: the model, or a copy of it in its own dtype, which has all digits of its weights.
+        call: as `own` takes it.
+        backend: see `depthfuse.ops.resolve_backend`.
+
+    Raises:
+        AccelerationError: folding took a weight beyond what the dtype holds.
     """
-    module, entries = _plan(model, inputs, dtype, backend)
+    dtype = main_dtype(own)
+    assert dtype is not None
+    exact = tensors_by_name(model)
+    program = None
+    try:
+        program = capture_watched(own, call)
+        graph, entries = _plan_program(program, own, call, exact, backend)
+        module: nn.Module = graph
+    except CaptureError as error:
+        logger.info("%s is planned in parts: %s", type(model).__name__, error)
+        module, entries = _plan_children(own, call, exact, backend)
     return Plan(
         module,
         tuple(entries),
         model=type(model).__name__,
         dtype=dtype,
-        example=tuple((tuple(x.shape), x.dtype) for x in inputs),
-        in_channels=inputs[0].shape[1] if len(inputs) == 1 and inputs[0].dim() == 4 else None,
+        example=tuple((tuple(x.shape), x.dtype) for x in call.tensors),
         source=ModelSource.of(model),
+        signature=signature_of(model),
+        tree=call.tree,
+        form=None if program is None else program.form(),
+        outputs=None if program is None else program.outputs,
+        writes_inputs=program is None or program.writes_inputs,
     )
 
 
-def _plan(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str) -> Planned:
-    if has_hooks(model):
-        logger.info("%s has hooks of its own: planning its children", type(model).__name__)
-        return _plan_children(model, inputs, dtype, backend)
-    try:
-        graph = trace_simplified(model)
-        record_shapes(graph, inputs)
-    except TRACE_ERRORS as error:
-        logger.info("%s cannot be traced as a whole (%s): planning its children", type(model).__name__, error)
-        return _plan_children(model, inputs, dtype, backend)
-    module, entries = _plan_graph(graph, dtype, backend)
-    if not list(model.children()):
-        entries = [replace(entry, path="") for entry in entries]
-    return _plan_inside_leaves(Planned(module, entries), model, inputs, dtype, backend)
+def capture_watched(model: nn.Module, call: Call) -> Program:
+    """As `capture`, but a model with hooks is refused: what they do is not in a graph."""
+    watched = next((name or "the model" for name, m in model.named_modules() if _is_watched(m)), None)
+    if watched is not None:
+        raise CaptureError(f"{watched} has hooks")
+    return capture(model, call)
 
 
-def trace_simplified(model: nn.Module) -> fx.GraphModule:
-    """The graph of `model` in PyTorch's own layers and without what computes nothing; the same names each time.
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
-    Raises one of TRACE_ERRORS. A layer without children is traced as one node.
+
+def _plan_program(
+    program: Program, model: nn.Module, call: Call, exact: Mapping[str, Tensor], backend: str, prefix: str = ""
+) -> Planned:
+    """The plan of a program.
+
+    Args:
+        model, call: what it was captured from.
+        exact: the model's own tensors by name, where those of the program have fewer digits. prefix: of the names.
     """
-    graph = trace(model if list(model.children()) else nn.Sequential(model))
+    graph = copy_of(program.graph)
     for node in graph.graph.nodes:
-        node.type = None  # an annotation, which says nothing here
-    canonicalise(graph)
-    redirect_in_place(graph)
-    for node in list(graph.graph.nodes):
-        if is_no_op(node):
-            node.replace_all_uses_with(node.args[0])
-            graph.graph.erase_node(node)
-    fold_constants(graph)
-    return graph
-
-
-def _plan_graph(graph: fx.GraphModule, dtype: torch.dtype, backend: str) -> Planned:
-    fuse(graph, dtype, backend)
-    graph = own_layers(graph).to(dtype)
+        own = (
+            exact.get(f"{prefix}.{node.target}" if prefix else node.target) if node.op == "get_attr" else None
+        )
+        read = aten.value_of(node)
+        if (
+            own is not None
+            and read is not None
+            and own.dtype != read.dtype
+            and own.shape == tuple(read.shape)
+        ):
+            node.meta["exact"] = own
+    simplify(graph)
+    fuse(graph, backend)
+    moves.collapse(graph)
+    _keep_layouts(graph, model, call)
+    output = graph.graph.output_node()
+    (values,) = output.args
+    if len(values) == 1:
+        output.args = (values[0],)
+    graph = own_tensors(graph)
+    for node in graph.graph.nodes:
+        node.meta.pop("exact", None)
+    graph.recompile()
     return Planned(graph, _entries(graph))
+
+
+def copy_of(graph: fx.GraphModule) -> fx.GraphModule:
+    """The same nodes by the same names, which read the same tensors."""
+    twin = fx.GraphModule(graph, fx.Graph())
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in graph.graph.nodes:
+        mapping[node] = twin.graph.node_copy(node, lambda n: mapping[n])
+        mapping[node].name = node.name
+    read = {node.target: None for node in graph.graph.nodes if node.op == "get_attr"}
+    values: dict[str, Any] = {}
+    for target in read:
+        value: Any = graph
+        for name in target.split("."):
+            value = getattr(value, name)
+        values[target] = value
+    return fx.GraphModule(values, twin.graph, "Plan")
+
+
+def _keep_layouts(plan: fx.GraphModule, model: nn.Module, call: Call) -> None:
+    """Outputs lie in memory as the model's do in an example: a fused convolution's lie in channels_last."""
+    output = plan.graph.output_node()
+    values = list(output.args[0])
+    if not any(len(aten.shape_of(value) or ()) > 2 for value in values):
+        return
+    with torch.no_grad():
+        args, kwargs = call.on_clones().arguments()
+        given, _ = flatten(model(*args, **kwargs), once=True)
+    with plan.graph.inserting_before(output):
+        for index, (value, example) in enumerate(zip(values, given, strict=True)):
+            layout = _layout(example)
+            if layout is None or len(aten.shape_of(value) or ()) < 3 or not _may_lie_otherwise(value):
+                continue
+            node = plan.graph.call_function(
+                torch.ops.aten.contiguous.default, (value,), {"memory_format": layout}
+            )
+            node.meta = {key: value.meta[key] for key in ("val", "value_of") if key in value.meta}
+            node.meta["path"] = ""
+            values[index] = node
+    output.args = (tuple(values),)
+
+
+def _layout(x: object) -> torch.memory_format | None:
+    if not isinstance(x, Tensor) or x.layout != torch.strided:
+        return None
+    if x.is_contiguous():
+        return torch.contiguous_format
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return None
+
+
+def _may_lie_otherwise(node: fx.Node) -> bool:
+    return node.op not in ("placeholder", "get_attr")
+
+
+# Nodes that compute nothing: the report leaves them out.
+_VIEWS_WORDS = """
+    view reshape permute transpose t flatten unbind expand unflatten squeeze unsqueeze chunk split
+    split_with_sizes contiguous select slice alias detach sym_size sym_numel sym_stride _assert_scalar
+    _assert_async unsafe_chunk movedim expand_as view_as narrow
+"""
+_VIEWS = frozenset(_VIEWS_WORDS.split())
 
 
 def _entries(graph: fx.GraphModule) -> list[Entry]:
@@ -105,66 +189,41 @@ def _entries(graph: fx.GraphModule) -> list[Entry]:
     for node in graph.graph.nodes:
         origin = origin_of(node)
         path, *others = origin.paths
+        absorbed = tuple(dict.fromkeys(other for other in others if other))
         if node.op == "call_module":
-            module = graph.get_submodule(node.target)
-            kind, fused = type(module).__name__, isinstance(module, FusedModule)
-            epilogue = module.epilogue() + (" + residual" if len(node.args) > 1 else "") if fused else ""
-            target = node.target
-        elif node.op in ("call_function", "call_method"):
-            kind = node.target if isinstance(node.target, str) else node.target.__name__
-            fused, epilogue, target = False, "", ""
-            if kind in _VIEWS:
+            module = module_of(node)
+            assert isinstance(module, FusedModule)
+            epilogue = module.epilogue() + (" + residual" if len(node.args) > 1 else "")
+            entry = Entry(path, type(module).__name__, "", epilogue, absorbed, True, node.target)
+        elif node.op == "call_function" and not aten.is_number(node) and aten.item_of(node) is None:
+            name = aten.name_of(node) or getattr(node.target, "__name__", str(node.target))
+            if name in _VIEWS:
                 continue
+            entry = Entry(path, name, "eager", "", absorbed, False)
         else:
             continue
-        entry = Entry(path, kind, "" if fused else "eager", epilogue, tuple(others), fused, target)
-        entries.append(replace(entry, node=node.name, nodes=origin.nodes))
+        entries.append(entry.of_node(node.name, origin.nodes))
     return entries
 
 
-def _plan_children(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str) -> Planned:
-    return _plan_inside(model, "", record_calls(model, inputs), dtype, backend)
-
-
-def _plan_inside_leaves(
-    plan: Planned, model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, backend: str
-) -> Planned:
-    """Plan the children of modules that the graph calls as a whole, because they have hooks or cannot be traced."""
+def _plan_children(model: nn.Module, call: Call, exact: Mapping[str, Tensor], backend: str) -> Planned:
+    """The model with its children planned, as far as it still runs then and these have something to fuse."""
+    calls = record_calls(model, call)
+    planned = copy.deepcopy(model)
     entries = []
-    calls = None
-    for entry in plan.entries:
-        entries.append(entry)
-        if entry.fused or not entry.module or not list(plan.module.get_submodule(entry.module).children()):
-            continue
-        calls = calls or record_calls(model, inputs)
-        leaf, inner = _plan_inside(model.get_submodule(entry.path), entry.path, calls, dtype, backend)
-        if any(e.fused for e in inner):
-            plan.module.set_submodule(entry.module, leaf)
-            entries += inner
-    return Planned(plan.module, entries)
-
-
-def _plan_inside(module: nn.Module, path: str, calls, dtype, backend) -> Planned:
-    """A copy of `module` with its children planned, as far as it still runs then, and the entries of these."""
-    planned = copy.deepcopy(module)
-    entries = []
-    for name, child in module.named_children():
-        inner = f"{path}.{name}" if path else name
-        entries += _replace(planned, name, inner, child, calls, dtype, backend)
-    planned.requires_grad_(False).to(dtype)
-    args, kwargs = tree_map_only(Tensor, lambda x: cast((x,), planned)[0], calls[module][0])
+    for name, child in model.named_children():
+        entries += _replace(planned, name, name, child, calls, exact, backend)
     try:
         with torch.no_grad():
+            args, kwargs = call.on_clones().arguments()
             planned(*args, **kwargs)
-    except (AttributeError, RuntimeError, TypeError) as error:
-        # It reads more of a child than its output.
-        logger.info("%s does not run with planned children (%s): it stays", type(module).__name__, error)
-        unplanned = copy.deepcopy(module).requires_grad_(False).to(dtype)
-        return Planned(unplanned, [Entry(path, type(module).__name__, "eager", "", (), False)])
+    except (AttributeError, RuntimeError, TypeError, ValueError, AccelerationError) as error:
+        logger.info("%s does not run with planned children (%s): it stays", type(model).__name__, error)
+        return Planned(model, [Entry("", type(model).__name__, "eager", "", (), False)])
     return Planned(planned, entries)
 
 
-def record_calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module, list[tuple[tuple, dict]]]:
+def record_calls(model: nn.Module, call: Call) -> dict[nn.Module, list[tuple[tuple, dict]]]:
     """The arguments of every call of every submodule in one run."""
     calls: dict[nn.Module, list[tuple[tuple, dict]]] = {}
 
@@ -174,32 +233,43 @@ def record_calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module
     handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in model.modules()]
     try:
         with torch.no_grad():
-            model(*(x.clone() for x in inputs))
+            args, kwargs = call.on_clones().arguments()
+            model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
     return calls
 
 
-def _replace(parent, name: str, path: str, child: nn.Module, calls, dtype, backend) -> list[Entry]:
+def _replace(
+    parent: nn.Module,
+    name: str,
+    path: str,
+    child: nn.Module,
+    calls: dict[nn.Module, list[tuple[tuple, dict]]],
+    exact: Mapping[str, Tensor],
+    backend: str,
+) -> list[Entry]:
     """Put a plan in the place of `parent.name`, or of the children below it where that cannot be planned."""
     seen = calls.get(child, [])
-    tensors_only = all(not k and all(isinstance(a, Tensor) for a in args) for args, k in seen)
-    if seen and tensors_only and not has_hooks(child):
+    if seen and isinstance(getattr(parent, name, None), nn.Module):
         try:
-            graph = trace_simplified(child)
-            record_shapes(graph, seen[0][0])
-        except TRACE_ERRORS as error:
-            logger.debug("%s cannot be traced (%s)", path, error)
+            signature = signature_of(child)
+            call = Call.of(*signature.bind(*seen[0])).on_clones()
+            program = capture_watched(child, call)
+        except (AccelerationError, TypeError) as error:
+            logger.info("%s is planned in parts: %s", path, error)
         else:
-            part = _plan_graph(graph, dtype, backend)
-            if any(entry.fused for entry in part.entries):
-                setattr(parent, name, part.module)
-                return [entry.inside(path, is_layer=not list(child.children())) for entry in part.entries]
+            graph, found = _plan_program(program, child, call, exact, backend, path)
+            if any(entry.fused for entry in found) and not program.writes_inputs:
+                original = getattr(parent, name)
+                part = PlannedPart(graph, program.form(), program.outputs, signature, original)
+                setattr(parent, name, part)
+                return [entry.inside(path) for entry in found]
     entries = []
     for inner_name, inner in child.named_children():
         inner_parent = getattr(parent, name)
-        entries += _replace(inner_parent, inner_name, f"{path}.{inner_name}", inner, calls, dtype, backend)
-    if any(entry.fused for entry in entries):
+        entries += _replace(inner_parent, inner_name, f"{path}.{inner_name}", inner, calls, exact, backend)
+    if entries or not seen:
         return entries
-    return [Entry(path, type(child).__name__, "eager", "", (), False)] if seen else []
+    return [Entry(path, type(child).__name__, "eager", "", (), False)]

@@ -1,24 +1,20 @@
 """What a graph node does to its input, of what fusion knows: an affine map, an activation, an addition, a permutation,
 a LayerNorm over the channels.
 
-`read(node, value)` turns a node into a list of such elements, which is all that fusion has to know about it.
-Axes are negative (counted from the last), so that they hold for any number of leading axes.
+`read(node, value)` turns an operator's call into a list of such elements, which is all that fusion has to know about
+it. Axes are negative (counted from the last), so that they hold for any number of leading axes.
 """
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import DropPath
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, fx
 
-from depthfuse.acceleration.planning.graph import constant_of, module_of
-from depthfuse.merging.algebra import norm_affine
-from depthfuse.merging.merged_blocks import TokenBatchNorm
+from depthfuse.acceleration.planning import aten
+from depthfuse.acceleration.planning.graph import constant_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class Act:
 
 @dataclass(frozen=True)
 class Add:
-    """Addition of another value of the graph, of the same shape."""
+    """Addition of another value of the graph, of the same shape and dtype."""
 
     other: fx.Node
 
@@ -63,117 +59,146 @@ class Norm:
 
 Element = Affine | Act | Add | Permute | Norm
 
-_NO_OPS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, DropPath)
-_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_MULS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
-_ACT_FUNCTIONS = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    F.relu6: "relu6",
-    F.silu: "silu",
-    F.hardswish: "hardswish",
-    "relu": "relu",
-    "relu_": "relu",
-}
+_ACTIVATIONS = {"relu": "relu", "relu6": "relu6", "silu": "silu", "hardswish": "hardswish"}
 
 
-def is_no_op(node: fx.Node) -> bool:
-    """Whether the node hands its input on unchanged in evaluation mode."""
-    if node.op == "call_module":
-        return isinstance(module_of(node), _NO_OPS)
-    if node.op == "call_function" and node.target is F.dropout:
-        return node.kwargs.get("training", True) is False
-    return False
-
-
-def act_of_module(module: nn.Module) -> str | None:
-    """The name of the activation that `module` is, or None."""
-    kind = type(module)
-    name = kind.__name__
-    if kind is nn.GELU or name in ("GELU", "GELUTanh", "GELU_"):
-        tanh = getattr(module, "approximate", "tanh" if name == "GELUTanh" else "none") == "tanh"
-        return "gelu_tanh" if tanh else "gelu"
-    if kind is nn.Hardtanh and (module.min_val, module.max_val) == (0.0, 6.0):
-        return "relu6"
-    names = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
-    timm_names = {"Swish": "silu", "HardSwish": "hardswish", "HardSwishMe": "hardswish", "SwishMe": "silu"}
-    return names.get(kind) or (timm_names.get(name) if kind.__module__.startswith("timm.") else None)
-
-
-def batch_norm_affine(norm: nn.Module, axis: int) -> Affine | None:
-    """Evaluation-mode batch norm as an affine map in float64, or None where it uses the batch's own
-    statistics.
-    """
-    if norm.running_mean is None or norm.running_var is None:
+def activation_of(node: fx.Node) -> str | None:
+    """The name of the activation that a node is, or None."""
+    name = aten.name_of(node)
+    if name in _ACTIVATIONS:
+        return _ACTIVATIONS[name]
+    if not name:
         return None
-    scale, shift = norm_affine(norm)
-    return Affine(scale, shift, axis)
+    given = aten.arguments(node)
+    if name == "gelu":
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(given["approximate"])
+    bounds = None
+    if name == "hardtanh":
+        bounds = given["min_val"], given["max_val"]
+    elif name == "clamp" and node.target._overloadname == "default":
+        bounds = given["min"], given["max"]
+    elif name == "clamp_min" and node.target._overloadname == "default":
+        bounds = given["min"], None
+    return {(0, 6): "relu6", (0, None): "relu"}.get(bounds) if bounds else None
 
 
-def layer_norm(module: nn.Module) -> Norm | None:
-    """What a LayerNorm over the last axis does, or None for any other module."""
-    if type(module) is not nn.LayerNorm or len(module.normalized_shape) != 1:
+def batch_norm(node: fx.Node) -> tuple[Tensor, Tensor] | None:
+    """(scale, shift) of a batch norm by fixed statistics in float64, [C], or None for any other node."""
+    name = aten.name_of(node)
+    if name not in ("batch_norm", "_native_batch_norm_legit_no_training"):
         return None
-    weight, bias = (None if t is None else t.detach().double() for t in (module.weight, module.bias))
-    return Norm(weight, bias, module.eps, -1)
+    given = aten.arguments(node)
+    if given.get("training", False):
+        return None
+    parts = {key: constant_of(given[key]) for key in ("weight", "bias", "running_mean", "running_var")}
+    known = [given[key] is None or part is not None for key, part in parts.items()]
+    mean, variance = parts["running_mean"], parts["running_var"]
+    if not all(known) or mean is None or variance is None:
+        return None
+    scale = (variance.double() + given["eps"]).rsqrt()
+    if parts["weight"] is not None:
+        scale = scale * parts["weight"].double()
+    shift = -mean.double() * scale
+    return scale, shift if parts["bias"] is None else shift + parts["bias"].double()
 
 
-def _module_elements(module: nn.Module, ndim: int) -> list[Element] | None:
-    name = act_of_module(module)
-    if name:
-        return [Act(name)]
-    channel_axis = 1 - ndim
-    if isinstance(module, TokenBatchNorm):
-        affine = batch_norm_affine(module, -1)
-        return [affine] if affine else None
-    if isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward:
-        affine = batch_norm_affine(module, channel_axis)
-        return [affine] if affine else None
-    norm = layer_norm(module)
-    return [norm] if norm else None
+def layer_norm(node: object) -> Norm | None:
+    """What a LayerNorm over the last axis does, or None for any other node."""
+    name = aten.name_of(node)
+    if name not in ("layer_norm", "native_layer_norm"):
+        return None
+    given = aten.arguments(node)
+    weight, bias = (constant_of(given[key]) for key in ("weight", "bias"))
+    known = all(given[key] is None or t is not None for key, t in (("weight", weight), ("bias", bias)))
+    if not known or len(given["normalized_shape"]) != 1:
+        return None
+    weight, bias = (None if t is None else t.detach().double() for t in (weight, bias))
+    return Norm(weight, bias, given["eps"], -1)
 
 
-def _constant_affine(node: fx.Node, constant: Tensor | float, multiply: bool, ndim: int) -> Affine | None:
-    """Multiplication or addition of a constant that varies along one axis at most."""
-    value = torch.as_tensor(constant).detach().double()
+def permutation(node: fx.Node) -> tuple[int, ...] | None:
+    """The order of axes that a node gives its input, or None for any other node."""
+    name = aten.name_of(node)
+    if name not in ("permute", "transpose", "t", "numpy_T", "mT"):
+        return None
+    ndim = len(aten.shape_of(node) or ())
+    order = list(range(ndim))
+    if name == "permute":
+        return tuple(d % ndim for d in aten.arguments(node)["dims"])
+    a, b = (-2, -1) if name != "transpose" else (aten.arguments(node)["dim0"], aten.arguments(node)["dim1"])
+    if ndim < 2 or not isinstance(a, int) or not isinstance(b, int):
+        return None
+    order[a % ndim], order[b % ndim] = order[b % ndim], order[a % ndim]
+    return tuple(order)
+
+
+def _constant_affine(constant: Tensor | float, name: str, is_second: bool, ndim: int) -> Affine | None:
+    """Arithmetic with a constant that varies along one axis at most."""
+    value = torch.as_tensor(constant).detach()
+    if value.is_complex():
+        return None
+    value = value.double()
     wide = [axis for axis, size in enumerate(value.shape) if size != 1]
     if len(wide) > 1 or value.dim() > ndim:
         return None
     axis = wide[0] - value.dim() if wide else -1
     value = value.reshape(-1) if wide else value.reshape(())
-    return Affine(value, None, axis) if multiply else Affine(None, value, axis)
+    if name == "mul":
+        return Affine(value, None, axis)
+    if name == "div":
+        return Affine(1 / value, None, axis) if is_second else None
+    if name == "add":
+        return Affine(None, value, axis)
+    return Affine(None, -value, axis) if is_second else Affine(-torch.ones_like(value), value, axis)
+
+
+def _arithmetic(node: fx.Node, value: fx.Node, name: str) -> list[Element] | None:
+    given = aten.arguments(node)
+    first, second = given["self"], given["other"]
+    if (first is value) == (second is value):
+        return None
+    is_second = first is value  # the constant comes second
+    other = second if is_second else first
+    if given.get("alpha", 1) != 1 or given.get("rounding_mode") is not None:
+        return None
+    if aten.shape_of(node) != aten.shape_of(value):
+        return None
+    constant: Any = other if type(other) in (int, float) else constant_of(other)
+    if constant is not None:
+        affine = _constant_affine(constant, name, is_second, len(aten.shape_of(value) or ()))
+        return [affine] if affine else None
+    if name != "add" or not isinstance(other, fx.Node) or aten.shape_of(other) != aten.shape_of(value):
+        return None
+    mine, theirs = aten.value_of(value), aten.value_of(other)
+    return [Add(other)] if mine is not None and theirs is not None and mine.dtype == theirs.dtype else None
 
 
 def read(node: fx.Node, value: fx.Node) -> list[Element] | None:
-    """The elements that `node` applies to its input `value`, in order, or None where it does anything
-    else.
-    """
-    shape = value.meta.get("shape")
-    if shape is None:
+    """The elements that `node` applies to its input `value`, in order, or None where it does anything else."""
+    before, after = aten.value_of(value), aten.value_of(node)
+    name = aten.name_of(node)
+    if before is None or not name:
         return None
-    ndim = len(shape)
-    if node.op == "call_module":
-        return _module_elements(module_of(node), ndim) if node.args == (value,) else None
-    if node.target in _ADDS | _MULS and len(node.args) == 2 and not node.kwargs:
-        other = node.args[1] if node.args[0] is value else node.args[0]
-        if other is value:
-            return None
-        constant = other if isinstance(other, int | float) else constant_of(other)
-        multiply = node.target in _MULS
-        if constant is not None:
-            affine = _constant_affine(node, constant, multiply, ndim)
-            return [affine] if affine and node.meta.get("shape") == shape else None
-        if isinstance(other, fx.Node) and not multiply and other.meta.get("shape") == shape:
-            return [Add(other)]
+    if name == "_native_batch_norm_legit_no_training" and node.args[0] is value:
+        return _scaled(node, before)
+    if after is None or after.dtype != before.dtype:
         return None
-    if node.args[:1] != (value,):
+    if name in ("add", "sub", "mul", "div"):
+        return _arithmetic(node, value, name)
+    if node.args[:1] != (value,) or sum(argument is value for argument in node.all_input_nodes) != 1:
         return None
-    if node.target in _ACT_FUNCTIONS:
-        return [Act(_ACT_FUNCTIONS[node.target])]
-    if node.target is F.gelu:
-        return [Act("gelu_tanh" if node.kwargs.get("approximate", "none") == "tanh" else "gelu")]
-    if node.target == "permute":
-        dims = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
-        return [Permute(tuple(dims))] if all(isinstance(d, int) for d in dims) else None
-    return None
+    if name == "batch_norm":
+        return _scaled(node, before)
+    act = activation_of(node)
+    if act:
+        return [Act(act)]
+    order = permutation(node)
+    if order:
+        return [Permute(order)]
+    norm = layer_norm(node)
+    return [norm] if norm else None
+
+
+def _scaled(node: fx.Node, before: Tensor) -> list[Element] | None:
+    found = batch_norm(node)
+    return [Affine(*found, 1 - before.dim())] if found else None

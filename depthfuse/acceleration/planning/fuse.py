@@ -17,23 +17,23 @@ channels_last both are free.
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from depthfuse.acceleration.planning import aten
 from depthfuse.acceleration.planning.elements import Act, Add, Affine, Norm, layer_norm, read
-from depthfuse.acceleration.planning.fuse_blocks import KERNEL_PASSES, fuse_attention
-from depthfuse.acceleration.planning.graph import constant_of, insert_fused, mark_value, module_of, path_of
+from depthfuse.acceleration.planning.fuse_attention import fuse_attention
+from depthfuse.acceleration.planning.fuse_blocks import KERNEL_PASSES
+from depthfuse.acceleration.planning.graph import constant_of, insert_fused, mark_value, new_call, path_of
 from depthfuse.errors import AccelerationError
 from depthfuse.fused.layers import FusedConv2d, FusedLinear, FusedModule
-from depthfuse.merging.tracing import has_hooks
 from depthfuse.ops import resolve_backend
 
+_PERMUTE = torch.ops.aten.permute.default
 CONV_CHANNEL_AXIS = -3
 LINEAR_CHANNEL_AXIS = -1
 
@@ -162,58 +162,45 @@ class Chain:
             target[rows].copy_(self._scaled(self.weight[rows], first))
 
 
-_LINEAR_FUNCTIONS = (F.linear,)
-_CONV_FUNCTIONS = (F.conv2d, torch.conv2d)
+# What the fused modules compute in.
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def start_chain(node: fx.Node) -> Chain | None:
-    """A chain that holds only the layer of `node`, or None if that is no convolution or linear that we can run."""
-    if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
-        return _start_at_layer(node, module_of(node))
-    if node.op == "call_function" and node.target in _LINEAR_FUNCTIONS + _CONV_FUNCTIONS:
-        return _start_at_function(node)
-    return None
-
-
-def _start_at_layer(node: fx.Node, layer: nn.Module) -> Chain | None:
-    if has_hooks(layer):
+    """A chain that holds only the layer of `node`, or None if that is no convolution or linear that we can run: with
+    constant weights, all in one dtype.
+    """
+    name = aten.name_of(node)
+    if name not in ("linear", "conv2d") or (name == "conv2d" and node.target._overloadname != "default"):
         return None
-    if type(layer) is nn.Linear:
-        return _chain(node, None, layer.weight, layer.bias)
-    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-        geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
-        return _chain(node, geometry, layer.weight, layer.bias)
-    return None
-
-
-def _start_at_function(node: fx.Node) -> Chain | None:
-    """Where weight and bias are constants, as in layers that compute their weight from others."""
-    names: tuple[str, ...] = ("input", "weight", "bias")
-    defaults: dict[str, Any] = {"bias": None}
-    if node.target in _CONV_FUNCTIONS:
-        names += ("stride", "padding", "dilation", "groups")
-        defaults |= {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    given = defaults | dict(zip(names, node.args, strict=False)) | node.kwargs
+    given = aten.arguments(node)
     weight, bias = constant_of(given["weight"]), constant_of(given["bias"])
-    known = weight is not None and (bias is not None or given["bias"] is None)
-    if not known or given.keys() != set(names) or not isinstance(given["input"], fx.Node):
+    if weight is None or (bias is None and given["bias"] is not None) or weight.numel() == 0:
         return None
-    if node.target in _LINEAR_FUNCTIONS:
-        return _chain(node, None, weight, bias, given["input"])
-    geometry = {name: given[name] for name in names[3:]}
-    pairs = {name: (n, n) if isinstance(n, int) else n for name, n in geometry.items() if name != "groups"}
-    if weight.dim() != 4 or not all(isinstance(n, tuple | list) for n in pairs.values()):
+    dtypes = {aten.dtype_of(given[key]) for key in ("input", "weight", "bias") if given[key] is not None}
+    if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
         return None
-    return _chain(node, geometry | pairs, weight, bias, given["input"])
+    if name == "linear":
+        return _chain(node, None, weight, bias, given["input"]) if weight.dim() == 2 else None
+    if len(aten.shape_of(node) or ()) != 4:
+        return None
+    geometry = {key: _pair(given[key]) for key in ("stride", "padding", "dilation")}
+    if not all(isinstance(n, int) for pair in geometry.values() for n in pair):
+        return None
+    return _chain(node, {**geometry, "groups": given["groups"]}, weight, bias, given["input"])
+
+
+def _pair(value: list[int] | int) -> list[int]:
+    found = [value] if isinstance(value, int) else list(value)
+    return found * 2 if len(found) == 1 else found
 
 
 def _chain(
-    node: fx.Node, geometry, weight: Tensor, bias: Tensor | None, source: fx.Node | None = None
+    node: fx.Node, geometry: dict[str, Any] | None, weight: Tensor, bias: Tensor | None, source: fx.Node
 ) -> Chain:
     axis = LINEAR_CHANNEL_AXIS if geometry is None else CONV_CHANNEL_AXIS
-    bias = None if bias is None else bias.detach().double()
-    source = source or node.args[0]
-    return Chain(node, source, geometry, weight.detach(), bias, axis, node, [node])
+    bias = None if bias is None else bias.double()
+    return Chain(node, source, geometry, weight, bias, axis, node, [node])
 
 
 def look_back(chain: Chain) -> None:
@@ -222,38 +209,33 @@ def look_back(chain: Chain) -> None:
         return
     _choose_token_first(chain)
     before = chain.source
-    norm = _norm_of_tokens(before)
-    questions = [user for user in before.users if user.target is getattr and user.args[1] == "shape"]
-    if norm is None or set(before.users) != {chain.start, *questions}:
+    norm = layer_norm(before)
+    if norm is None or aten.dtype_of(before) != aten.dtype_of(before.args[0]):
+        return
+    questions = [user for user in before.users if aten.name_of(user) == "sym_size"]
+    if set(before.users) != {chain.start, *questions}:
         return
     for question in questions:  # its input has the same shape
         question.replace_input_with(before, before.args[0])
     chain.take_norm_before(before, norm)
 
 
-def _norm_of_tokens(node: fx.Node) -> Norm | None:
-    """The LayerNorm over the last axis that a node calls, or None."""
-    if node.op != "call_module" or len(node.args) != 1 or has_hooks(module_of(node)):
-        return None
-    norm = layer_norm(module_of(node))
-    return norm if norm is not None and norm.axis == LINEAR_CHANNEL_AXIS else None
-
-
 def _choose_token_first(chain: Chain) -> None:
     """Of norm(x)[:, 0], what the head of a ViT reads, make norm(x[:, 0]): the other tokens need no norm."""
     choice = chain.source
-    if choice.target is not operator.getitem or choice.args[1] != (slice(None), 0) or len(choice.users) != 1:
+    if aten.name_of(choice) != "select" or len(choice.users) != 1:
         return
-    norm = choice.args[0]
-    if _norm_of_tokens(norm) is None or len(norm.users) != 1:
+    norm, axis = choice.args[0], choice.args[1]
+    ndim = len(aten.shape_of(norm) or ())
+    if layer_norm(norm) is None or len(norm.users) != 1 or axis % ndim == ndim - 1:
         return
-    plan = norm.graph
-    with plan.inserting_before(norm):
-        token = plan.call_function(operator.getitem, (norm.args[0], choice.args[1]))
-    norm.args = (token,)
+    graph = norm.graph
+    with graph.inserting_before(norm):
+        token = new_call(graph, choice.target, (norm.args[0], *choice.args[1:]), choice)
+    norm.args = (token, *norm.args[1:])
     mark_value(norm, choice)
     choice.replace_all_uses_with(norm)
-    plan.erase_node(choice)
+    graph.erase_node(choice)
     chain.source = norm
 
 
@@ -261,8 +243,6 @@ def grow(chain: Chain, norms: bool) -> None:
     """Follow the only reader as far as the fused module's schema goes; `norms`: LayerNorm is part of that."""
     while len(chain.end.users) == 1:
         (user,) = chain.end.users
-        if user.op == "call_module" and has_hooks(module_of(user)):
-            return
         longer = copy.copy(chain)
         longer.pieces = list(chain.pieces)
         elements = read(user, chain.end)
@@ -274,7 +254,7 @@ def grow(chain: Chain, norms: bool) -> None:
         vars(chain).update(vars(longer))
 
 
-def fuse_chains(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
+def fuse_chains(plan: fx.GraphModule, backend: str) -> None:
     """Replace every chain of `plan` by a fused module."""
     norms = runs_triton_kernels(plan, backend)
     for node in list(plan.graph.nodes):
@@ -284,13 +264,13 @@ def fuse_chains(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
         if norms:
             look_back(chain)
         grow(chain, norms)
-        emit(plan, chain, build(chain, dtype, backend))
+        emit(plan, chain, build(chain, backend))
 
 
-# Changes a plan in place: (plan, dtype of the fused modules, backend). A pass puts each fused module in with
+# Changes a plan in place: (plan, backend). A pass puts each fused module in with
 # `graph.insert_fused`, which writes down for which nodes it stands; the node whose value is that of the pattern's last
-# one says so with `graph.mark_value`. Shapes stay on the nodes for the passes after it.
-Pass = Callable[[fx.GraphModule, torch.dtype, str], None]
+# one says so with `graph.mark_value`. Shapes and dtypes stay on the nodes for the passes after it.
+Pass = Callable[[fx.GraphModule, str], None]
 
 
 def runs_triton_kernels(plan: fx.GraphModule, backend: str) -> bool:
@@ -299,7 +279,7 @@ def runs_triton_kernels(plan: fx.GraphModule, backend: str) -> bool:
     return tensor is not None and resolve_backend(backend, tensor.device)[0] == "triton"
 
 
-def fuse(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
+def fuse(plan: fx.GraphModule, backend: str) -> None:
     """Run all passes over `plan`, in place."""
     passes: tuple[Pass, ...] = (
         fuse_chains,
@@ -307,15 +287,17 @@ def fuse(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
         *(KERNEL_PASSES if runs_triton_kernels(plan, backend) else ()),
     )
     for run in passes:
-        run(plan, dtype, backend)
+        run(plan, backend)
         plan.graph.eliminate_dead_code()
 
 
-def build(chain: Chain, dtype: torch.dtype, backend: str) -> FusedModule:
-    """The fused module of a chain.
+def build(chain: Chain, backend: str) -> FusedModule:
+    """The fused module of a chain, in the dtype that its layer computes in.
 
-    Raises AccelerationError where folding took a weight beyond what `dtype` holds: it would become infinite.
+    Raises AccelerationError where folding took a weight beyond what that holds: it would become infinite.
     """
+    dtype = aten.dtype_of(chain.start)
+    assert dtype is not None
 
     def cast(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(dtype)
@@ -352,16 +334,16 @@ def emit(plan: fx.GraphModule, chain: Chain, module: FusedModule) -> None:
         if chain.residual is not None:
             residual = chain.residual
             if chain.residual_permute is not None:
-                inverse = tuple(chain.residual_permute.index(d) for d in range(len(chain.residual_permute)))
-                residual = graph.call_method("permute", (residual, *inverse))
+                inverse = [chain.residual_permute.index(d) for d in range(len(chain.residual_permute))]
+                value = aten.value_of(residual)
+                residual = new_call(graph, _PERMUTE, (residual, inverse), residual)
+                residual.meta["val"] = None if value is None else value.permute(inverse)
             arguments.append(residual)
         result = insert_fused(plan, module, tuple(arguments), chain.nodes)
-        shape, permute = chain.end.meta["shape"], chain.permute
-        if permute is not None:
-            result.meta["shape"] = tuple(shape[permute.index(d)] for d in range(len(permute)))
-            result = graph.call_method("permute", (result, *permute))
-        else:
-            result.meta["shape"] = shape
+        if chain.permute is not None:
+            inverse = [chain.permute.index(d) for d in range(len(chain.permute))]
+            result.meta["val"] = chain.end.meta["val"].permute(inverse)
+            result = new_call(graph, _PERMUTE, (result, list(chain.permute)), chain.end)
         mark_value(result, chain.end)
     chain.end.replace_all_uses_with(result)
     for node in reversed(chain.nodes):

@@ -1,8 +1,7 @@
 """Passes that put several operations of a plan together into one launch, where our kernels run.
 
 They follow the pass that makes the fused modules, and look for runs of these: expand, depthwise, project; depthwise and
-1x1; linear and linear; attention between its projections; pool and classifier. On a CPU only for attention, as oneDNN
-has no operators for the others.
+1x1; linear and linear; pool and classifier. Not on a CPU, as oneDNN has no operators for them.
 """
 
 from __future__ import annotations
@@ -10,22 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from timm.layers.adaptive_avgmax_pool import FastAdaptiveAvgPool
 from torch import fx, nn
 
-from depthfuse.acceleration.planning.elements import layer_norm
+from depthfuse.acceleration.planning import aten
+from depthfuse.acceleration.planning.elements import layer_norm, permutation
 from depthfuse.acceleration.planning.graph import insert_fused, mark_value, module_of
 from depthfuse.fused.blocks import (
-    FusedAttention,
     FusedDepthwisePointwise,
     FusedInvertedResidual,
     FusedMlp,
     FusedPoolLinear,
 )
 from depthfuse.fused.layers import FusedConv2d, FusedLinear, FusedModule
-from depthfuse.merging.tracing import has_hooks
 
 
 def _module(node: object, kind: type) -> nn.Module | None:
@@ -33,7 +28,7 @@ def _module(node: object, kind: type) -> nn.Module | None:
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return None
     module = module_of(node)
-    return module if isinstance(module, kind) and not has_hooks(module) else None
+    return module if isinstance(module, kind) else None
 
 
 def _reader(node: fx.Node) -> fx.Node | None:
@@ -73,7 +68,7 @@ def _replace(
         plan.graph.erase_node(node)
 
 
-def fuse_inverted_residuals(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
+def fuse_inverted_residuals(plan: fx.GraphModule, backend: str) -> None:
     """Expand 1x1, depthwise, project 1x1 -> FusedInvertedResidual, where the kernel takes them."""
     from depthfuse.kernels.inverted_residual import supports
 
@@ -102,7 +97,7 @@ def fuse_inverted_residuals(plan: fx.GraphModule, dtype: torch.dtype, backend: s
         _replace(plan, (expand, filtering, project), module, args)
 
 
-def fuse_depthwise_pointwise(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
+def fuse_depthwise_pointwise(plan: fx.GraphModule, backend: str) -> None:
     """Depthwise, 1x1 -> FusedDepthwisePointwise, where the kernel takes them."""
     from depthfuse.kernels.depthwise_pointwise import supports
 
@@ -125,7 +120,7 @@ def fuse_depthwise_pointwise(plan: fx.GraphModule, dtype: torch.dtype, backend: 
         _replace(plan, (filtering, project), module, (filtering.args[0], *project.args[1:]))
 
 
-def fuse_mlps(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
+def fuse_mlps(plan: fx.GraphModule, backend: str) -> None:
     """Linear, linear -> FusedMlp, where the kernel takes them."""
     from depthfuse.kernels.mlp import supports
 
@@ -137,100 +132,38 @@ def fuse_mlps(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
         second = _module(project, FusedLinear)
         if second is None or second.norm_eps is not None:
             continue
-        if not supports(first.weight.shape[1], second.weight.shape[0], dtype):
+        if not supports(first.weight.shape[1], second.weight.shape[0], first.weight.dtype):
             continue
         tensors = (first.weight, first.bias, second.weight, second.bias, second.scale, second.shift)
         config = {"act_inner": first.act, "act": second.act, "norm_eps": first.norm_eps, "backend": backend}
         _replace(plan, (expand, project), FusedMlp(*tensors, **config), (expand.args[0], *project.args[1:]))
 
 
-def fuse_attention(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
-    """qkv split into heads, scaled_dot_product_attention, heads joined -> FusedAttention."""
-    for attend in list(plan.graph.nodes):
-        if attend.target is not F.scaled_dot_product_attention or len(attend.args) != 3:
-            continue
-        options = dict(attend.kwargs)
-        scale = options.pop("scale", None)
-        unusual = (
-            any(options.pop(name, usual) != usual for name, usual in _PLAIN_ATTENTION.items()) or options
-        )
-        before = _split_heads(attend)
-        after = _joined_heads(attend)
-        if unusual or before is None or after is None:
-            continue
-        qkv, heads, head_dim = before[0].args[0], *before[0].args[4:]
-        if qkv.meta.get("shape", ())[2:] != (3 * heads * head_dim,):
-            continue
-        like = next(iter([*plan.parameters(), *plan.buffers()])).new_empty(0, dtype=dtype)
-        module = FusedAttention(like, heads=heads, scale=scale, backend=backend)
-        _replace(plan, (*before, attend, *after), module, (qkv,))
-
-
-_PLAIN_ATTENTION = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "enable_gqa": False}
-
-
-def _split_heads(attend: fx.Node) -> list[fx.Node] | None:
-    """reshape(B, N, 3, H, D) of qkv, permute(2, 0, 3, 1, 4), unbind(0), and its three parts, which `attend` reads."""
-    parts: list[Any] = list(attend.args)
-    for index, part in enumerate(parts):
-        is_item = isinstance(part, fx.Node) and getattr(part.target, "__name__", "") == "getitem"
-        if not is_item or part.args[1] != index or _reader_of_part(part) is not attend:
-            return None
-    unbind = parts[0].args[0]
-    if any(part.args[0] is not unbind for part in parts) or len(unbind.users) != 3:
-        return None
-    if unbind.target != "unbind" or unbind.args[1:] not in ((0,), ()):
-        return None
-    permute = unbind.args[0]
-    if permute.target != "permute" or tuple(permute.args[1:]) != (2, 0, 3, 1, 4) or len(permute.users) != 1:
-        return None
-    reshape = permute.args[0]
-    if reshape.target not in ("reshape", "view") or len(reshape.args) != 6 or reshape.args[3] != 3:
-        return None
-    if not all(isinstance(n, int) for n in reshape.args[4:]) or len(reshape.users) != 1:
-        return None
-    return [reshape, permute, unbind, *parts]
-
-
-def _reader_of_part(part: fx.Node) -> fx.Node | None:
-    return next(iter(part.users)) if len(part.users) == 1 else None
-
-
-def _joined_heads(attend: fx.Node) -> list[fx.Node] | None:
-    """transpose(1, 2) and reshape(B, N, H * D), which read what `attend` gives."""
-    transpose = _reader(attend)
-    if transpose is None or transpose.target != "transpose" or tuple(transpose.args[1:]) != (1, 2):
-        return None
-    reshape = _reader(transpose)
-    if reshape is None or reshape.target not in ("reshape", "view") or len(reshape.args) != 4:
-        return None
-    return [transpose, reshape]
-
-
-def fuse_classifiers(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> None:
+def fuse_classifiers(plan: fx.GraphModule, backend: str) -> None:
     """Global average pool, LayerNorm, flatten, linear -> FusedPoolLinear."""
     for pool in list(plan.graph.nodes):
-        if pool.op != "call_module" or not _is_global_average(module_of(pool)) or len(pool.args) != 1:
+        if not _is_global_average(pool):
             continue
-        if len(pool.args[0].meta.get("shape", ())) != 4:
-            continue
-        nodes, norm, node, axis = [pool], None, _reader(pool), -3  # axis: of the channels
+        nodes, norm, node, axis = [pool], None, _reader(pool), 1  # axis: of the channels
         while node is not None and _module(node, FusedLinear) is None:
-            found = layer_norm(module_of(node)) if node.op == "call_module" else None
-            order = tuple(node.args[1:]) if node.target == "permute" else None
-            if (order, axis) in (((0, 2, 3, 1), -3), ((0, 3, 1, 2), -1)):
-                axis = -1 if axis == -3 else -3
-            elif found is not None and norm is None and axis == -1:
+            found, order = layer_norm(node), permutation(node)
+            last = len(aten.shape_of(nodes[-1]) or ()) - 1
+            if order is not None:
+                axis = order.index(axis)
+            elif found is not None and norm is None and axis == last:
                 norm = found
-            elif not (_flattens(node) and axis == -3):
+            elif _drops_ones(nodes[-1], node):
+                axis = 1
+            else:
                 break
             nodes.append(node)
             node = _reader(node)
         layer = _module(node, FusedLinear)
         if layer is None or not _is_bare(node, layer) or layer.act != "none" or layer.norm_eps is not None:
             continue
-        if len(node.args[0].meta.get("shape", ())) != 2:
+        if len(aten.shape_of(node.args[0]) or ()) != 2 or aten.dtype_of(pool.args[0]) != layer.weight.dtype:
             continue
+        dtype = layer.weight.dtype
         weight, bias = layer.weight.double(), layer.bias
         if norm is not None:
             if norm.bias is not None:
@@ -242,18 +175,23 @@ def fuse_classifiers(plan: fx.GraphModule, dtype: torch.dtype, backend: str) -> 
         _replace(plan, (*nodes, node), module, (pool.args[0],))
 
 
-def _is_global_average(module: nn.Module) -> bool:
-    if type(module) is nn.AdaptiveAvgPool2d:
-        return module.output_size in (1, (1, 1))
-    return type(module) is FastAdaptiveAvgPool and tuple(module.dim) == (2, 3)
+def _is_global_average(node: fx.Node) -> bool:
+    """Whether a node averages images [N, C, H, W] over their pixels."""
+    name = aten.name_of(node)
+    if name not in ("adaptive_avg_pool2d", "mean") or len(aten.shape_of(node.args[0]) or ()) != 4:
+        return False
+    given = aten.arguments(node)
+    if name == "adaptive_avg_pool2d":
+        return list(given["output_size"]) == [1, 1]
+    return sorted(d % 4 for d in given.get("dim") or ()) == [2, 3] and given["dtype"] is None
 
 
-def _flattens(node: fx.Node) -> bool:
-    """Whether a node drops axes of size 1 behind the channels."""
-    if node.op == "call_module":
-        module = module_of(node)
-        return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
-    return node.target in ("flatten", torch.flatten) and node.args[1:] == (1,) and not node.kwargs
+def _drops_ones(before: fx.Node, node: fx.Node) -> bool:
+    """Whether a node makes [N, C] of [N, C, 1, 1] or [N, 1, 1, C]."""
+    if aten.name_of(node) not in ("flatten", "reshape", "squeeze"):
+        return False
+    old, new = aten.shape_of(before), aten.shape_of(node)
+    return old is not None and new is not None and len(new) == 2 and [n for n in old if n != 1] == list(new)
 
 
 # In this order: a depthwise convolution belongs to an inverted residual before it does to a pair.

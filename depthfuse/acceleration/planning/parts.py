@@ -1,57 +1,86 @@
-"""The graphs that a plan is made of, what each of them is given, and running one call by call."""
+"""The graphs that a plan is made of, those of the model that they stand for, and running one call by call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
+from depthfuse.acceleration.planning.build import capture_watched, record_calls
+from depthfuse.acceleration.planning.part import PlannedPart
+from depthfuse.acceleration.planning.plan import Plan
+from depthfuse.acceleration.planning.program import Call
+from depthfuse.acceleration.planning.signature import signature_of
+
 _CALLS = ("call_function", "call_method", "call_module")
 
 
+class Given(NamedTuple):
+    """A graph and what it is given."""
+
+    graph: fx.GraphModule
+    inputs: tuple[Tensor, ...]
+
+    def clones(self) -> tuple[Tensor, ...]:
+        """It may write over them."""
+        return tuple(x.clone() for x in self.inputs)
+
+
 def parts_of(plan: nn.Module) -> dict[str, fx.GraphModule]:
-    """The graphs of a plan by their paths in it; "" is the path of a plan that is one graph."""
-    return {name: m for name, m in plan.named_modules() if isinstance(m, fx.GraphModule)}
+    """The graphs of a plan by the paths of what they stand for; "" is the path of a plan that is one graph."""
+    if isinstance(plan, fx.GraphModule):
+        return {"": plan}
+    return {name: m.graph for name, m in plan.named_modules() if isinstance(m, PlannedPart)}
 
 
-def first_inputs(
-    model: nn.Module, parts: dict[str, nn.Module], inputs: tuple[Tensor, ...]
-) -> dict[str, tuple[Tensor, ...]]:
-    """What each of `parts` is given at its first call when `model` runs; parts that are not called are left out."""
-    seen: dict[str, tuple[Tensor, ...]] = {}
+def parts_given(plan: Plan, call: Call) -> dict[str, Given]:
+    """Each graph of a plan, and what it is given at its first call when the plan runs; those that are not called are
+    left out.
+
+    call: in the plan's dtypes.
+    """
+    if isinstance(plan.module, fx.GraphModule):
+        return {"": Given(plan.module, call.tensors)}
+    seen: dict[str, Given] = {}
 
     def keep(name: str):
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.setdefault(name, tuple(x.clone() for x in args))  # it may write over them
+        def hook(graph: nn.Module, args: tuple[Tensor, ...]) -> None:
+            assert isinstance(graph, fx.GraphModule)
+            seen.setdefault(name, Given(graph, tuple(x.clone() for x in args)))
 
         return hook
 
-    handles = [module.register_forward_pre_hook(keep(name)) for name, module in parts.items()]
+    handles = [graph.register_forward_pre_hook(keep(name)) for name, graph in parts_of(plan.module).items()]
     try:
         with torch.no_grad():
-            model(*(x.clone() for x in inputs))
+            args, kwargs = call.on_clones().arguments()
+            plan.module(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
     return seen
 
 
-def cast(inputs: tuple[Tensor, ...], model: nn.Module) -> tuple[Tensor, ...]:
-    """Floating-point inputs in the dtype of `model`'s weights; as they are for a model without any."""
-    tensors = [*model.parameters(), *model.buffers()]
-    dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
-    return tuple(x.to(dtype) if dtype is not None and x.is_floating_point() else x for x in inputs)
+def programs_given(model: nn.Module, parts: Iterable[str], call: Call) -> dict[str, Given]:
+    """What a model computes in each of `parts`, captured anew, and what it is given there at its first call; those that
+    are not called are left out.
 
-
-def tensors_in(value: object) -> list[Tensor]:
-    """The tensors in nested lists, tuples and dictionaries, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for v in value for t in tensors_in(v)] if isinstance(value, list | tuple) else []
+    Raises:
+        KeyError: the model has no such part. CaptureError: a part cannot be captured.
+    """
+    parts = list(parts)
+    if parts == [""]:
+        return {"": Given(capture_watched(model, call).graph, call.tensors)}
+    layers, calls = dict(model.named_modules()), record_calls(model, call)
+    found = {}
+    for part in parts:
+        layer = layers[part]
+        if layer in calls:
+            inner = Call.of(*signature_of(layer).bind(*calls[layer][0]))
+            found[part] = Given(capture_watched(layer, inner).graph, inner.tensors)
+    return found
 
 
 class CallByCall(fx.Interpreter):

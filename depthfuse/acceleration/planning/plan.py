@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from depthfuse.acceleration.planning.program import Call, Form
+from depthfuse.acceleration.planning.signature import Signature
+from depthfuse.acceleration.planning.trees import Tree
 from depthfuse.fused.layers import FusedModule
 from depthfuse.spec import ModelSource
 
@@ -62,18 +65,18 @@ class Entry:
     cost: Cost | None = None
     error: float | None = None
 
-    def inside(self, prefix: str, is_layer: bool = False) -> Entry:
-        """The same entry as part of a larger plan.
+    def of_node(self, node: str, nodes: tuple[str, ...]) -> Entry:
+        """The same entry with its place in the graph."""
+        return replace(self, node=node, nodes=nodes)
 
-        Args:
-            prefix: where its graph lies. is_layer: the graph stands for one layer, whose path is `prefix` itself.
-        """
+    def inside(self, prefix: str) -> Entry:
+        """The same entry as part of a larger plan, whose graph lies at `prefix`."""
         return replace(
             self,
-            path=prefix if is_layer else f"{prefix}.{self.path}",
-            module=f"{prefix}.{self.module}" if self.module else "",
+            path=f"{prefix}.{self.path}" if self.path else prefix,
+            module=f"{prefix}.graph.{self.module}" if self.module else "",
             absorbed=tuple(f"{prefix}.{path}" for path in self.absorbed),
-            part=f"{prefix}.{self.part}" if self.part else prefix,
+            part=prefix,
         )
 
 
@@ -81,9 +84,13 @@ class Entry:
 class Plan:
     """A model as fused modules, and what it was planned for. Planning makes it, all else reads it.
 
-    module: what runs. entries: its operations, in order. model: the class of what it was made from. dtype: of its
-    weights, and of what it is given. example: the inputs that it was made and is tuned for. in_channels: that images
-    must have, where it takes one image tensor. source: how timm builds the model, as far as that is known.
+    module: what runs: one graph on flat tensors, or a copy of the model with planned parts in it. entries: its
+    operations, in order. model: the class of what it was made from. dtype: of its weights, in the place of the model's
+    main dtype. example, tree: the call that it was made and is tuned for. source: how timm builds the model, as far as
+    that is known. signature: of the model.
+
+    form, outputs: the calls that the graph is right for, and what holds its outputs; None where the plan is no graph,
+    which takes any call that the model takes. writes_inputs: whether it may write over what it is given.
     """
 
     module: nn.Module
@@ -91,8 +98,12 @@ class Plan:
     model: str
     dtype: torch.dtype
     example: Example
-    in_channels: int | None
     source: ModelSource | None
+    signature: Signature
+    tree: Tree
+    form: Form | None
+    outputs: Tree | None
+    writes_inputs: bool
 
     @property
     def device(self) -> torch.device:
@@ -110,12 +121,25 @@ class Plan:
             for entry in self.entries
         )
 
-    def cast(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Inputs in the plan's dtype."""
-        return tuple(x.to(self.dtype) for x in inputs)
+    def cast(self, call: Call) -> Call:
+        """A call with floating-point tensors in the dtypes that the plan was made for."""
+        if call.tree != self.tree:
+            return call
+        tensors = tuple(
+            x.to(dtype) if x.is_floating_point() and dtype.is_floating_point else x
+            for x, (_, dtype) in zip(call.tensors, self.example, strict=True)
+        )
+        return replace(call, tensors=tensors)
 
-    def example_inputs(self) -> tuple[Tensor, ...]:
-        """Noise of the shapes that the plan was made for, in its dtype."""
+    def example_call(self) -> Call:
+        """Noise of the shapes that the plan was made for; zeros for what is no floating-point number."""
         generator = torch.Generator().manual_seed(0)
-        noise = (torch.randn(shape, generator=generator) for shape, _ in self.example)
-        return self.cast(tuple(x.to(self.device) for x in noise))
+        tensors = tuple(
+            (
+                torch.randn(shape, generator=generator).to(self.device, dtype)
+                if dtype.is_floating_point
+                else torch.zeros(shape, dtype=dtype, device=self.device)
+            )
+            for shape, dtype in self.example
+        )
+        return Call(tensors, self.tree)

@@ -6,7 +6,6 @@ plan, a copy of the model runs.
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
@@ -16,9 +15,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from depthfuse.acceleration.planning.own import cast_main, main_dtype, own_copy
 from depthfuse.acceleration.planning.plan import Plan
+from depthfuse.acceleration.planning.program import Call
 from depthfuse.acceleration.running.cuda_graphs import GraphCache
 from depthfuse.acceleration.running.execution import EAGER, Execution, Executor
 from depthfuse.acceleration.running.implementations import (
@@ -33,7 +34,6 @@ from depthfuse.acceleration.running.onednn_graph import compile_plan
 from depthfuse.fused.layers import FusedModule
 from depthfuse.measured_cache import MeasuredCache
 from depthfuse.measuring.timing import Timing, time_interleaved
-from depthfuse.merging.tracing import has_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -48,50 +48,60 @@ Finish = Callable[[Executor], Callable[..., object]]
 def choose(
     plan: Plan,
     model: nn.Module | None,
-    inputs: tuple[Tensor, ...],
+    call: Call,
     tune: str,
     finish: Finish = lambda executor: executor,
 ) -> Executor:
-    """Choose what runs each operation of a plan, and the whole, for inputs like `inputs`.
+    """Choose what runs each operation of a plan, and the whole, for calls like `call`.
 
     Args:
         model: what the plan was made from, in evaluation mode, to be compared with; None where it is not at hand.
-        inputs: in the plan's dtype.
+        call: in the plan's dtypes.
         tune: see `depthfuse.accelerate`.
         finish: makes of an executor what the caller will call in the end; that is what is compared with the model.
     """
-    choose_implementations(plan.module, inputs, "heuristic" if tune == "measure" else tune)
-    if tune == "measure" and worth_measuring(plan, inputs):
-        return _choose_by_measurement(plan, model, inputs, MeasuredCache.of(plan.device), finish)
-    graphs = None if tune == "off" else _graphs(plan, inputs)
-    return Executor(plan.module, Execution(graphs=graphs is not None), graphs=graphs)
+    choose_implementations(plan, call, "heuristic" if tune == "measure" else tune)
+    if tune == "measure" and worth_measuring(plan, call):
+        return _choose_by_measurement(plan, model, call, MeasuredCache.of(plan.device), finish)
+    graphs = None if tune == "off" else _graphs(plan, call)
+    return Executor(plan, Execution(graphs=graphs is not None), graphs=graphs)
 
 
 def restore(
-    plan: Plan, execution: Execution, inputs: tuple[Tensor, ...], implementations: Mapping[str, str]
+    plan: Plan,
+    execution: Execution,
+    call: Call,
+    implementations: Mapping[str, str],
+    model: nn.Module | None = None,
 ) -> Executor:
-    """What was chosen before for the same plan in the same environment. The model itself is not at hand any more.
+    """What was chosen before for the same plan in the same environment.
 
     Args:
         implementations: of each fused module, by its path in the plan.
+        model: what the plan was made from, where it is at hand; without it the plan runs where the model was chosen.
 
     Raises ValueError for an implementation that is none here.
     """
-    part = execution.part(inputs)
-    bind_implementations(plan.module, part, implementations)
+    part = execution.part(call)
+    bind_implementations(plan, part, implementations)
     compiled = _compile(plan, part, measure=False) if execution.compiled else None
-    graphs = _graphs(plan, inputs) if execution.graphs else None
-    execution = replace(execution, compiled=compiled is not None, graphs=graphs is not None, eager=None)
-    return Executor(plan.module, execution, compiled, _shapes(part), graphs=graphs)
+    graphs = _graphs(plan, call) if execution.graphs else None
+    eager = None
+    if execution.eager is not None and model is not None:
+        eager = _own(model, execution.eager, plan.dtype).__call__
+    chosen = execution.eager if eager is not None else None
+    execution = replace(execution, compiled=compiled is not None, graphs=graphs is not None, eager=chosen)
+    return Executor(plan, execution, compiled, part.shapes(), eager, graphs)
 
 
 def _choose_by_measurement(
-    plan: Plan, model: nn.Module | None, inputs: tuple[Tensor, ...], cache: MeasuredCache, finish: Finish
+    plan: Plan, model: nn.Module | None, call: Call, cache: MeasuredCache, finish: Finish
 ) -> Executor:
     """By measurement, or by what was measured before."""
     question = {
         "plan": fingerprint(plan.module),
-        "inputs": [[list(x.shape), str(x.dtype)] for x in inputs],
+        "inputs": [[list(x.shape), str(x.dtype)] for x in call.tensors],
+        "call": str(call),
         "compared": model is not None,
     }
     known = Execution.from_document(cache.get(question))
@@ -99,21 +109,21 @@ def _choose_by_measurement(
     if known is not None:
         chunk = known.chunk
     else:
-        chunk = choose_chunk(plan.module, inputs) if on_cpu else None
+        chunk = choose_chunk(plan, call) if on_cpu else None
     execution = Execution(chunk=chunk)
-    part = execution.part(inputs)
-    choose_implementations(plan.module, part, "measure", cache)
-    graphs = _graphs(plan, inputs)
+    part = execution.part(call)
+    choose_implementations(plan, part, "measure", cache)
+    graphs = _graphs(plan, call)
     compiled = None
     if on_cpu and (known is None or known.compiled):
         compiled = _compile(plan, part, measure=known is None)
     execution = replace(execution, compiled=compiled is not None, graphs=graphs is not None)
-    executor = Executor(plan.module, execution, compiled, _shapes(part), graphs=graphs)
+    executor = Executor(plan, execution, compiled, part.shapes(), graphs=graphs)
     if known is not None:
         execution = known
     else:
         if model is not None:
-            execution = _compare(execution, plan, model, inputs, finish(executor))
+            execution = _compare(execution, plan, model, call, finish(executor))
         cache.put(question, execution.document())
     eager = None
     if execution.eager is not None and model is not None:
@@ -121,32 +131,25 @@ def _choose_by_measurement(
     return replace(executor, execution=execution, eager=eager)
 
 
-def _shapes(inputs: tuple[Tensor, ...]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(x.shape) for x in inputs)
-
-
-def _graphs(plan: Plan, inputs: tuple[Tensor, ...]) -> GraphCache | None:
+def _graphs(plan: Plan, call: Call) -> GraphCache | None:
     """On a GPU, and only there: the plan's launches as one graph for each input shape."""
-    if plan.device.type != "cuda" or _is_watched(plan.module):
+    if plan.device.type != "cuda" or plan.form is None or plan.writes_inputs:
         return None
-    pairs = tuple(torch.cat([x[:1], x[:1].flip(-1)]) for x in inputs if x.dim() and x.shape[0])
-    batchwise = len(pairs) == len(inputs) and images_are_independent(plan.module, pairs, 1)
+    pairs = tuple(torch.cat([x[:1], x[:1].flip(-1)]) for x in call.tensors if x.dim() and x.shape[0])
+    batchwise = len(pairs) == len(call.tensors) and images_are_independent(plan.module, pairs, 1)
     return GraphCache(plan.module, batchwise)
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether hooks must run at every call, which a compiled copy or a replay would not do."""
-    return any(has_hooks(m) for m in module.modules())
-
-
-def _compile(plan: Plan, part: tuple[Tensor, ...], measure: bool) -> Callable[..., object] | None:
+def _compile(plan: Plan, part: Call, measure: bool) -> Callable[..., object] | None:
     """Let oneDNN Graph run the plan, with `measure` only where that is faster; None where it does not."""
-    module = plan.module
-    compiled = None if _is_watched(module) else compile_plan(module, part)
+    if plan.form is None or plan.writes_inputs:
+        return None
+    graph, tensors = plan.module, part.tensors
+    compiled = compile_plan(graph, tensors)
     if compiled is None:
         return None
     if measure:
-        latency_ms = least_ms({"plan": lambda: module(*part), "compiled": lambda: compiled(*part)})
+        latency_ms = least_ms({"plan": lambda: graph(*tensors), "compiled": lambda: compiled(*tensors)})
         if not clearly_faster("compiled", "plan", latency_ms):
             return None
     # Its bound method, which calls no hooks and is no submodule.
@@ -154,24 +157,17 @@ def _compile(plan: Plan, part: tuple[Tensor, ...], measure: bool) -> Callable[..
 
 
 def _compare(
-    execution: Execution,
-    plan: Plan,
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    ours: Callable[..., object],
+    execution: Execution, plan: Plan, model: nn.Module, call: Call, ours: Callable[..., object]
 ) -> Execution:
     """`execution`, with our latency beside the model's, and the model itself where that is faster."""
-    runs: dict[str, Callable[[], object]] = {ACCELERATED: lambda: ours(*inputs)}
+    args, kwargs = call.arguments()
+    runs: dict[str, Callable[[], object]] = {ACCELERATED: lambda: ours(*args, **kwargs)}
     for name in EAGER:
         if name == "eager channels_last" and not any(isinstance(m, nn.Conv2d) for m in model.modules()):
             continue
-        same = name == "eager" and _dtype_of(model) == plan.dtype
-        try:
-            candidate = model if same else _own(model, name, plan.dtype)
-        except (RuntimeError, TypeError) as error:
-            logger.warning("%s cannot be copied, and is not compared with: %s", type(model).__name__, error)
-            continue
-        runs[name] = functools.partial(candidate, *inputs)
+        same = name == "eager" and main_dtype(model) == plan.dtype
+        candidate = model if same else _own(model, name, plan.dtype)
+        runs[name] = functools.partial(candidate, *args, **kwargs)
     device = plan.device
     judged = judge(execution, time_interleaved(runs, _ROUNDS, _ROUND_MS, warmup=1, device=device))
     if judged.ratios and 1 / _CLOSE < min(judged.ratios.values()) < _CLOSE:
@@ -192,13 +188,8 @@ def judge(execution: Execution, timings: dict[str, Timing]) -> Execution:
     return replace(execution, eager=eager, latency_ms=latency_ms, ratios=ratios)
 
 
-def _dtype_of(model: nn.Module) -> torch.dtype | None:
-    tensors = [*model.parameters(), *model.buffers()]
-    return next((t.dtype for t in tensors if t.is_floating_point()), None)
-
-
 def _own(model: nn.Module, name: str, dtype: torch.dtype) -> nn.Module:
-    own: Any = copy.deepcopy(model).to(dtype).requires_grad_(False)
+    own: Any = cast_main(own_copy(model), dtype)
     return own.to(memory_format=torch.channels_last) if name == "eager channels_last" else own
 
 
@@ -217,8 +208,8 @@ def fingerprint(module: nn.Module) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def worth_measuring(plan: Plan, inputs: tuple[Tensor, ...]) -> bool:
+def worth_measuring(plan: Plan, call: Call) -> bool:
     """Whether measuring means anything: not for empty batches, nor in Triton's interpreter."""
     fused = plan.fused_modules().values()
     interpreted = plan.device.type == "cpu" and any(m.implementation() == "triton" for m in fused)
-    return all(x.numel() > 0 for x in inputs) and not interpreted
+    return all(x.numel() > 0 for x in call.tensors) and not interpreted

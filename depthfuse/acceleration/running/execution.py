@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from depthfuse.acceleration.planning.part import as_tuple
+from depthfuse.acceleration.planning.plan import Plan
+from depthfuse.acceleration.planning.program import Call
+from depthfuse.acceleration.planning.trees import unflatten
 from depthfuse.acceleration.running.cuda_graphs import GraphCache
 from depthfuse.acceleration.running.implementations import run_in_chunks
-from depthfuse.fused.layers import FusedModule, plain_ops
+from depthfuse.fused.layers import plain_ops
 
 EAGER = ("eager", "eager channels_last")
 # Beyond this a value may overflow inside the net, and what then turns into NaN has to come out as NaN.
@@ -69,23 +73,35 @@ class Execution:
         except (TypeError, ValueError):
             return None
 
-    def part(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What of `inputs` runs at a time."""
-        return inputs if self.chunk is None else tuple(x[: self.chunk] for x in inputs)
+    def part(self, call: Call) -> Call:
+        """What of `call` runs at a time."""
+        return (
+            call
+            if self.chunk is None
+            else replace(call, tensors=tuple(x[: self.chunk] for x in call.tensors))
+        )
+
+
+def run_plan(plan: Plan, call: Call) -> Any:
+    """Run a plan's module as it is, with nothing chosen around it; `call` is one that it takes."""
+    if plan.outputs is not None:
+        return unflatten(as_tuple(plan.module(*call.tensors)), plan.outputs)
+    args, kwargs = call.arguments()
+    return plan.module(*args, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)
 class Executor:
-    """Carries out an execution; call it with inputs in the plan's dtype, on its device.
+    """Carries out an execution; call it with a call that the plan takes, in its dtypes, on its device.
 
     What it holds beside the plan's module has weights of its own (`compiled`, `eager`) or is bound to where the
     module's weights lie (`graphs`): `alone` is what is left when these are moved, cast, loaded or copied.
 
-    module: the plan's. compiled: a copy for inputs of exactly the shapes `compiled_for`; like oneDNN's, its ReLU may
-    turn NaN into a number. eager: the model itself, for all inputs. graphs: replays, on a GPU.
+    compiled: a copy of the plan's graph for inputs of exactly the shapes `compiled_for`; like oneDNN's, its ReLU may
+    turn NaN into a number. eager: the model itself, for all calls. graphs: replays, on a GPU.
     """
 
-    module: nn.Module
+    plan: Plan
     execution: Execution = Execution()
     compiled: Callable[..., Any] | None = None
     compiled_for: tuple[tuple[int, ...], ...] = ()
@@ -94,7 +110,7 @@ class Executor:
 
     def alone(self) -> Executor:
         """The plan alone, as many images at a time as before."""
-        return Executor(self.module, Execution(chunk=self.execution.chunk))
+        return Executor(self.plan, Execution(chunk=self.execution.chunk))
 
     def in_words(self) -> str:
         """What runs, for the report."""
@@ -109,31 +125,44 @@ class Executor:
         return text if choice.chunk is None else f"{text}, {choice.chunk} images at a time"
 
     @torch.no_grad()
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, call: Call) -> Any:
         if self.eager is not None:
-            return self.eager(*inputs)
+            args, kwargs = call.arguments()
+            return self.eager(*args, **kwargs)
         # On a CPU only: nothing there swallows NaN on a GPU, and looking would wait for it.
-        if inputs[0].device.type == "cpu" and not all(map(_is_tame, inputs)) and self._swallows_nan():
+        if self.plan.device.type == "cpu" and not all(map(_is_tame, call.tensors)) and self._swallows_nan():
             with plain_ops():
-                return self.module(*inputs)
-        chunk = self.execution.chunk
-        if chunk is not None and inputs[0].shape[0] > chunk:
-            return run_in_chunks(self._run, inputs, chunk)
-        return self._run(*inputs)
+                return run_plan(self.plan, call)
+        if self.plan.outputs is None:
+            return run_plan(self.plan, call)
+        chunk, tensors = self.execution.chunk, call.tensors
+        if chunk is not None and tensors[0].shape[0] > chunk and self._takes_parts(call, chunk):
+            outputs = run_in_chunks(self._run, tensors, chunk)
+        else:
+            outputs = self._run(*tensors)
+        return unflatten(as_tuple(outputs), self.plan.outputs)
 
-    def _run(self, *inputs: Tensor) -> Any:
-        if self.compiled is not None and tuple(tuple(x.shape) for x in inputs) == self.compiled_for:
-            return self.compiled(*inputs)
-        return self.module(*inputs) if self.graphs is None else self.graphs(*inputs)
+    def _takes_parts(self, call: Call, chunk: int) -> bool:
+        """Whether the plan is right for `chunk` images, and for how many are left over."""
+        form = self.plan.form
+        sizes = {chunk, call.tensors[0].shape[0] % chunk or chunk}
+        return form is not None and all(
+            form.takes(replace(call, tensors=tuple(x[:size] for x in call.tensors))) for size in sizes
+        )
+
+    def _run(self, *tensors: Tensor) -> Any:
+        if self.compiled is not None and tuple(tuple(x.shape) for x in tensors) == self.compiled_for:
+            return self.compiled(*tensors)
+        return self.plan.module(*tensors) if self.graphs is None else self.graphs(*tensors)
 
     def _swallows_nan(self) -> bool:
-        fused = (m for m in self.module.modules() if isinstance(m, FusedModule))
+        fused = self.plan.fused_modules().values()
         return self.compiled is not None or any(m.swallows_nan() for m in fused)
 
 
 def _is_tame(x: Tensor) -> bool:
     """Whether all values are finite and none is huge (NaN fails every comparison)."""
-    if x.numel() == 0:
+    if x.numel() == 0 or not x.is_floating_point():
         return True
     low, high = torch.aminmax(x)
     return bool((low > -_LARGE) & (high < _LARGE))

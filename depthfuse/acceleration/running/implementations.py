@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from depthfuse.acceleration.planning.plan import Plan
+from depthfuse.acceleration.planning.program import Call
 from depthfuse.fused.layers import FusedConv2d, FusedModule
 from depthfuse.measured_cache import MeasuredCache
 from depthfuse.measuring.timing import time_interleaved
@@ -24,10 +27,8 @@ _ROUNDS = 5
 _ROUND_MS = 0.5  # time for each candidate in each round
 
 
-def choose_implementations(
-    plan: nn.Module, inputs: tuple[Tensor, ...], tune: str, cache: MeasuredCache | None = None
-) -> None:
-    """Bind an implementation to each fused module of `plan`, for the shapes it sees when the plan is given `inputs`.
+def choose_implementations(plan: Plan, call: Call, tune: str, cache: MeasuredCache | None = None) -> None:
+    """Bind an implementation to each fused module of `plan`, for the shapes it sees in `call`.
 
     Args:
         tune: "off" binds none; "heuristic" takes the usual best; "measure" runs the candidates of each distinct
@@ -37,7 +38,7 @@ def choose_implementations(
     if tune == "off":
         return
     winners: dict[str, str] = {}
-    for module, shapes in _shapes_seen(plan, inputs).items():
+    for module, shapes in _shapes_seen(plan, call).items():
         candidates = module.candidates(shapes[0])
         if tune != "measure" or len(candidates) == 1:
             module.use(candidates[0], shapes[0])
@@ -59,28 +60,29 @@ def choose_implementations(
         module.use(winners[key], shapes[0])
 
 
-def bind_implementations(plan: nn.Module, inputs: tuple[Tensor, ...], chosen: Mapping[str, str]) -> None:
+def bind_implementations(plan: Plan, call: Call, chosen: Mapping[str, str]) -> None:
     """Bind what was chosen before: {path of a fused module in the plan: implementation}.
 
     Raises ValueError for an implementation that is none here, KeyError for a module without one.
     """
-    names = {module: name for name, module in plan.named_modules()}
-    for module, shapes in _shapes_seen(plan, inputs).items():
+    names = {module: name for name, module in plan.fused_modules().items()}
+    for module, shapes in _shapes_seen(plan, call).items():
         module.use(chosen[names[module]], shapes[0])
 
 
-def _shapes_seen(plan: nn.Module, inputs: tuple[Tensor, ...]) -> dict[FusedModule, list[torch.Size]]:
+def _shapes_seen(plan: Plan, call: Call) -> dict[FusedModule, list[torch.Size]]:
     """The shapes of the tensors that each fused module is given, at its first call."""
     seen: dict[FusedModule, list[torch.Size]] = {}
 
     def record(module: FusedModule, args: tuple[Tensor, ...]) -> None:
         seen.setdefault(module, [x.shape for x in args if x is not None])
 
-    fused = [m for m in plan.modules() if isinstance(m, FusedModule)]
-    handles = [module.register_forward_pre_hook(record) for module in fused]
+    handles = [module.register_forward_pre_hook(record) for module in plan.fused_modules().values()]
     try:
         with torch.no_grad():
-            plan(*(x.clone() for x in inputs))
+            call = call.on_clones()
+            args, kwargs = (call.tensors, {}) if plan.outputs is not None else call.arguments()
+            plan.module(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
@@ -119,40 +121,51 @@ def _winner(latency_ms: Mapping[str, float], usual: str) -> str:
     return best if clearly_faster(best, usual, latency_ms) else usual
 
 
-def choose_chunk(plan: nn.Module, inputs: tuple[Tensor, ...]) -> int | None:
+def choose_chunk(plan: Plan, call: Call) -> int | None:
     """How many images to run at a time, or None for all that there are.
 
     What a few images need fits into the cache, and needs no fresh memory from the operating system at every layer.
-    Powers of two below the batch size of `inputs` are tried.
+    Powers of two below the batch size of `call` are tried, as far as the plan takes them.
     """
+    inputs = call.tensors
     batch = inputs[0].shape[0] if inputs[0].dim() else 0
-    sizes = [size for size in (1, 2, 4, 8, 16) if size < batch]
-    if not sizes or any(x.dim() == 0 or x.shape[0] != batch for x in inputs):
+    if plan.form is None or plan.writes_inputs or any(x.dim() == 0 or x.shape[0] != batch for x in inputs):
+        return None
+    takes = plan.form.takes
+    sizes = [
+        size
+        for size in (1, 2, 4, 8, 16)
+        if size < batch
+        and all(
+            takes(replace(call, tensors=tuple(x[:n] for x in inputs))) for n in {size, batch % size or size}
+        )
+    ]
+    if not sizes:
         return None
     with torch.no_grad():
-        if not images_are_independent(plan, inputs, max(sizes)):
+        if not images_are_independent(plan.module, inputs, max(sizes)):
             return None
-        runs = {size: lambda size=size: run_in_chunks(plan, inputs, size) for size in sizes}
-        latency_ms = least_ms({batch: lambda: plan(*inputs), **runs}, rounds=3)
+        runs = {size: lambda size=size: run_in_chunks(plan.module, inputs, size) for size in sizes}
+        latency_ms = least_ms({batch: lambda: plan.module(*inputs), **runs}, rounds=3)
     best = min(latency_ms, key=latency_ms.__getitem__)
     return best if best != batch and clearly_faster(best, batch, latency_ms) else None
 
 
 @torch.no_grad()
-def images_are_independent(plan: nn.Module, inputs: tuple[Tensor, ...], size: int) -> bool:
-    """Whether `plan` gives one tensor, an entry an image, each of which depends on that image alone.
+def images_are_independent(graph: nn.Module, inputs: tuple[Tensor, ...], size: int) -> bool:
+    """Whether `graph` gives one tensor, an entry an image, each of which depends on that image alone.
 
     Args:
         inputs: a batch of more than `size` images, by which it is cut for the comparison.
     """
-    whole = plan(*inputs)
+    whole = graph(*inputs)
     if not isinstance(whole, Tensor) or whole.dim() == 0 or whole.shape[0] != inputs[0].shape[0]:
         return False
-    parts = run_in_chunks(plan, inputs, size)
+    parts = run_in_chunks(graph, inputs, size)
+    if parts.shape != whole.shape or not whole.is_floating_point():
+        return False
     # Rounding differs with the shape of a product.
-    return parts.shape == whole.shape and torch.allclose(
-        parts, whole, rtol=1e-2, atol=1e-2 * whole.abs().max()
-    )
+    return torch.allclose(parts, whole, rtol=1e-2, atol=1e-2 * whole.abs().max())
 
 
 def run_in_chunks(run: Callable[..., Tensor], inputs: tuple[Tensor, ...], size: int) -> Tensor:

@@ -6,24 +6,31 @@ before torch.fx writes code with them.
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from depthfuse.acceleration.saving.functions import ATTRIBUTES, FUNCTIONS, METHODS, NAMES
+from depthfuse.acceleration.planning.part import PlannedPart
+from depthfuse.acceleration.planning.program import Form
+from depthfuse.acceleration.planning.signature import UNKNOWN, Signature
+from depthfuse.acceleration.planning.sizes import Sizes
+from depthfuse.acceleration.planning.trees import Constant, Container, Leaf, Tree
+from depthfuse.acceleration.saving.functions import FUNCTIONS, NAMES
 from depthfuse.errors import DepthfuseError
 from depthfuse.fused.blocks import FUSED_MODULES
 from depthfuse.fused.layers import FusedModule
-from depthfuse.merging.merged_blocks import TokenBatchNorm
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_DTYPES = (
+    *("float64", "float32", "float16", "bfloat16", "complex64", "complex128"),
+    *("int64", "int32", "int16", "int8", "uint8", "bool"),
+)
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 # The module at a path of the model that a plan was made from, as built anew.
@@ -47,20 +54,28 @@ def describe(module: nn.Module, path: str = "") -> dict[str, Any]:
     Raises:
         IndescribableError: a function or a value that no description stands for.
     """
+    if isinstance(module, PlannedPart):
+        return {
+            "part": describe(module.graph, path),
+            "form": describe_form(module.form),
+            "outputs": describe_tree(module.outputs),
+            "signature": describe_signature(module.signature),
+        }
     if isinstance(module, FusedModule):
         given = [name for name, tensor in module.tensors().items() if tensor is not None]
         return {"fused": type(module).__name__, "config": module.config(), "tensors": given}
     if isinstance(module, fx.GraphModule):
         nodes = list(module.graph.nodes)
         modules = dict.fromkeys(node.target for node in nodes if node.op == "call_module")
+        tensors = list(dict.fromkeys(node.target for node in nodes if node.op == "get_attr"))
+        held = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+        if not held.issuperset(tensors):
+            raise IndescribableError("a region of its own (autocast, or control flow by values)")
         return {
             "nodes": [_describe_node(node) for node in nodes],
             "modules": {name: describe(module.get_submodule(name), _join(path, name)) for name in modules},
-            "tensors": list(dict.fromkeys(node.target for node in nodes if node.op == "get_attr")),
+            "tensors": tensors,
         }
-    layer = _layers().get(type(module).__name__)
-    if layer is type(module) and not list(module.children()):
-        return {"layer": layer.__name__, "arguments": _arguments(module)}
     return {"source": path, "inside": _parts_inside(module, path)}
 
 
@@ -68,7 +83,7 @@ def _parts_inside(module: nn.Module, path: str) -> dict[str, Any]:
     """The outermost graphs in a module that comes from the model's own code."""
     parts: dict[str, Any] = {}
     for name, inner in module.named_modules():
-        if isinstance(inner, fx.GraphModule) and not any(name.startswith(f"{outer}.") for outer in parts):
+        if isinstance(inner, PlannedPart) and not any(name.startswith(f"{outer}.") for outer in parts):
             parts[name] = describe(inner, _join(path, name))
     return parts
 
@@ -76,6 +91,7 @@ def _parts_inside(module: nn.Module, path: str) -> dict[str, Any]:
 def sources(description: dict[str, Any]) -> list[str]:
     """The paths of the modules that have to come from the model's own code."""
     inner = [*description.get("modules", {}).values(), *description.get("inside", {}).values()]
+    inner += [description["part"]] if "part" in description else []
     own = [description["source"]] if "source" in description else []
     return own + [path for part in inner for path in sources(part)]
 
@@ -96,9 +112,12 @@ def rebuild(
             cls = FUSED_MODULES[description["fused"]]
             given = {name: tensors[_join(path, name)] for name in description["tensors"]}
             return cls(**given, **description["config"])
-        if "layer" in description:
-            arguments = {name: _decode(value, {}) for name, value in description["arguments"].items()}
-            return _layers()[description["layer"]](**arguments)
+        if "part" in description:
+            graph = rebuild(description["part"], tensors, from_source, _join(path, "graph"))
+            if not isinstance(graph, fx.GraphModule):
+                raise DescriptionError(f"{path}: expected a graph")
+            form, outputs = rebuild_form(description["form"]), rebuild_tree(description["outputs"])
+            return PlannedPart(graph, form, outputs, rebuild_signature(description["signature"]), None)
         if "nodes" in description:
             return _rebuild_graph(description, tensors, from_source, path)
         module = from_source(description["source"])
@@ -125,7 +144,7 @@ def _rebuild_graph(
     nodes: dict[str, fx.Node] = {}
     for node in description["nodes"]:
         op, name, target = node["op"], node["name"], node["target"]
-        if op not in ("placeholder", "get_attr", "call_module", "call_function", "call_method", "output"):
+        if op not in ("placeholder", "get_attr", "call_module", "call_function", "output"):
             raise DescriptionError(f"unknown operation {op!r}")
         if not _NAME.fullmatch(name):
             raise DescriptionError(f"{name!r} is no name for a node")
@@ -143,13 +162,7 @@ def _target(op: str, target: Any, args: tuple) -> Any:
     if op == "call_function":
         if target not in FUNCTIONS:
             raise DescriptionError(f"unknown function {target!r}")
-        if FUNCTIONS[target] is getattr and (len(args) != 2 or args[1] not in ATTRIBUTES):
-            raise DescriptionError(f"unknown attribute {args[1:]!r}")
         return FUNCTIONS[target]
-    if op == "call_method":
-        if target not in METHODS:
-            raise DescriptionError(f"unknown method {target!r}")
-        return target
     pattern = _PATH if op in ("get_attr", "call_module") else _NAME
     if not pattern.fullmatch(target):
         raise DescriptionError(f"{target!r} is no name")
@@ -160,16 +173,8 @@ def _describe_node(node: fx.Node) -> dict[str, Any]:
     target: Any = node.target
     if node.op == "call_function":
         if node.target not in NAMES:
-            module, name = (
-                getattr(node.target, "__module__", ""),
-                getattr(node.target, "__name__", node.target),
-            )
-            raise IndescribableError(f"the function {module}.{name}")
+            raise IndescribableError(f"the function {node.target}")
         target = NAMES[node.target]
-        if node.target is getattr and node.args[1] not in ATTRIBUTES:
-            raise IndescribableError(f"the attribute {node.args[1]!r}")
-    if node.op == "call_method" and node.target not in METHODS:
-        raise IndescribableError(f"the method {node.target}")
     return {
         "op": node.op,
         "name": node.name,
@@ -179,21 +184,102 @@ def _describe_node(node: fx.Node) -> dict[str, Any]:
     }
 
 
-def _arguments(layer: nn.Module) -> dict[str, Any]:
-    """The constructor's arguments, which PyTorch's layers keep under their names."""
-    arguments = {}
-    for name, parameter in inspect.signature(type(layer)).parameters.items():
-        if name in ("device", "dtype"):
-            continue
-        value = getattr(layer, name, inspect.Parameter.empty)
-        if name == "bias":
-            value = value is not None
-        if value is inspect.Parameter.empty:
-            if parameter.default is inspect.Parameter.empty:
-                raise IndescribableError(f"{layer}, whose argument {name!r} is unknown")
-            continue
-        arguments[name] = _encode(value)
-    return arguments
+# The containers that a file can name.
+_CONTAINERS: dict[str, type] = {
+    cls.__name__: cls for cls in (list, tuple, dict, OrderedDict, slice, torch.Size)
+}
+
+
+def describe_tree(tree: Tree) -> Any:
+    """What holds the tensors of a call or of outputs, as JSON. Raises IndescribableError for other classes."""
+    if isinstance(tree, Leaf):
+        return {"leaf": tree.index}
+    if isinstance(tree, Constant):
+        return {"constant": _encode(tree.value)}
+    if _CONTAINERS.get(tree.cls.__name__) is not tree.cls:
+        raise IndescribableError(
+            f"an argument or output of the class {tree.cls.__module__}.{tree.cls.__qualname__}, where a file knows "
+            f"{', '.join(_CONTAINERS)}"
+        )
+    children = [describe_tree(child) for child in tree.children]
+    return {"container": tree.cls.__name__, "keys": [_encode(key) for key in tree.keys], "children": children}
+
+
+def rebuild_tree(document: Any) -> Tree:
+    """Raises DescriptionError for what no tree is."""
+    if not isinstance(document, dict):
+        raise DescriptionError(f"{document!r:.80} holds no tensors")
+    if set(document) == {"leaf"} and type(document["leaf"]) is int and 0 <= document["leaf"] < 10_000:
+        return Leaf(document["leaf"])
+    if set(document) == {"constant"}:
+        return Constant(_decode(document["constant"], {}))
+    if set(document) == {"container", "keys", "children"} and document["container"] in _CONTAINERS:
+        keys = tuple(_decode(key, {}) for key in document["keys"])
+        children = tuple(rebuild_tree(child) for child in document["children"])
+        cls = _CONTAINERS[document["container"]]
+        if len(keys) != (len(children) if issubclass(cls, dict) else 0):
+            raise DescriptionError(f"{len(keys)} keys for {len(children)} values")
+        return Container(cls, keys, children)
+    raise DescriptionError(f"{document!r:.80} is no container that this version knows")
+
+
+def leaves_of(tree: Tree) -> set[int]:
+    """The numbers of its leaves."""
+    if isinstance(tree, Container):
+        return set().union(*map(leaves_of, tree.children)) if tree.children else set()
+    return {tree.index} if isinstance(tree, Leaf) else set()
+
+
+def describe_form(form: Form) -> dict[str, Any]:
+    sizes = form.sizes
+    return {
+        "tree": describe_tree(form.tree),
+        "dtypes": [_encode(dtype) for dtype in form.dtypes],
+        "shapes": [list(shape) for shape in sizes.shapes],
+        "least": [list(pair) for pair in sizes.least],
+        "conditions": list(sizes.conditions),
+    }
+
+
+def rebuild_form(document: Any) -> Form:
+    """Raises DescriptionError for what no form is."""
+    tree = rebuild_tree(document["tree"])
+    dtypes = tuple(_decode(dtype, {}) for dtype in document["dtypes"])
+    shapes = tuple(tuple(shape) for shape in document["shapes"])
+    least = tuple((name, size) for name, size in document["least"])
+    conditions = tuple(document["conditions"])
+    plain = (
+        all(isinstance(dtype, torch.dtype) for dtype in dtypes)
+        and len(dtypes) == len(shapes)
+        and leaves_of(tree) == set(range(len(shapes)))
+        and all(isinstance(n, str) or (type(n) is int and n >= 0) for shape in shapes for n in shape)
+        and all(isinstance(name, str) and type(size) is int for name, size in least)
+        and all(isinstance(text, str) for text in conditions)
+    )
+    if not plain:
+        raise DescriptionError(f"{document!r:.80} says not which calls a plan takes")
+    return Form(tree, dtypes, Sizes(shapes, least, conditions))
+
+
+def describe_signature(signature: Signature) -> list[Any]:
+    return [
+        [name, kind, {"unknown": None} if default is UNKNOWN else _encode(default)]
+        for name, kind, default in signature.parameters
+    ]
+
+
+def rebuild_signature(document: Any) -> Signature:
+    """Raises DescriptionError for what no signature is."""
+    parameters = []
+    for name, kind, default in document:
+        if not isinstance(name, str) or kind not in _KINDS:
+            raise DescriptionError(f"{name!r:.40} of the kind {kind!r:.40} is no argument")
+        known = UNKNOWN if default == {"unknown": None} else _decode(default, {})
+        parameters.append((name, kind, known))
+    return Signature(tuple(parameters))
+
+
+_KINDS = ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD", "VAR_POSITIONAL", "KEYWORD_ONLY", "VAR_KEYWORD")
 
 
 def _encode(value: Any) -> Any:
@@ -210,10 +296,10 @@ def _encode(value: Any) -> Any:
         return [_encode(item) for item in value]
     if isinstance(value, dict):
         return {"dict": [[_encode(key), _encode(item)] for key, item in value.items()]}
-    if isinstance(value, slice):
-        return {"slice": [_encode(item) for item in (value.start, value.stop, value.step)]}
-    if value is Ellipsis:
-        return {"ellipsis": None}
+    if isinstance(value, torch.device):
+        return {"device": None}  # that of the plan
+    if isinstance(value, torch.layout) and value == torch.strided:
+        return {"strided": None}
     if isinstance(value, torch.dtype) and str(value).removeprefix("torch.") in _DTYPES:
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, torch.memory_format):
@@ -237,20 +323,15 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
         return tuple(_decode(item, nodes) for item in content)
     if kind == "dict":
         return {_decode(key, nodes): _decode(item, nodes) for key, item in content}
-    if kind == "slice":
-        return slice(*(_decode(item, nodes) for item in content))
-    if kind == "ellipsis":
-        return ...
+    if kind == "device":
+        return torch.device("cpu")  # where plans are loaded first
+    if kind == "strided":
+        return torch.strided
     if kind == "layout":
         return _LAYOUTS[content]
     if kind == "dtype" and content in _DTYPES:
         return getattr(torch, content)
     raise DescriptionError(f"unknown kind of value {kind!r}")
-
-
-def _layers() -> dict[str, type[nn.Module]]:
-    own = {"TokenBatchNorm": TokenBatchNorm}
-    return own | {name: c for name, c in vars(nn).items() if isinstance(c, type) and issubclass(c, nn.Module)}
 
 
 def _container(root: nn.Module, target: str) -> tuple[nn.Module, str]:

@@ -17,19 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from depthfuse.acceleration.checking.report import Report
 from depthfuse.acceleration.checking.verify import TOLERANCE, relative_error
-from depthfuse.acceleration.planning.parts import tensors_in
-from depthfuse.acceleration.planning.plan import Entry, Plan
+from depthfuse.acceleration.planning.plan import Entry, Example, Plan
+from depthfuse.acceleration.planning.trees import flatten
 from depthfuse.acceleration.running.choose import fingerprint
-from depthfuse.acceleration.running.execution import Execution
+from depthfuse.acceleration.running.execution import Execution, run_plan
 from depthfuse.acceleration.saving.describe import (
     DescriptionError,
     IndescribableError,
     describe,
+    describe_form,
+    describe_signature,
+    describe_tree,
+    leaves_of,
     rebuild,
+    rebuild_form,
+    rebuild_signature,
+    rebuild_tree,
     sources,
 )
 from depthfuse.checkpoint import load_tensors, save_tensors
@@ -41,7 +48,7 @@ from depthfuse.shapes import bytes_of_source
 from depthfuse.spec import ModelSource
 from depthfuse.untrusted import MALFORMED, is_out_of_memory, parse_json
 
-FORMAT = "depthfuse.accelerated/2"
+FORMAT = "depthfuse.accelerated/3"
 
 
 @dataclass(frozen=True)
@@ -66,13 +73,20 @@ def save_plan(path: str | Path, plan: Plan, execution: Execution, report: Report
         )
     try:
         description = describe(plan.module)
+        calls = {
+            "tree": describe_tree(plan.tree),
+            "signature": describe_signature(plan.signature),
+            "form": None if plan.form is None else describe_form(plan.form),
+            "outputs": None if plan.outputs is None else describe_tree(plan.outputs),
+            "writes_inputs": plan.writes_inputs,
+        }
     except IndescribableError as error:
         raise AccelerationError(f"cannot save this model: its plan holds {error}") from error
     tensors = {name: tensor.cpu() for name, tensor in plan.module.state_dict().items()}
     _try_out(plan, description, tensors)
     document = {
         "dtype": str(plan.dtype),
-        "in_channels": plan.in_channels,
+        "calls": calls,
         "example": [[list(shape), str(dtype)] for shape, dtype in plan.example],
         "source": asdict(plan.source) if plan.source and sources(description) else None,
         "plan": description,
@@ -122,7 +136,9 @@ def _read(document: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
     entries = tuple(_entry(entry) for entry in found.pop("entries"))
     report = Report(**found, entries=entries)
     example = tuple((_shape(shape), _dtype(name)) for shape, name in document["example"])
-    plan = Plan(module, entries, report.model, dtype, example, document["in_channels"], source)
+    plan = Plan(
+        module, entries, report.model, dtype, example, source, **_calls(document["calls"], module, example)
+    )
     fused, implementations = plan.fused_modules(), tuned["implementations"]
     if set(fused) != set(implementations) or not all(isinstance(n, str) for n in implementations.values()):
         named = ", ".join(sorted(set(fused) ^ set(implementations))) or "a fused module"
@@ -133,6 +149,25 @@ def _read(document: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
     if not isinstance(tuned["environment"], dict):
         raise DescriptionError(f"{tuned['environment']!r} is no environment")
     return Saved(plan, execution, report, implementations, tuned["environment"])
+
+
+def _calls(document: dict[str, Any], module: nn.Module, example: Example) -> dict[str, Any]:
+    """The fields of a plan that say how it is called."""
+    tree, signature = rebuild_tree(document["tree"]), rebuild_signature(document["signature"])
+    form = None if document["form"] is None else rebuild_form(document["form"])
+    outputs = None if document["outputs"] is None else rebuild_tree(document["outputs"])
+    is_graph = isinstance(module, fx.GraphModule)
+    if is_graph != (form is not None) or is_graph != (outputs is not None):
+        raise DescriptionError("a graph, and only a graph, has a form of its calls and outputs")
+    if leaves_of(tree) != set(range(len(example))) or type(document["writes_inputs"]) is not bool:
+        raise DescriptionError("the example is not what the plan is called with")
+    return {
+        "signature": signature,
+        "tree": tree,
+        "form": form,
+        "outputs": outputs,
+        "writes_inputs": document["writes_inputs"],
+    }
 
 
 def _rebuild(
@@ -167,15 +202,20 @@ def _try_out(plan: Plan, description: dict[str, Any], tensors: dict[str, Tensor]
         raise AccelerationError(f"cannot save this model: {what} ({error}); {remedy}") from error
     same = fingerprint(twin) == fingerprint(plan.module)
     if same and named:  # settings that no repr shows
-        inputs = plan.example_inputs()
-        with torch.no_grad(), plain_ops():
-            ours = tensors_in(plan.module(*(x.clone() for x in inputs)))
-            theirs = tensors_in(twin.to(plan.device)(*(x.clone() for x in inputs)))
+        ours, theirs = (
+            _outputs(replace(plan, module=module)) for module in (plan.module, twin.to(plan.device))
+        )
         errors = [relative_error(t, o) for t, o in zip(theirs, ours, strict=True)]
         same = all(error <= TOLERANCE[plan.dtype] for error in errors)
     if not same:
         known = f"timm builds it otherwise from {plan.source}" if named else "its plan is rebuilt otherwise"
         raise AccelerationError(f"cannot save this model: {named or 'all'}: {known}; {remedy}")
+
+
+def _outputs(plan: Plan) -> list[Tensor]:
+    with torch.no_grad(), plain_ops():
+        leaves, _ = flatten(run_plan(plan, plan.example_call()))
+    return [x for x in leaves if isinstance(x, Tensor)]
 
 
 def _dtype(name: str) -> torch.dtype:

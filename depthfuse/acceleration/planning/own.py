@@ -1,0 +1,74 @@
+"""A private copy of a model, in the dtype of its plan: planning runs and casts this one, never the user's."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from depthfuse.errors import AccelerationError
+
+# Hooks that compute a layer's weight from other tensors, always the same in evaluation mode.
+_WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
+
+
+def own_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy without gradients; its tensors of the model's main dtype are cast to `dtype`, those of others are not.
+
+    Weights that PyTorch's weight norm, spectral norm and pruning compute anew at every call are computed once.
+
+    Raises:
+        AccelerationError: the model cannot be copied.
+    """
+    try:
+        own: nn.Module = copy.deepcopy(model)
+    except (TypeError, RuntimeError, AttributeError, ValueError, NotImplementedError) as error:
+        raise AccelerationError(f"{type(model).__name__} cannot be copied: {error}") from error
+    own.requires_grad_(False)
+    for module in own.modules():
+        _compute_weights(module)
+    return own if dtype is None else cast_main(own, dtype)
+
+
+def main_dtype(model: nn.Module) -> torch.dtype | None:
+    """The floating-point dtype of most of a model's numbers, or None for a model without any."""
+    numbers: Counter[torch.dtype] = Counter()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            numbers[tensor.dtype] += max(tensor.numel(), 1)
+    return max(numbers, key=numbers.__getitem__) if numbers else None
+
+
+def cast_main(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast the tensors of the main dtype, in place."""
+    main = main_dtype(model)
+    if main == dtype:
+        return model
+    return model._apply(lambda tensor: tensor.to(dtype) if tensor.dtype == main else tensor)
+
+
+def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those that are shared under each of their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _compute_weights(module: nn.Module) -> None:
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if not isinstance(hook, _WEIGHT_HOOKS):
+            continue
+        hook(module, ())
+        name = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+        value = getattr(module, name).detach().clone()
+        del module._forward_pre_hooks[key]
+        module._parameters.pop(name, None)
+        module._buffers.pop(name, None)
+        module.__dict__.pop(name, None)
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))

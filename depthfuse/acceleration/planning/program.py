@@ -1,0 +1,323 @@
+"""What a model computes for calls of one form, as a graph of PyTorch's operators (aten) without side effects.
+
+`capture` is the one way into planning: torch.export in its non-strict mode, which runs the model's own Python once with
+symbols in the place of sizes. What comes out says in `Program` for which calls it is right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, export
+from torch.fx.experimental import _config as settings
+
+from depthfuse.acceleration.planning import aten
+from depthfuse.acceleration.planning.sizes import Sizes
+from depthfuse.acceleration.planning.trees import Container, Tree, flatten, in_words, unflatten
+from depthfuse.errors import AccelerationError
+from depthfuse.merging.tracing import one_at_a_time
+from depthfuse.untrusted import is_out_of_memory
+
+logger = logging.getLogger(__name__)
+
+_MODEL = "model"  # the model's name in the module that is exported
+
+
+class CaptureError(AccelerationError):
+    """What a model computes depends on more than the form of its call: it cannot be captured as one graph."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a call: its tensors, and what held them, an (args, kwargs)."""
+
+    tensors: tuple[Tensor, ...]
+    tree: Tree
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: dict[str, Any]) -> Call:
+        """Raises AccelerationError for arguments that are neither tensors nor plain values."""
+        tensors, tree = flatten((args, kwargs))
+        return cls(tuple(tensors), tree)
+
+    def arguments(self, tensors: Sequence[Tensor] | None = None) -> tuple[tuple, dict[str, Any]]:
+        """The (args, kwargs) again, with other tensors where these are given."""
+        return unflatten(self.tensors if tensors is None else tensors, self.tree)
+
+    def on_clones(self) -> Call:
+        """The same call with tensors of its own, which a model may write over."""
+        return replace(self, tensors=tuple(x.detach().clone() for x in self.tensors))
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(x.shape) for x in self.tensors)
+
+    def __str__(self) -> str:
+        """As (float32[1, 3, 8, 8], mask=None)."""
+        assert isinstance(self.tree, Container)
+        inner = [in_words(child, self.tensors)[1:-1] for child in self.tree.children]
+        return f"({', '.join(text for text in inner if text)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A graph, and the calls that it is right for.
+
+    graph: one placeholder for each tensor of a call, in order; its output is a tuple. Parameters and buffers are read
+    by their names in the model. Each node's `meta["val"]` has the value's shape (with symbols) and dtype.
+    tree, dtypes, sizes: of the calls that it is right for. outputs: what holds its outputs.
+    writes_inputs: whether the model writes over tensors that it is given; so does the graph.
+    """
+
+    graph: fx.GraphModule
+    tree: Tree
+    dtypes: tuple[torch.dtype, ...]
+    sizes: Sizes
+    outputs: Tree
+    writes_inputs: bool
+
+    def form(self) -> Form:
+        return Form(self.tree, self.dtypes, self.sizes)
+
+
+@dataclass(frozen=True)
+class Form:
+    """The calls that a program is right for."""
+
+    tree: Tree
+    dtypes: tuple[torch.dtype, ...]
+    sizes: Sizes
+
+    def takes(self, call: Call) -> bool:
+        return (
+            call.tree == self.tree
+            and tuple(x.dtype for x in call.tensors) == self.dtypes
+            and self.sizes.take(call.shapes())
+        )
+
+
+class _Found:
+    """What is found while a model is traced: torch.export puts lists and dictionaries back as they were."""
+
+    outputs: Tree
+
+
+class _Flat(nn.Module):
+    """A model that takes a list of tensors and gives one."""
+
+    def __init__(self, model: nn.Module, tree: Tree) -> None:
+        super().__init__()
+        self.model = model
+        self._tree = tree
+        self.found = _Found()
+
+    def forward(self, tensors: list[Tensor]) -> tuple[Any, ...]:
+        args, kwargs = unflatten(tensors, self._tree)
+        leaves, tree = flatten(self.model(*args, **kwargs), once=True)
+        self.found.outputs = tree
+        return tuple(leaves)
+
+
+def capture(model: nn.Module, call: Call, dynamic: bool = True) -> Program:
+    """The program of `model` for calls like `call`.
+
+    Args:
+        model: in evaluation mode. Its own Python runs: give a copy where that may leave traces in it.
+        dynamic: leave all sizes open that the model leaves open. False: for the sizes of `call` alone.
+
+    Raises:
+        CaptureError: it cannot be captured; the message says why.
+    """
+    if not call.tensors:
+        raise CaptureError("the call has no tensors")
+    for with_ones in (True, False) if dynamic else ():
+        try:
+            program = _capture(model, call, dynamic, with_ones)
+        except CaptureError as error:
+            if not with_ones:
+                raise
+            logger.debug("a size of 1 is not taken for any size: %s", error)
+        else:
+            if program.form().takes(call):
+                return program
+            logger.debug("the conditions of its sizes are not understood: %s", program.sizes.conditions)
+    return _capture(model, call, dynamic=False, with_ones=False)
+
+
+def _capture(model: nn.Module, call: Call, dynamic: bool, with_ones: bool) -> Program:
+    """with_ones: sizes of 0 and 1 are like any other; where a 1 is there to be broadcast, that fails."""
+    flat = _Flat(model, call.tree).eval()
+    shapes = ([dict.fromkeys(range(x.dim()), Dim.AUTO) for x in call.tensors],) if dynamic else None
+    oblivious = settings.patch(backed_size_oblivious=with_ones)
+    try:
+        with one_at_a_time, torch.no_grad(), oblivious, _quiet(), _any_layout():
+            exported = export(flat, (list(call.tensors),), dynamic_shapes=shapes, strict=False)
+            outputs = flat.found.outputs
+            state: list[str] = []
+            graph = _flat_graph(exported)
+            if not _make_functional(graph):
+                exported = exported.run_decompositions({})
+                state = list(exported.graph_signature.buffers_to_mutate.values())
+                graph = _flat_graph(exported)
+    except Exception as error:  # export raises whatever the model's Python, PyTorch or sympy do
+        if is_out_of_memory(error):
+            raise
+        raise CaptureError(_first_line(error)) from error
+    if state:
+        raise CaptureError(f"it keeps state between calls in {state[0].removeprefix(_MODEL + '.')}")
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    if len(placeholders) != len(call.tensors):
+        raise CaptureError("it has other inputs than it was given")
+    return Program(
+        graph,
+        call.tree,
+        tuple(x.dtype for x in call.tensors),
+        _sizes(exported, graph.graph, placeholders),
+        outputs,
+        any(aten.name_of(node) == "copy_" for node in graph.graph.nodes),
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the advice that export gives to those who call it themselves."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx.experimental")]
+    levels = [each.level for each in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for each in loggers:
+            each.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for each, level in zip(loggers, levels, strict=True):
+                each.setLevel(level)
+
+
+@contextlib.contextmanager
+def _any_layout() -> Iterator[None]:
+    """Keep convolutions from asking for the batch size: which library would run them, and in which memory layout it
+    would leave its result, is of no interest here, but the answer would count as a condition of the program.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in ("_select_conv_backend", "_conv_determine_backend_memory_format"):
+            if hasattr(torch._C, name):
+                stack.enter_context(mock.patch.object(torch._C, name, _none))
+        yield
+
+
+def _none(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _flat_graph(exported: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The graph with the model's own names for its tensors, without the checks of its inputs."""
+    module = exported.module()
+    graph = module.graph
+    graph.set_codegen(fx.CodeGen())
+    attributes: dict[str, Any] = {}
+    for node in list(graph.nodes):
+        node.meta = {"path": _path(node), "val": node.meta.get("val")}
+        if (
+            node.target == "_guards_fn"
+            or aten.name_of(node) in _CHECKS
+            or (node.op == "get_attr" and not node.users)
+        ):
+            graph.erase_node(node)
+        elif node.op == "get_attr":
+            value = module
+            for name in node.target.split("."):
+                value = getattr(value, name)
+            node.target = node.target.removeprefix(f"{_MODEL}.")
+            attributes[node.target] = value
+        elif node.op == "output":
+            (values,) = node.args
+            node.args = (tuple(values) if isinstance(values, list | tuple) else (values,),)
+    return fx.GraphModule(attributes, graph, "Program")
+
+
+def _path(node: fx.Node) -> str:
+    """The path in the model of the innermost module that a node comes from."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    return path.removeprefix(f"{_MODEL}.") if path.startswith(f"{_MODEL}.") else ""
+
+
+# They state what is true of any call that the program takes, and would count as readers of what they look at.
+_CHECKS = frozenset(("_assert_tensor_metadata", "sym_constrain_range_for_size", "sym_constrain_range"))
+
+
+def _make_functional(program: fx.GraphModule) -> bool:
+    """Write operations in place as such that give a new value, where nothing else can see the old one; False where
+    that cannot be told, with the graph half done.
+    """
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if aten.is_idle_dropout(node):  # which hands its very input on
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if aten.updates_statistics(node):
+            return False
+        if not aten.writes(node):
+            continue
+        new = aten.out_of_place(node)
+        overwritten = node.args[0]
+        if new is None or not aten.is_fresh(overwritten):
+            return False
+        if not all(aten.is_fresh(user) for user in overwritten.users if order[user] < order[node]):
+            return False
+        for user in list(overwritten.users):
+            if order[user] > order[node]:
+                user.replace_input_with(overwritten, node)
+        node.target = new
+    return True
+
+
+def _sizes(exported: torch.export.ExportedProgram, graph: fx.Graph, placeholders: list[fx.Node]) -> Sizes:
+    shapes, environment = [], None
+    for node in placeholders:
+        value = node.meta["val"]
+        environment = environment or getattr(getattr(value, "fake_mode", None), "shape_env", None)
+        shapes.append(tuple(aten.size_of(size) for size in value.shape))
+    if environment is None:
+        return Sizes(tuple(shapes), (), ())
+    replaced = environment.replacements
+    conditions = [str(guard.expr.xreplace(replaced).xreplace(replaced)) for guard in environment.guards]
+    conditions += _where_ones_matter(graph)
+    used = {text for shape in shapes for text in shape if isinstance(text, str)}
+    least = []
+    for symbol, bounds in exported.range_constraints.items():
+        if str(symbol) not in used:
+            continue
+        least.append((str(symbol), int(bounds.lower)))
+        if bounds.upper.is_number and bounds.upper.is_finite and bounds.upper < 2**62:
+            conditions.append(f"{symbol} <= {int(bounds.upper)}")
+    return Sizes(tuple(shapes), tuple(least), tuple(dict.fromkeys(t for t in conditions if t != "True")))
+
+
+def _where_ones_matter(graph: fx.Graph) -> list[str]:
+    """Conditions for operators whose number of axes depends on whether a size is 1; the program has one number."""
+    conditions = []
+    for node in graph.nodes:
+        if aten.name_of(node) == "squeeze":
+            sizes = aten.shape_of(node.args[0]) or ()
+            axes = node.args[1] if len(node.args) > 1 else range(len(sizes))
+            axes = [axes] if isinstance(axes, int) else axes
+            conditions += [f"Ne({sizes[axis]}, 1)" for axis in axes if isinstance(sizes[axis], str)]
+    return conditions

@@ -85,7 +85,12 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _plan_program(
-    program: Program, model: nn.Module, call: Call, exact: Mapping[str, Tensor], backend: str, prefix: str = ""
+    program: Program,
+    model: nn.Module,
+    call: Call,
+    exact: Mapping[str, Tensor],
+    backend: str,
+    prefix: str = "",
 ) -> Planned:
     """The plan of a program.
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.fx.experimental import _config as settings
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from depthfuse.acceleration.planning import aten
 from depthfuse.acceleration.planning.sizes import Sizes
@@ -137,9 +138,14 @@ def capture(model: nn.Module, call: Call, dynamic: bool = True) -> Program:
     """
     if not call.tensors:
         raise CaptureError("the call has no tensors")
-    for with_ones in (True, False) if dynamic else ():
+    # All sizes open; then the first axes alone, where sizes of images make too long formulas; then with sizes of 1 that
+    # are there to be broadcast.
+    attempts = ((_ALL, True), (_FIRST, True), (_ALL, False), (_FIRST, False)) if dynamic else ()
+    for axes, with_ones in attempts:
         try:
-            program = _capture(model, call, dynamic, with_ones)
+            program = _capture(model, call, axes, with_ones)
+        except _TooComplex as error:
+            logger.debug("only its batch size is open: %s", error)
         except CaptureError as error:
             if not with_ones:
                 raise
@@ -148,16 +154,26 @@ def capture(model: nn.Module, call: Call, dynamic: bool = True) -> Program:
             if program.form().takes(call):
                 return program
             logger.debug("the conditions of its sizes are not understood: %s", program.sizes.conditions)
-    return _capture(model, call, dynamic=False, with_ones=False)
+    return _capture(model, call, _NONE, with_ones=False)
 
 
-def _capture(model: nn.Module, call: Call, dynamic: bool, with_ones: bool) -> Program:
-    """with_ones: sizes of 0 and 1 are like any other; where a 1 is there to be broadcast, that fails."""
+_ALL, _FIRST, _NONE = slice(None), slice(1), slice(0)
+_LONGEST_FORMULA = 60  # operations in a condition of sizes; what is longer takes minutes to reason about
+
+
+class _TooComplex(CaptureError):
+    """Sizes make too long formulas."""
+
+
+def _capture(model: nn.Module, call: Call, axes: slice, with_ones: bool) -> Program:
+    """axes: those that are left open. with_ones: sizes of 0 and 1 are like any other; where a 1 is there to be
+    broadcast, that fails.
+    """
     flat = _Flat(model, call.tree).eval()
-    shapes = ([dict.fromkeys(range(x.dim()), Dim.AUTO) for x in call.tensors],) if dynamic else None
+    shapes = ([dict.fromkeys(range(x.dim())[axes], Dim.AUTO) for x in call.tensors],)
     oblivious = settings.patch(backed_size_oblivious=with_ones)
     try:
-        with one_at_a_time, torch.no_grad(), oblivious, _quiet(), _any_layout():
+        with one_at_a_time, torch.no_grad(), oblivious, _quiet(), _any_layout(), _short_formulas():
             exported = export(flat, (list(call.tensors),), dynamic_shapes=shapes, strict=False)
             outputs = flat.found.outputs
             state: list[str] = []
@@ -166,6 +182,8 @@ def _capture(model: nn.Module, call: Call, dynamic: bool, with_ones: bool) -> Pr
                 exported = exported.run_decompositions({})
                 state = list(exported.graph_signature.buffers_to_mutate.values())
                 graph = _flat_graph(exported)
+    except _TooComplex:
+        raise
     except Exception as error:  # export raises whatever the model's Python, PyTorch or sympy do
         if is_out_of_memory(error):
             raise
@@ -210,6 +228,20 @@ def _any_layout() -> Iterator[None]:
         for name in ("_select_conv_backend", "_conv_determine_backend_memory_format"):
             if hasattr(torch._C, name):
                 stack.enter_context(mock.patch.object(torch._C, name, _none))
+        yield
+
+
+@contextlib.contextmanager
+def _short_formulas() -> Iterator[None]:
+    """Give up where the model's sizes depend on each other in long formulas."""
+    evaluate = ShapeEnv.evaluate_expr
+
+    def bounded(self: ShapeEnv, expression: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(expression, "count_ops", int)() > _LONGEST_FORMULA:
+            raise _TooComplex(f"it asks whether {str(expression)[:80]}...")
+        return evaluate(self, expression, *args, **kwargs)
+
+    with mock.patch.object(ShapeEnv, "evaluate_expr", bounded):
         yield
 
 

@@ -62,6 +62,9 @@ def _no_op(node: fx.Node) -> fx.Node | None:
         return None if _is_ours_or_the_callers(source) and _is_given_back(node) else source
     if aten.shape_of(source) != aten.shape_of(node):
         return None
+    if name in ("pad", "constant_pad_nd"):
+        pads = aten.arguments(node)["pad"]
+        return source if all(type(n) is int and n == 0 for n in pads) else None
     if name == "slice":
         given = aten.arguments(node)
         return source if given["start"] in (0, None) and given["step"] == 1 else None
@@ -77,6 +80,20 @@ def _is_ours_or_the_callers(node: fx.Node) -> bool:
 
 def _is_given_back(node: fx.Node) -> bool:
     return any(user.op == "output" or not aten.is_fresh(user) for user in node.users)
+
+
+def _size(node: fx.Node) -> fx.Node | None:
+    """Sizes are asked of the earliest value that has them: whoever asks counts as a reader."""
+    if aten.name_of(node) != "sym_size":
+        return None
+    value, axis = node.args
+    while aten.name_of(value) and isinstance(value.args[0], fx.Node):
+        before, after = aten.shape_of(value.args[0]), aten.shape_of(value)
+        if before is None or after is None or len(before) != len(after) or before[axis] != after[axis]:
+            break
+        value = value.args[0]
+    node.args = (value, axis)
+    return None
 
 
 def _reshape(node: fx.Node) -> fx.Node | None:
@@ -180,6 +197,7 @@ def _silu(node: fx.Node) -> fx.Node | None:
 _RULES: tuple[Callable[[fx.Node], fx.Node | None], ...] = (
     _norm,
     _no_op,
+    _size,
     _reshape,
     _convolution,
     _linear,

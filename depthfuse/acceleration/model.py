@@ -151,7 +151,7 @@ class AcceleratedModel(nn.Module):
         model's own errors come out as they are.
         """
         call = self._call(args, kwargs)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling() or _are_traced(call):
             with torch.no_grad():
                 return run_plan(self._made, call)
         executor = None if torch.is_autocast_enabled(self.device.type) else self._executor_for(call)
@@ -281,6 +281,11 @@ class AcceleratedModel(nn.Module):
             logger.info("a copy runs its plan op by op: %s", error)
             self._leave_plan_alone(Executor(self._made))
         self._report = replace(self._report, executor=self._executor.in_words())
+
+
+def _are_traced(call: Call) -> bool:
+    """Whether tensors only stand for others, as where somebody exports the accelerated model."""
+    return not all(type(x) in (torch.Tensor, nn.Parameter) for x in call.tensors)
 
 
 def _key(call: Call) -> tuple:

@@ -134,7 +134,8 @@ def permutation(node: fx.Node) -> tuple[int, ...] | None:
 
 def _constant_affine(constant: Tensor | float, name: str, is_second: bool, ndim: int) -> Affine | None:
     """Arithmetic with a constant that varies along one axis at most."""
-    value = torch.as_tensor(constant).detach()
+    number = not isinstance(constant, Tensor)  # Python's have all digits of float64
+    value = torch.tensor(constant, dtype=torch.float64) if number else constant.detach()
     if value.is_complex():
         return None
     value = value.double()

@@ -11,7 +11,7 @@ in float64; after them they become scale and shift. A LayerNorm before a linear 
 is taken in where the kernels run, which normalise what they hold anyway: before, its affine belongs in the weight and
 the bias, behind, it is scale and shift. Permutations on the way (ConvNeXt goes from [N, H, W, C]
 back to [N, C, H, W]) are moved behind the fused module, and their inverse before the residual; in
-channels_last both are free.
+channels_last both are free. So are reshapes to a list of rows (a batch norm over tokens works on such a list).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from depthfuse.acceleration.planning.elements import Act, Add, Affine, Norm, lay
 from depthfuse.acceleration.planning.fuse_attention import fuse_attention
 from depthfuse.acceleration.planning.fuse_blocks import KERNEL_PASSES
 from depthfuse.acceleration.planning.graph import constant_of, insert_fused, mark_value, new_call, path_of
+from depthfuse.acceleration.planning.rows import keeps_rows
 from depthfuse.errors import AccelerationError
 from depthfuse.fused.layers import FusedConv2d, FusedLinear, FusedModule
 from depthfuse.ops import resolve_backend
@@ -61,6 +62,7 @@ class Chain:
     scale: Tensor | None = None
     shift: Tensor | None = None
     permute: tuple[int, ...] | None = None  # of the output, so far
+    rows: fx.Node | None = None  # the reshape that brought the output into the form that it has so far
     pieces: list[str] = field(default_factory=list)
 
     def take(self, element) -> bool:
@@ -76,21 +78,26 @@ class Chain:
             self.pieces.append(element.name)
             return True
         if isinstance(element, Add):
-            if (
-                self.residual is not None
-                or self.act is not None
-                or self.scale is not None
-                or self.shift is not None
-            ):
+            taken = (self.residual, self.act, self.scale, self.shift, self.rows)
+            if any(value is not None for value in taken):
                 return False
             self.residual, self.residual_permute = element.other, self.permute
             self.pieces.append("residual")
             return True
+        if self.rows is not None:
+            return False
         ndim = len(element.dims)
         before = self.permute or tuple(range(ndim))
         axis = element.dims.index(ndim + self.channel_axis)
         self.permute = tuple(before[d] for d in element.dims)
         self.channel_axis = axis - ndim
+        return True
+
+    def take_rows(self, node: fx.Node) -> bool:
+        """Absorb a reshape of a linear layer's output that keeps its rows."""
+        if not keeps_rows(node, self.end) or self.geometry is not None or self.permute is not None:
+            return False
+        self.rows = None if aten.shape_of(node) == aten.shape_of(self.start) else node
         return True
 
     def _take_affine(self, element: Affine) -> bool:
@@ -245,7 +252,7 @@ def grow(chain: Chain, norms: bool) -> None:
         (user,) = chain.end.users
         longer = copy.copy(chain)
         longer.pieces = list(chain.pieces)
-        elements = read(user, chain.end)
+        elements = [] if longer.take_rows(user) else read(user, chain.end)
         if elements is not None and not norms and any(isinstance(e, Norm) for e in elements):
             return
         if elements is None or not all(longer.take(element) for element in elements):
@@ -282,8 +289,8 @@ def runs_triton_kernels(plan: fx.GraphModule, backend: str) -> bool:
 def fuse(plan: fx.GraphModule, backend: str) -> None:
     """Run all passes over `plan`, in place."""
     passes: tuple[Pass, ...] = (
-        fuse_chains,
         fuse_attention,
+        fuse_chains,
         *(KERNEL_PASSES if runs_triton_kernels(plan, backend) else ()),
     )
     for run in passes:
@@ -344,6 +351,9 @@ def emit(plan: fx.GraphModule, chain: Chain, module: FusedModule) -> None:
             inverse = [chain.permute.index(d) for d in range(len(chain.permute))]
             result.meta["val"] = chain.end.meta["val"].permute(inverse)
             result = new_call(graph, _PERMUTE, (result, list(chain.permute)), chain.end)
+        if chain.rows is not None:
+            result.meta["val"] = chain.start.meta["val"]
+            result = new_call(graph, chain.rows.target, (result, *chain.rows.args[1:]), chain.end)
         mark_value(result, chain.end)
     chain.end.replace_all_uses_with(result)
     for node in reversed(chain.nodes):

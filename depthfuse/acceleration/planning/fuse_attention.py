@@ -18,6 +18,7 @@ from depthfuse.acceleration.planning.graph import (
     mark_value,
     new_call,
 )
+from depthfuse.acceleration.planning.rows import lift_linears
 from depthfuse.acceleration.planning.sizes import UnknownCondition
 from depthfuse.fused.blocks import FusedAttention
 
@@ -106,7 +107,12 @@ def _stacked(plan: fx.GraphModule, parts: list, width: int, like: fx.Node | None
 
 
 def fuse_attention(plan: fx.GraphModule, backend: str) -> None:
-    """Attention whose query, key and value are thirds of one value [B, N, 3 * H * D] -> FusedAttention."""
+    """Attention whose query, key and value are thirds of one value [B, N, 3 * H * D] -> FusedAttention.
+
+    Runs before the linear layers around it become fused modules.
+    """
+    join_projections(plan)
+    lift_linears(plan)
     for attend in _attentions(plan):
         given = aten.arguments(attend)
         _, heads, _, head_dim = aten.shape_of(attend) or ()
@@ -135,6 +141,7 @@ def fuse_attention(plan: fx.GraphModule, backend: str) -> None:
         graph.erase_node(attend)
     plan.graph.eliminate_dead_code()
     moves.collapse(plan)
+    lift_linears(plan)
 
 
 def _common_source(attend: fx.Node) -> tuple[fx.Node | None, list[list[fx.Node]]]:

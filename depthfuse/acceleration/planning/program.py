@@ -6,21 +6,18 @@ symbols in the place of sizes. What comes out says in `Program` for which calls 
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.fx.experimental import _config as settings
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from depthfuse.acceleration.planning import aten
+from depthfuse.acceleration.planning.exporting import TooLongFormula, alone, any_layout, short_formulas
 from depthfuse.acceleration.planning.sizes import Sizes
 from depthfuse.acceleration.planning.trees import Container, Tree, flatten, in_words, unflatten
 from depthfuse.errors import AccelerationError
@@ -144,7 +141,7 @@ def capture(model: nn.Module, call: Call, dynamic: bool = True) -> Program:
     for axes, with_ones in attempts:
         try:
             program = _capture(model, call, axes, with_ones)
-        except _TooComplex as error:
+        except TooLongFormula as error:
             logger.debug("only its batch size is open: %s", error)
         except CaptureError as error:
             if not with_ones:
@@ -161,10 +158,6 @@ _ALL, _FIRST, _NONE = slice(None), slice(1), slice(0)
 _LONGEST_FORMULA = 60  # operations in a condition of sizes; what is longer takes minutes to reason about
 
 
-class _TooComplex(CaptureError):
-    """Sizes make too long formulas."""
-
-
 def _capture(model: nn.Module, call: Call, axes: slice, with_ones: bool) -> Program:
     """axes: those that are left open. with_ones: sizes of 0 and 1 are like any other; where a 1 is there to be
     broadcast, that fails.
@@ -173,7 +166,14 @@ def _capture(model: nn.Module, call: Call, axes: slice, with_ones: bool) -> Prog
     shapes = ([dict.fromkeys(range(x.dim())[axes], Dim.AUTO) for x in call.tensors],)
     oblivious = settings.patch(backed_size_oblivious=with_ones)
     try:
-        with one_at_a_time, torch.no_grad(), oblivious, _quiet(), _any_layout(), _short_formulas():
+        with (
+            one_at_a_time,
+            torch.no_grad(),
+            oblivious,
+            alone(),
+            any_layout(),
+            short_formulas(_LONGEST_FORMULA),
+        ):
             exported = export(flat, (list(call.tensors),), dynamic_shapes=shapes, strict=False)
             outputs = flat.found.outputs
             state: list[str] = []
@@ -182,7 +182,7 @@ def _capture(model: nn.Module, call: Call, axes: slice, with_ones: bool) -> Prog
                 exported = exported.run_decompositions({})
                 state = list(exported.graph_signature.buffers_to_mutate.values())
                 graph = _flat_graph(exported)
-    except _TooComplex:
+    except TooLongFormula:
         raise
     except Exception as error:  # export raises whatever the model's Python, PyTorch or sympy do
         if is_out_of_memory(error):
@@ -201,52 +201,6 @@ def _capture(model: nn.Module, call: Call, axes: slice, with_ones: bool) -> Prog
         outputs,
         any(aten.name_of(node) == "copy_" for node in graph.graph.nodes),
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the advice that export gives to those who call it themselves."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx.experimental")]
-    levels = [each.level for each in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for each in loggers:
-            each.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for each, level in zip(loggers, levels, strict=True):
-                each.setLevel(level)
-
-
-@contextlib.contextmanager
-def _any_layout() -> Iterator[None]:
-    """Keep convolutions from asking for the batch size: which library would run them, and in which memory layout it
-    would leave its result, is of no interest here, but the answer would count as a condition of the program.
-    """
-    with contextlib.ExitStack() as stack:
-        for name in ("_select_conv_backend", "_conv_determine_backend_memory_format"):
-            if hasattr(torch._C, name):
-                stack.enter_context(mock.patch.object(torch._C, name, _none))
-        yield
-
-
-@contextlib.contextmanager
-def _short_formulas() -> Iterator[None]:
-    """Give up where the model's sizes depend on each other in long formulas."""
-    evaluate = ShapeEnv.evaluate_expr
-
-    def bounded(self: ShapeEnv, expression: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(expression, "count_ops", int)() > _LONGEST_FORMULA:
-            raise _TooComplex(f"it asks whether {str(expression)[:80]}...")
-        return evaluate(self, expression, *args, **kwargs)
-
-    with mock.patch.object(ShapeEnv, "evaluate_expr", bounded):
-        yield
-
-
-def _none(*args: Any, **kwargs: Any) -> None:
-    return None
 
 
 def _first_line(error: BaseException) -> str:

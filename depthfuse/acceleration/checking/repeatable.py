@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from depthfuse.acceleration.checking.verify import TOLERANCE, relative_error
-from depthfuse.acceleration.planning.own import tensors_by_name
+from depthfuse.acceleration.planning.own import main_dtype, tensors_by_name
 from depthfuse.acceleration.planning.program import Call
 from depthfuse.acceleration.planning.trees import flatten, in_words
 from depthfuse.errors import AccelerationError
@@ -54,7 +54,10 @@ def _run(model: nn.Module, call: Call) -> tuple[list[Any], Any]:
         if isinstance(error, AccelerationError | torch.OutOfMemoryError):
             raise
         text = (str(error) or type(error).__name__).splitlines()[0]
-        raise AccelerationError(f"the model does not take the example input {call}: {text}") from error
+        main = main_dtype(model)
+        floats = {x.dtype for x in call.tensors if x.is_floating_point()}
+        own = f" (its weights are in {main})" if floats - {main} else ""
+        raise AccelerationError(f"the model does not take the example input {call}{own}: {text}") from error
     leaves, tree = flatten(outputs, once=True)
     # A later call may write over what this one gave.
     return [x.clone() if isinstance(x, Tensor) else x for x in leaves], tree

@@ -215,17 +215,8 @@ def _plan_children(model: nn.Module, call: Call, exact: Mapping[str, Tensor], ba
     """The model with its children planned, as far as it still runs then and these have something to fuse."""
     calls = record_calls(model, call)
     planned = copy.deepcopy(model)
-    entries = []
-    for name, child in model.named_children():
-        entries += _replace(planned, name, name, child, calls, exact, backend)
-    try:
-        with torch.no_grad():
-            args, kwargs = call.on_clones().arguments()
-            planned(*args, **kwargs)
-    except (AttributeError, RuntimeError, TypeError, ValueError, AccelerationError) as error:
-        logger.info("%s does not run with planned children (%s): it stays", type(model).__name__, error)
-        return Planned(model, [Entry("", type(model).__name__, "eager", "", (), False)])
-    return Planned(planned, entries)
+    entries = _replace_children(planned, "", model, calls, exact, backend)
+    return Planned(planned, entries or [Entry("", type(model).__name__, "eager", "", (), False)])
 
 
 def record_calls(model: nn.Module, call: Call) -> dict[nn.Module, list[tuple[tuple, dict]]]:
@@ -271,10 +262,43 @@ def _replace(
                 part = PlannedPart(graph, program.form(), program.outputs, signature, original)
                 setattr(parent, name, part)
                 return [entry.inside(path) for entry in found]
-    entries = []
-    for inner_name, inner in child.named_children():
-        inner_parent = getattr(parent, name)
-        entries += _replace(inner_parent, inner_name, f"{path}.{inner_name}", inner, calls, exact, backend)
+    entries = _replace_children(getattr(parent, name), path, child, calls, exact, backend)
     if entries or not seen:
         return entries
     return [Entry(path, type(child).__name__, "eager", "", (), False)]
+
+
+def _replace_children(
+    planned: nn.Module,
+    path: str,
+    module: nn.Module,
+    calls: dict[nn.Module, list[tuple[tuple, dict]]],
+    exact: Mapping[str, Tensor],
+    backend: str,
+) -> list[Entry]:
+    """Plan the children of `planned`, a copy of `module`, as far as it still runs then; [] where it stays as it was."""
+    entries = []
+    for name, child in module.named_children():
+        entries += _replace(planned, name, f"{path}.{name}" if path else name, child, calls, exact, backend)
+    seen = calls.get(module, [])
+    if not seen or not any(entry.fused for entry in entries):
+        return entries
+    try:
+        with torch.no_grad():
+            args, kwargs = Call.of(*seen[0]).on_clones().arguments()
+            planned(*args, **kwargs)
+    except Exception as error:  # whatever the module's own Python raises where its children are others
+        logger.info("%s does not run with planned children (%s): it stays", path or "the model", error)
+        _put_back(planned)
+        return []
+    return entries
+
+
+def _put_back(planned: nn.Module) -> None:
+    """The modules themselves in the place of their plans."""
+    for name, child in planned.named_children():
+        if isinstance(child, PlannedPart):
+            assert child.original is not None
+            setattr(planned, name, child.original)
+        else:
+            _put_back(child)

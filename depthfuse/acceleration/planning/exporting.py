@@ -32,7 +32,8 @@ def alone() -> Iterator[None]:
     models answer that with other operators.
     """
     thread = threading.get_ident()
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx.experimental")]
+    names = ("torch.export", "torch._export", "torch.fx.experimental", "torch._subclasses")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [each.level for each in loggers]
     with contextlib.ExitStack() as stack:
         for tracer in (proxy_tensor.PythonKeyTracer, proxy_tensor._ModuleStackTracer):
@@ -51,7 +52,7 @@ def alone() -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         for each in loggers:
-            each.setLevel(logging.ERROR)
+            each.setLevel(logging.CRITICAL)
         try:
             yield
         finally:

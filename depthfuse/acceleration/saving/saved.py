@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from depthfuse.acceleration.checking.report import Report
 from depthfuse.acceleration.checking.verify import TOLERANCE, relative_error
+from depthfuse.acceleration.planning.own import cast_main
 from depthfuse.acceleration.planning.plan import Entry, Example, Plan
 from depthfuse.acceleration.planning.trees import flatten
 from depthfuse.acceleration.running.choose import fingerprint
@@ -175,7 +176,7 @@ def _rebuild(
 ) -> nn.Module:
     model = None
     if source is not None:
-        model = source.build(at_most_bytes=bytes_of_source(tensors.values())).eval()
+        model = cast_main(source.build(at_most_bytes=bytes_of_source(tensors.values())).eval(), dtype)
 
     def from_source(path: str) -> nn.Module:
         if model is None:
@@ -184,7 +185,7 @@ def _rebuild(
             )
         return copy.deepcopy(model.get_submodule(path))
 
-    module = rebuild(description, tensors, from_source).to(dtype).eval().requires_grad_(False)
+    module = rebuild(description, tensors, from_source).eval().requires_grad_(False)
     module.load_state_dict(tensors)
     return module
 

@@ -35,13 +35,17 @@ def test_counts_are_exact(known_peaks):
     ).eval()
     x = torch.randn(2, 4, 6, 6)
     costs = [e.cost for e in accelerate(model, x, tune="heuristic").profile(x).entries]
-    assert [cost.macs for cost in costs] == [2 * 36 * 8 * 4 * 9, 2 * 36 * 8 * 9, 0, 0, 2 * 5 * 72]
+    assert [cost.macs for cost in costs] == [
+        2 * 36 * 8 * 4 * 9,
+        2 * 36 * 8 * 9,
+        0,
+        2 * 5 * 72,
+    ]  # a view is no operation
     image, pooled = 2 * 8 * 36, 2 * 8 * 9
     elements = [
         2 * 4 * 36 + 8 * 4 * 9 + image,
         image + 8 * 9 + 8 + image,
         image + pooled,
-        pooled + pooled,
         pooled + 5 * 72 + 5 + 2 * 5,
     ]
     assert [cost.bytes_moved for cost in costs] == [4 * n for n in elements]
@@ -95,7 +99,7 @@ def test_another_model_is_refused(known_peaks):
     other, _ = build("mobilenet")
     with pytest.raises(ValueError, match=r"takes the model that was accelerated"):
         fast.profile(x, model=other)
-    with pytest.raises(ValueError, match=r"expected \[N, 3, H, W\]"):
+    with pytest.raises(ValueError, match=r"not made for a call like \(float32\[1, 2, 45, 45\]\)"):
         fast.profile(x[:, :2])
 
 

@@ -14,6 +14,8 @@ from depthfuse.acceleration import AccelerationError, accelerate
 from depthfuse.acceleration.checking.verify import compare_operations, relative_error, verify
 from depthfuse.acceleration.planning import elements
 from depthfuse.acceleration.planning.build import build_plan
+from depthfuse.acceleration.planning.graph import path_of
+from depthfuse.acceleration.planning.program import Call
 
 FAMILIES = ("resnet_d", "mobilenet", "convnext", "vit_scaled")
 
@@ -62,7 +64,11 @@ def test_the_wrong_operation_stands_out():
     path = "stages.2.blocks.0.mlp.fc2"  # followed by a permutation and the skip
     with torch.no_grad():
         fast.plan.get_submodule(by_path[path].module).bias[3] += 0.01
-    errors = {e.path: e.error for e in compare_operations(fast._made, model, (x,)) if e.error is not None}
+    errors = {
+        e.path: e.error
+        for e in compare_operations(fast.made, model, Call.of((x,), {}))
+        if e.error is not None
+    }
     paths = list(errors)
     at = paths.index(path)
     assert max(errors[p] for p in paths[:at]) < 1e-5
@@ -71,18 +77,13 @@ def test_the_wrong_operation_stands_out():
 
 def test_the_first_wrong_one_is_named_where_verification_fails(monkeypatch):
     model, size = build("mobilenet")
-    right = elements.batch_norm_affine
-    wrong_norm = model.blocks[3][1].bn2
+    right = elements.batch_norm
 
-    def wrong(norm, axis):
-        affine = right(norm, axis)
-        return (
-            elements.Affine(affine.scale * 3, affine.shift, axis)
-            if norm.running_mean is wrong_norm.running_mean
-            else affine
-        )
+    def wrong(node):
+        found = right(node)
+        return (3 * found[0], found[1]) if found and path_of(node) == "blocks.3.1.bn2" else found
 
-    monkeypatch.setattr(elements, "batch_norm_affine", wrong)
+    monkeypatch.setattr(elements, "batch_norm", wrong)
     with pytest.raises(
         AccelerationError, match=r"first wrong operation: blocks\.3\.1\.conv_dw, relative error"
     ):
@@ -151,7 +152,7 @@ def test_a_functional_model_is_compared_at_its_functions():
 
     report = accelerate(Functional().eval(), torch.randn(2, 3, 5, 5), verify="blocks", tune="off").report()
     (entry,) = report.entries
-    assert entry.nodes[0] == "conv" and len(entry.nodes) == 3
+    assert entry.nodes[0] == "conv2d" and len(entry.nodes) == 3
     assert 0 < entry.error < 1e-6
 
 
@@ -192,10 +193,11 @@ class Poisoned(nn.Module):
 
 def test_finite_outputs_of_a_model_that_gives_nan_are_refused():
     model, x = Poisoned().eval(), torch.randn(2, 4)
-    plan = build_plan(model, (x,), torch.float32, "auto")
-    assert verify(plan, plan.module, model, (x,)) == 0.0  # NaN for NaN is right
+    call = Call.of((x,), {})
+    plan = build_plan(copy.deepcopy(model), model, call, "auto")
+    assert verify(plan, plan.module, model, call) == 0.0  # NaN for NaN is right
     with pytest.raises(AccelerationError, match="differs from the model by inf"):
-        verify(plan, lambda x: torch.zeros(2, 4), model, (x,))
+        verify(plan, torch.zeros_like, model, call)
 
 
 @pytest.mark.parametrize("verified", [True, False])

@@ -1,24 +1,26 @@
 """Saved accelerated models: the same bits after loading, no model needed, nothing executed, every refusal."""
 
-import copy
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from nets import build, randomise_norms
-from torch import fx, nn
+from torch import nn
 
 from depthfuse import ModelSource, Supernet, load_accelerated, merge
 from depthfuse.acceleration import AccelerationError, accelerate, api
 from depthfuse.acceleration.checking.verify import relative_error
+from depthfuse.acceleration.planning import build as planning
+from depthfuse.acceleration.planning.program import CaptureError
 from depthfuse.acceleration.running import choose as executor
 from depthfuse.acceleration.running import implementations as tune
-from depthfuse.acceleration.saving.describe import DescriptionError, IndescribableError, describe, rebuild
-from depthfuse.acceleration.saving.functions import FUNCTIONS, METHODS
+from depthfuse.acceleration.saving.describe import DescriptionError, describe, rebuild
+from depthfuse.acceleration.saving.functions import FUNCTIONS
 from depthfuse.acceleration.saving.saved import read_plan
 from depthfuse.checkpoint import load_tensors, save_tensors
 from depthfuse.errors import CheckpointError
@@ -55,13 +57,14 @@ def test_the_same_bits_without_the_model(family, make, file, monkeypatch):
     monkeypatch.setattr(ModelSource, "build", refuse)
     loaded = load_accelerated(file)
     assert loaded.report() == fast.report()
-    for batch in (2, 1, 0):
+    # Where layers ask whether they are given anything at all, a plan is not for empty batches.
+    for batch in (2, 1, 0) if make is build else (2, 1):
         assert torch.equal(loaded(x[:batch]), fast(x[:batch]))
     assert {name: t.dtype for name, t in loaded.state_dict().items()} == {
         name: t.dtype for name, t in fast.state_dict().items()
     }
     assert not any(p.requires_grad for p in loaded.parameters())
-    with pytest.raises(ValueError, match=r"expected \[N, 3, H, W\]"):
+    with pytest.raises(AccelerationError, match=r"no plan for a call like \(float32\[2, 2, .*not at hand"):
         loaded(x[:, :2])
     again = file.with_name("again.safetensors")
     loaded.save(again)
@@ -146,12 +149,25 @@ def test_another_environment_tunes_anew(file, tmp_path, monkeypatch):
             assert relative_error(loaded(x), model(x)) < 1e-5
 
 
-def test_what_only_timm_can_build_is_built_by_timm(file):
+@pytest.fixture
+def in_parts(monkeypatch):
+    """Models of timm's and of PyTorch's are planned child by child, as those are that cannot be captured as a whole."""
+
+    def refuse_containers(model, call):
+        if isinstance(model, timm.models.NormFreeNet | nn.Sequential):
+            raise CaptureError("it is a container")
+        return captured(model, call)
+
+    captured = planning.capture_watched
+    monkeypatch.setattr(planning, "capture_watched", refuse_containers)
+
+
+def test_what_only_timm_can_build_is_built_by_timm(file, in_parts):
     model = randomise_norms(ModelSource.make("test_nfnet", num_classes=7, in_chans=1).build().eval())
     nn.init.normal_(model.head.fc.weight)
     x = torch.randn(1, 1, 64, 64)
     fast = accelerate(model, x, tune="heuristic")
-    assert "NormFreeBlock" in {entry.kind for entry in fast.report().entries}
+    assert type(fast.plan) is type(model)
     fast.save(file)
     assert read_plan(file).plan.source == ModelSource.make("test_nfnet", num_classes=7, in_chans=1)
     loaded = load_accelerated(file)
@@ -170,7 +186,7 @@ class Branching(nn.Module):
         return self.stem(x) if x.mean() > -1e9 else x
 
 
-def test_what_nobody_else_can_build_is_refused_and_named(file):
+def test_what_nobody_else_can_build_is_refused_and_named(file, in_parts):
     inner = nn.Sequential(nn.Conv2d(3, 3, 1), Branching()).eval()
     x = torch.randn(1, 3, 8, 8)
     for model, named in ((Branching().eval(), "the model as a whole"), (inner, "the model as a whole")):
@@ -180,9 +196,9 @@ def test_what_nobody_else_can_build_is_refused_and_named(file):
     # timm would build another one than this: its arguments are not known
     model = ModelSource.make("test_nfnet").build().eval()
     del model.depthfuse_source
-    model.stages[1][0].beta = 7.0
+    model.stages[1].append(nn.Identity().eval())
     nn.init.normal_(model.head.fc.weight)
-    with pytest.raises(AccelerationError, match=r"stages\.1\.0.*timm builds it otherwise"):
+    with pytest.raises(AccelerationError, match=r"the model as a whole.*timm builds it otherwise"):
         accelerate(model, torch.randn(1, 3, 64, 64), tune="off").save(file)
     assert not file.exists()
 
@@ -228,20 +244,27 @@ EVIL = "x):\n    import os; os.abort()\n    return (x"
         (lambda d: node(d, "call_function").update(target="os.system"), "unknown function 'os.system'"),
         (lambda d: node(d, "call_function").update(target="torch.load"), "unknown function"),
         (
-            lambda d: node(d, "call_function").update(target="getattr", args=[{"node": "x"}, "__class__"]),
-            "unknown attribute",
+            lambda d: node(d, "call_function").update(
+                target="getattr", args=[{"node": "tensors_0"}, "__class__"]
+            ),
+            "unknown function 'getattr'",
         ),
-        (lambda d: node(d, "call_method").update(target="backward"), "unknown method 'backward'"),
-        (lambda d: node(d, "call_method").update(target=EVIL), "unknown method"),
+        (
+            lambda d: node(d, "call_function").update(target="aten.set_data"),
+            "unknown function 'aten.set_data'",
+        ),
+        (lambda d: node(d, "call_function").update(target=EVIL), "unknown function"),
+        (lambda d: node(d, "call_module").update(op="call_method", target="backward"), "unknown operation"),
+        (lambda d: node(d, "get_attr").update(target=EVIL), "is no name"),
         (lambda d: node(d, "call_module").update(target=EVIL), "is no name"),
         (lambda d: node(d, "call_module").update(target="nothing"), "nothing"),
         (lambda d: node(d, "placeholder").update(target=EVIL), "is no name"),
         (lambda d: node(d, "placeholder").update(name=EVIL), "is no name for a node"),
-        (lambda d: node(d, "call_module").update(name="x"), "names two"),
+        (lambda d: node(d, "call_module").update(name="tensors_0"), "names two"),
         (lambda d: node(d, "call_module").update(op="call_python"), "unknown operation"),
         (lambda d: node(d, "call_module").update(args=[{"node": "later"}]), "later"),
         (lambda d: node(d, "call_module").update(args=[{"pickle": "gASV"}]), "unknown kind of value"),
-        (lambda d: node(d, "call_method").update(kwargs={EVIL: 1}), "is no name of an argument"),
+        (lambda d: node(d, "call_function").update(kwargs={EVIL: 1}), "is no name of an argument"),
         (lambda d: node(d, "output").update(args=[{"dtype": "load"}]), "unknown kind of value"),
         (lambda d: next(iter(d["plan"]["modules"].values())).update(fused="Evil"), "Evil"),
         (lambda d: next(iter(d["plan"]["modules"].values()))["config"].update(evil=1), "evil"),
@@ -251,7 +274,7 @@ EVIL = "x):\n    import os; os.abort()\n    return (x"
         ),
         (
             lambda d: d["plan"]["modules"].update(norm={"layer": "Popen", "arguments": {}}),
-            "Popen",
+            "KeyError 'source'",
         ),
         (lambda d: d["plan"]["modules"].update(norm={"source": "norm", "inside": {}}), "no timm model"),
         (lambda d: d.pop("plan"), "plan"),
@@ -288,7 +311,7 @@ def test_damaged_and_foreign_files(file):
     with pytest.raises(CheckpointError, match="cut short or damaged"):
         load_accelerated(file)
     save_tensors(file, {"x": torch.zeros(1)}, {"model": "resnet18"})
-    with pytest.raises(CheckpointError, match=r"format None, expected 'depthfuse.accelerated/2'"):
+    with pytest.raises(CheckpointError, match=r"format None, expected 'depthfuse.accelerated/3'"):
         load_accelerated(file)
     with pytest.raises(CheckpointError, match="does not exist"):
         load_accelerated(file.with_name("nothing"))
@@ -310,82 +333,62 @@ def test_a_write_that_fails_leaves_the_old_file(file, monkeypatch):
     assert list(file.parent.iterdir()) == [file]
 
 
-class ToDevice(nn.Module):
-    def forward(self, x):
-        return x.to(torch.device("cpu"))
+class Arguments(nn.Module):
+    """Operators with arguments of all kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, scale=2.0):
+        y = self.linear(x)[..., :2, None].to(torch.float64, memory_format=torch.contiguous_format)
+        y = torch.clamp(y, min=-float("inf"), max=float("inf"))
+        y = (
+            F.pad(y, [0, 0, 1, 1], value=-1.5)
+            + torch.arange(4, device=x.device, dtype=torch.float64)[:, None]
+        )
+        y = torch.cat([y, y], dim=-1).reshape(x.shape[0], -1)
+        return {"sum": y.sum((0, 1), keepdim=True), "parts": [y, (scale, None, True, "name")]}
 
 
-def test_arguments_of_all_kinds_come_back():
-    class Arguments(nn.Module):
-        def forward(self, x, scale=2.0):
-            y = x[..., :2, None].to(torch.float64, memory_format=torch.contiguous_format)
-            y = torch.clamp(y, min=-float("inf"), max=float("inf"))
-            y = F.pad(y, [0, 0, 1, 1], value=-1.5)
-            shape = x.shape
-            y = torch.cat([y, y], dim=-1).reshape(shape[0], -1)
-            return {"sum": y.sum((0, 1), keepdim=True), "parts": [y, (scale, None, True, "name")]}
-
-    graph = fx.symbolic_trace(Arguments())
-    description = json.loads(json.dumps(describe(graph)))
-    twin = rebuild(description, {}, None)
+def test_arguments_of_all_kinds_come_back(file):
     x = torch.randn(3, 4)
-    ours, theirs = graph(x), twin(x)
+    fast = accelerate(Arguments().eval(), x, tune="off")
+    description = json.loads(json.dumps(describe(fast.plan)))
+    twin = rebuild(description, fast.plan.state_dict(), None)
+    assert str(twin.graph) == str(fast.plan.graph)
+    fast.save(file)
+    ours, theirs = fast(x), load_accelerated(file)(x)
     assert torch.equal(ours["sum"], theirs["sum"]) and torch.equal(ours["parts"][0], theirs["parts"][0])
     assert theirs["parts"][1] == (2.0, None, True, "name")
-    assert str(twin.graph) == str(graph.graph)
-    with pytest.raises(IndescribableError, match=r"the argument device\(type='cpu'\)"):
-        describe(fx.symbolic_trace(ToDevice()))
     with pytest.raises(DescriptionError, match="the plan: KeyError"):
         rebuild({"layer": "Nothing", "arguments": {}}, {}, None)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(4, 6, (3, 1), stride=2, padding="valid", groups=2, bias=False, padding_mode="reflect"),
-        nn.ConvTranspose2d(4, 6, 3, output_padding=1, stride=2),
-        nn.BatchNorm2d(4, eps=1e-3, momentum=None, affine=False),
-        nn.LayerNorm((4, 5), eps=1e-3, bias=False),
-        nn.GroupNorm(2, 4),
-        nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False),
-        nn.MaxPool2d((2, 3), stride=(1, 2), padding=(1, 0), dilation=2),
-        nn.AdaptiveAvgPool2d((None, 3)),
-        nn.Upsample(scale_factor=2.0, mode="bilinear", align_corners=False),
-        nn.GELU(approximate="tanh"),
-        nn.LeakyReLU(0.2, inplace=True),
-        nn.Softmax(-1),
-        nn.PReLU(4),
-        nn.Flatten(1, 2),
-        nn.Unflatten(1, (2, 2)),
-        nn.Embedding(5, 3, padding_idx=1),
-    ],
-    ids=lambda layer: type(layer).__name__,
-)
-def test_pytorchs_layers_come_back(layer):
-    twin = rebuild(json.loads(json.dumps(describe(layer.eval()))), {}, None)
-    assert repr(twin) == repr(layer)
-    twin.load_state_dict(copy.deepcopy(layer.state_dict()))
-
-
-def test_the_lists_hold_nothing_that_reaches_outside():
-    names = {name.rpartition(".")[2] for name in FUNCTIONS} | METHODS
+def test_the_list_holds_nothing_that_reaches_outside():
+    names = {part for name in FUNCTIONS for part in name.split(".")[:2]}
     assert not names & {
         "load",
         "save",
+        "from_file",
         "eval",
         "exec",
         "compile",
         "open",
         "system",
-        "tofile",
-        "numpy",
-        "apply_",
-        "map_",
+        "set_",
+        "resize_",
     }
-    allowed = ("_operator", "operator", "builtins", "torch", "timm")
-    assert all((f.__module__ or "torch").partition(".")[0] in allowed for f in FUNCTIONS.values())
-    assert all(hasattr(torch.Tensor, name) for name in METHODS)
-    assert [name for name, f in FUNCTIONS.items() if f.__module__ == "builtins"] == ["getattr"]
+    for name, function in FUNCTIONS.items():
+        if name.startswith("aten."):
+            assert isinstance(function, torch._ops.OpOverload) and function.namespace == "aten"
+            assert name.startswith("aten.copy_.") or not function._schema.is_mutable
+            assert torch.Tag.nondeterministic_seeded not in function.tags or "dropout" in str(
+                function._schema
+            )
+        else:
+            assert (function.__module__ or "").partition(".")[0] in ("_operator", "math", "builtins", "torch")
+    assert [name for name, f in FUNCTIONS.items() if f.__module__ == "builtins"] == ["round"]
 
 
 @pytest.mark.parametrize(

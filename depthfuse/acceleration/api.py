@@ -48,6 +48,7 @@ def accelerate(
     tune: str = "measure",
     *,
     example_kwargs: dict[str, Any] | None = None,
+    dynamic: bool = True,
 ) -> AcceleratedModel:
     """Replace convolution and linear chains by fused modules and check that nothing else changed.
 
@@ -68,6 +69,8 @@ def accelerate(
             that is faster, a copy of it runs. "heuristic" takes the usual best without running any. "off" leaves the
             fused modules to the plain ops.
         example_kwargs: the arguments of the example call by name.
+        dynamic: plan for all sizes at once that the model leaves open, such as the batch and the image. False plans for
+            those of the example, in a third of the time: the model itself runs the first call of other ones.
 
     Several threads may call this; they wait for each other. Other threads may run models meanwhile, but not this one.
 
@@ -82,7 +85,7 @@ def accelerate(
         depthfuse.ops.BackendError: a backend asked for by name cannot run here.
     """
     with one_at_a_time:  # and measuring wants to be alone
-        return _accelerate(model, example_inputs, dtype, backend, verify, tune, example_kwargs)
+        return _accelerate(model, example_inputs, dtype, backend, verify, tune, example_kwargs, dynamic)
 
 
 def _accelerate(
@@ -93,6 +96,7 @@ def _accelerate(
     verify: bool | str,
     tune: str,
     example_kwargs: dict[str, Any] | None,
+    dynamic: bool,
 ) -> AcceleratedModel:
     training = next((name or "the model itself" for name, m in model.named_modules() if m.training), None)
     if training is not None:
@@ -118,7 +122,9 @@ def _accelerate(
     reference = own_copy(model)
     check_repeatable(reference, call)
     measured = tune == "measure" and all(x.numel() > 0 for x in call.tensors)
-    makes = [_make(reference, call, each, backend, tune) for each in (dtypes if measured else dtypes[:1])]
+    if not measured:
+        dtypes = dtypes[:1]
+    makes = [_make(reference, call, each, backend, tune, dynamic) for each in dtypes]
     fast = makes[0] if len(makes) == 1 else _fastest(makes, call)
     error, entries = None, fast.report().entries
     if verify:
@@ -201,12 +207,14 @@ def _check_tune(tune: str) -> None:
         raise ValueError(f"tune is {tune!r}, expected one of {', '.join(map(repr, TUNE))}")
 
 
-def _make(reference: nn.Module, call: Call, dtype: torch.dtype, backend: str, tune: str) -> AcceleratedModel:
+def _make(
+    reference: nn.Module, call: Call, dtype: torch.dtype, backend: str, tune: str, dynamic: bool
+) -> AcceleratedModel:
     """In one dtype, not verified yet."""
     main = main_dtype(reference)
     own = reference if dtype == main else cast_main(own_copy(reference), dtype)
     tensors = tuple(x.to(dtype) if x.dtype == main else x for x in call.tensors)
-    plan = build_plan(own, reference, replace(call, tensors=tensors), backend)
+    plan = build_plan(own, reference, replace(call, tensors=tensors), backend, dynamic)
 
     def finish(executor: Executor) -> AcceleratedModel:
         return AcceleratedModel(plan, executor, _report(plan, executor), own, backend)

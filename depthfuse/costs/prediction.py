@@ -119,7 +119,7 @@ def _sum_ms(model: nn.Module, x: Tensor, peaks: Peaks, width_bytes: int, batch_s
     if len(one) < len(entries):
         log.warning("%d of %d operations cannot be counted: left out", len(entries) - len(one), len(entries))
     total_ms = 0.0
-    for first, second in zip(one, two, strict=True):
+    for (_, first), (_, second) in zip(one, two, strict=True):
         more = batch_size - 1
         macs = first.macs + more * (second.macs - first.macs)
         bytes_moved = first.bytes_moved + more * (second.bytes_moved - first.bytes_moved)

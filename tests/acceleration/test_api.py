@@ -472,3 +472,19 @@ def test_integer_inputs():
     with torch.no_grad():
         assert relative_error(fast(x), model(x)) < 1e-6
     assert fast.report().fused_count == 1
+
+
+@pytest.mark.parametrize("family", ["mobilenet", "vit"])
+def test_a_plan_for_the_examples_sizes_alone(family):
+    model, size = build(family)
+    x = torch.randn(2, *size)
+    fast = accelerate(model, x, tune="off", verify="blocks", dynamic=False)
+    assert not fast.made.is_dynamic and accelerate(model, x, tune="off").made.is_dynamic
+    assert all(entry.error is not None for entry in fast.report().entries if entry.fused)
+    other = torch.randn(3, *size)
+    with torch.no_grad():
+        assert relative_error(fast(x), model(x)) < 1e-5
+        assert torch.equal(fast(other), model(other))  # the model itself, and from then on a plan for any batch
+        assert relative_error(fast(other), model(other)) < 1e-5
+        assert relative_error(fast(other[:1]), model(other[:1])) < 1e-5
+    assert len(fast._others) == 1 and fast._others[0].plan.is_dynamic

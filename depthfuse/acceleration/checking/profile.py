@@ -69,8 +69,8 @@ class Counts(NamedTuple):
     matrix: bool
 
 
-def count_operations(plan: Plan, call: Call) -> list[Counts]:
-    """What `profile_entries` counts, without any timing: for each entry that is a call in a graph, in order.
+def count_operations(plan: Plan, call: Call) -> list[tuple[Entry, Counts]]:
+    """What `profile_entries` counts, without any timing, with each entry that is a call in a graph, in order.
 
     Views, which compute nothing, are no entries. Args: as for `profile_entries`.
     """
@@ -79,7 +79,8 @@ def count_operations(plan: Plan, call: Call) -> list[Counts]:
         for name, given in parts_given(plan, call).items()
         for node, count in _count(given).items()
     }
-    return [counts[entry.part, entry.node] for entry in plan.entries if (entry.part, entry.node) in counts]
+    known = [entry for entry in plan.entries if (entry.part, entry.node) in counts]
+    return [(entry, counts[entry.part, entry.node]) for entry in known]
 
 
 def _latencies_before(
@@ -90,7 +91,7 @@ def _latencies_before(
     if main is not None:
         call = Call(tuple(x.to(main) if x.dtype == plan.dtype else x for x in call.tensors), call.tree)
     try:
-        theirs = programs_given(model, parts, call)
+        theirs = programs_given(model, parts, call, plan.is_dynamic)
     except KeyError as error:
         raise ValueError(
             f"{type(model).__name__} has no module {error}: profile takes the model that was accelerated"

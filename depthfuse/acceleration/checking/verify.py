@@ -199,7 +199,7 @@ def compare_operations(plan: Plan, model: nn.Module, call: Call) -> tuple[Entry,
     """
     entries = plan.named_entries()
     ours = parts_given(plan, plan.cast(call))
-    theirs = programs_given(model, parts_of(plan.module), call)
+    theirs = programs_given(model, parts_of(plan.module), call, plan.is_dynamic)
     errors: dict[tuple[str, str], float] = {}
     with torch.no_grad():
         for part in theirs.keys() & ours.keys():

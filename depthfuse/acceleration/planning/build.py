@@ -34,14 +34,14 @@ class Planned(NamedTuple):
     entries: list[Entry]
 
 
-def build_plan(own: nn.Module, model: nn.Module, call: Call, backend: str) -> Plan:
+def build_plan(own: nn.Module, model: nn.Module, call: Call, backend: str, dynamic: bool = True) -> Plan:
     """Plan a model for calls like `call`; the plan shares nothing with it.
 
     Args:
         own: a copy of the model, in evaluation mode and in the dtype that the plan is to have.
         model: the model, or a copy of it in its own dtype, which has all digits of its weights.
         call: as `own` takes it.
-        backend: see `depthfuse.ops.resolve_backend`.
+        backend: see `depthfuse.ops.resolve_backend`. dynamic: leave sizes open, see `capture`.
 
     Raises:
         AccelerationError: folding took a weight beyond what the dtype holds.
@@ -51,12 +51,12 @@ def build_plan(own: nn.Module, model: nn.Module, call: Call, backend: str) -> Pl
     exact = tensors_by_name(model)
     program = None
     try:
-        program = capture_watched(own, call)
+        program = capture_watched(own, call, dynamic)
         graph, entries = _plan_program(program, own, call, exact, backend)
         module: nn.Module = graph
     except CaptureError as error:
         logger.info("%s is planned in parts: %s", type(model).__name__, error)
-        module, entries = _plan_children(own, call, exact, backend)
+        module, entries = _plan_children(own, call, exact, backend, dynamic)
     return Plan(
         module,
         tuple(entries),
@@ -72,12 +72,12 @@ def build_plan(own: nn.Module, model: nn.Module, call: Call, backend: str) -> Pl
     )
 
 
-def capture_watched(model: nn.Module, call: Call) -> Program:
+def capture_watched(model: nn.Module, call: Call, dynamic: bool = True) -> Program:
     """As `capture`, but a model with hooks is refused: what they do is not in a graph."""
     watched = next((name or "the model" for name, m in model.named_modules() if _is_watched(m)), None)
     if watched is not None:
         raise CaptureError(f"{watched} has hooks")
-    return capture(model, call)
+    return capture(model, call, dynamic)
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -211,11 +211,13 @@ def _entries(graph: fx.GraphModule) -> list[Entry]:
     return entries
 
 
-def _plan_children(model: nn.Module, call: Call, exact: Mapping[str, Tensor], backend: str) -> Planned:
+def _plan_children(
+    model: nn.Module, call: Call, exact: Mapping[str, Tensor], backend: str, dynamic: bool
+) -> Planned:
     """The model with its children planned, as far as it still runs then and these have something to fuse."""
     calls = record_calls(model, call)
     planned = copy.deepcopy(model)
-    entries = _replace_children(planned, "", model, calls, exact, backend)
+    entries = _replace_children(planned, "", model, calls, exact, backend, dynamic)
     return Planned(planned, entries or [Entry("", type(model).__name__, "eager", "", (), False)])
 
 
@@ -245,6 +247,7 @@ def _replace(
     calls: dict[nn.Module, list[tuple[tuple, dict]]],
     exact: Mapping[str, Tensor],
     backend: str,
+    dynamic: bool,
 ) -> list[Entry]:
     """Put a plan in the place of `parent.name`, or of the children below it where that cannot be planned."""
     seen = calls.get(child, [])
@@ -252,7 +255,7 @@ def _replace(
         try:
             signature = signature_of(child)
             call = Call.of(*signature.bind(*seen[0])).on_clones()
-            program = capture_watched(child, call)
+            program = capture_watched(child, call, dynamic)
         except (AccelerationError, TypeError) as error:
             logger.info("%s is planned in parts: %s", path, error)
         else:
@@ -262,7 +265,7 @@ def _replace(
                 part = PlannedPart(graph, program.form(), program.outputs, signature, original)
                 setattr(parent, name, part)
                 return [entry.inside(path) for entry in found]
-    entries = _replace_children(getattr(parent, name), path, child, calls, exact, backend)
+    entries = _replace_children(getattr(parent, name), path, child, calls, exact, backend, dynamic)
     if entries or not seen:
         return entries
     return [Entry(path, type(child).__name__, "eager", "", (), False)]
@@ -275,11 +278,13 @@ def _replace_children(
     calls: dict[nn.Module, list[tuple[tuple, dict]]],
     exact: Mapping[str, Tensor],
     backend: str,
+    dynamic: bool,
 ) -> list[Entry]:
     """Plan the children of `planned`, a copy of `module`, as far as it still runs then; [] where it stays as it was."""
     entries = []
     for name, child in module.named_children():
-        entries += _replace(planned, name, f"{path}.{name}" if path else name, child, calls, exact, backend)
+        inner = f"{path}.{name}" if path else name
+        entries += _replace(planned, name, inner, child, calls, exact, backend, dynamic)
     seen = calls.get(module, [])
     if not seen or not any(entry.fused for entry in entries):
         return entries

@@ -63,23 +63,25 @@ def parts_given(plan: Plan, call: Call) -> dict[str, Given]:
     return seen
 
 
-def programs_given(model: nn.Module, parts: Iterable[str], call: Call) -> dict[str, Given]:
+def programs_given(model: nn.Module, parts: Iterable[str], call: Call, dynamic: bool) -> dict[str, Given]:
     """What a model computes in each of `parts`, captured anew, and what it is given there at its first call; those that
     are not called are left out.
+
+    dynamic: as it was captured for the plan, so that values have the same names.
 
     Raises:
         KeyError: the model has no such part. CaptureError: a part cannot be captured.
     """
     parts = list(parts)
     if parts == [""]:
-        return {"": Given(capture_watched(model, call).graph, call.tensors)}
+        return {"": Given(capture_watched(model, call, dynamic).graph, call.tensors)}
     layers, calls = dict(model.named_modules()), record_calls(model, call)
     found = {}
     for part in parts:
         layer = layers[part]
         if layer in calls:
             inner = Call.of(*signature_of(layer).bind(*calls[layer][0]))
-            found[part] = Given(capture_watched(layer, inner).graph, inner.tensors)
+            found[part] = Given(capture_watched(layer, inner, dynamic).graph, inner.tensors)
     return found
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from depthfuse.acceleration.planning.part import PlannedPart
 from depthfuse.acceleration.planning.program import Call, Form
 from depthfuse.acceleration.planning.signature import Signature
 from depthfuse.acceleration.planning.trees import Tree
@@ -108,6 +109,13 @@ class Plan:
     @property
     def device(self) -> torch.device:
         return next(t.device for t in [*self.module.parameters(), *self.module.buffers()])
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether it takes other sizes than the example's."""
+        parts = (module.form for module in self.module.modules() if isinstance(module, PlannedPart))
+        forms = [self.form, *parts]
+        return any(isinstance(n, str) for form in forms if form for shape in form.sizes.shapes for n in shape)
 
     def fused_modules(self) -> dict[str, FusedModule]:
         """{path in `module`: fused module}."""

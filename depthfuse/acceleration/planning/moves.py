@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from depthfuse.acceleration.planning import aten
+from depthfuse.acceleration.planning.graph import mark_value, origin_of, value_name
 from depthfuse.acceleration.planning.sizes import UnknownCondition, evaluate
 
 _MOVES_WORDS = """
@@ -102,6 +104,11 @@ def collapse(plan: fx.GraphModule) -> None:
         source, moves = source_of(node)
         if len(moves) > 1 and aten.shape_of(source) == aten.shape_of(node) and _stays(source, moves):
             node.replace_all_uses_with(source)
+            if source.op == "call_module" and value_name(source) == source.name:
+                # It gives what no node of the program does by itself; this one is the next that can be compared.
+                origin = origin_of(source)
+                source.meta["origin"] = replace(origin, nodes=(*origin.nodes, value_name(node)))
+                mark_value(source, node)
     plan.graph.eliminate_dead_code()
 
 

@@ -17,7 +17,7 @@ from depthfuse.acceleration.planning.build import build_plan
 from depthfuse.acceleration.planning.graph import path_of
 from depthfuse.acceleration.planning.program import Call
 
-FAMILIES = ("resnet_d", "mobilenet", "convnext", "vit_scaled")
+FAMILIES = ("resnet_d", "mobilenet", "convnext", "vit_scaled", "vit")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from depthfuse.acceleration import accelerate
-from depthfuse.acceleration.checking.profile import count_operations
+from depthfuse.acceleration.checking.profile import Counts, count_operations
 from depthfuse.acceleration.planning.program import Call
 from depthfuse.costs.table import CostTable
 from depthfuse.devices import OPTIONS, Device, Peaks
@@ -109,17 +109,25 @@ def _peaks(device: str, dtype: torch.dtype) -> Peaks:
     return peaks
 
 
+def _counts(model: nn.Module, x: Tensor) -> list[Counts]:
+    """Of the operations that a plan for `x` is made of."""
+    fast = accelerate(model, x, backend="reference", verify=False, tune="off", dynamic=False)
+    entries = fast.report().entries
+    counts = count_operations(fast.made, Call.of((x,), {}))
+    if len(counts) < len(entries):
+        log.warning(
+            "%d of %d operations cannot be counted: left out", len(entries) - len(counts), len(entries)
+        )
+    return [count for _, count in counts]
+
+
 def _sum_ms(model: nn.Module, x: Tensor, peaks: Peaks, width_bytes: int, batch_size: int) -> float:
     """The roofline of `model` on a batch like the one image x, operation by operation, in a dtype of `width_bytes`."""
-    fast = accelerate(model, x, backend="reference", verify=False, tune="off")
-    entries = fast.report().entries
-    one = count_operations(fast.made, Call.of((x,), {}))
+    one = _counts(model, x)
     # Arithmetic and bytes are straight lines in the batch size: two points give them for any.
-    two = count_operations(fast.made, Call.of((torch.cat([x, x]),), {})) if batch_size > 1 else one
-    if len(one) < len(entries):
-        log.warning("%d of %d operations cannot be counted: left out", len(entries) - len(one), len(entries))
+    two = _counts(model, torch.cat([x, x])) if batch_size > 1 else one
     total_ms = 0.0
-    for (_, first), (_, second) in zip(one, two, strict=True):
+    for first, second in zip(one, two, strict=True):
         more = batch_size - 1
         macs = first.macs + more * (second.macs - first.macs)
         bytes_moved = first.bytes_moved + more * (second.bytes_moved - first.bytes_moved)

@@ -484,7 +484,9 @@ def test_a_plan_for_the_examples_sizes_alone(family):
     other = torch.randn(3, *size)
     with torch.no_grad():
         assert relative_error(fast(x), model(x)) < 1e-5
-        assert torch.equal(fast(other), model(other))  # the model itself, and from then on a plan for any batch
+        assert torch.equal(
+            fast(other), model(other)
+        )  # the model itself, and from then on a plan for any batch
         assert relative_error(fast(other), model(other)) < 1e-5
         assert relative_error(fast(other[:1]), model(other[:1])) < 1e-5
     assert len(fast._others) == 1 and fast._others[0].plan.is_dynamic

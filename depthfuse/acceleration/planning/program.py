@@ -17,7 +17,13 @@ from torch.export import Dim, export
 from torch.fx.experimental import _config as settings
 
 from depthfuse.acceleration.planning import aten
-from depthfuse.acceleration.planning.exporting import TooLongFormula, alone, any_layout, short_formulas
+from depthfuse.acceleration.planning.exporting import (
+    TooLongFormula,
+    alone,
+    any_layout,
+    known_shapes,
+    short_formulas,
+)
 from depthfuse.acceleration.planning.sizes import Sizes
 from depthfuse.acceleration.planning.trees import Container, Tree, flatten, in_words, unflatten
 from depthfuse.errors import AccelerationError
@@ -172,6 +178,7 @@ def _capture(model: nn.Module, call: Call, axes: slice, with_ones: bool) -> Prog
             oblivious,
             alone(),
             any_layout(),
+            known_shapes(),
             short_formulas(_LONGEST_FORMULA),
         ):
             exported = export(flat, (list(call.tensors),), dynamic_shapes=shapes, strict=False)

@@ -20,7 +20,7 @@ BOUND = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
 def several(count):
-    """Settings for `count` nets: the same ones each time, but in a long run. Shrinking would take longer than it helps."""
+    """Settings for `count` nets: the same ones each time, but in a long run. Shrinking takes longer than it helps."""
     return settings(
         max_examples=count,
         deadline=None,

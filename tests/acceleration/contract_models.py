@@ -49,6 +49,7 @@ class Kind:
 
     calls: how it is called; the first call is the example. refused: what the refusal names; "" for a kind that has to
     be computed. unsaved: what the refusal to save names; "" for one that a file holds. around: under what it is called.
+    coarsest: the dtype that bounds the error, where it computes in one that neither weights nor outputs have.
     """
 
     make: Callable[[], nn.Module]
@@ -56,6 +57,7 @@ class Kind:
     refused: str
     unsaved: str
     around: Callable[[], contextlib.AbstractContextManager]
+    coarsest: torch.dtype
 
 
 KINDS: dict[str, Kind] = {}
@@ -66,12 +68,13 @@ def kind(
     refused: str = "",
     unsaved: str = "",
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    coarsest: torch.dtype = torch.float64,
 ) -> Callable:
     """Add a class or a function to the table, under its name."""
 
     def add(make):
         assert make.__name__ not in KINDS
-        KINDS[make.__name__] = Kind(make, calls or batches, refused, unsaved, around)
+        KINDS[make.__name__] = Kind(make, calls or batches, refused, unsaved, around, coarsest)
         return make
 
     return add
@@ -175,7 +178,9 @@ class DefaultIsATuple(Trunked):
         return F.adaptive_avg_pool2d(self.trunk(x), size)
 
 
-@kind(lambda: [call(image(), image()), call(image(3), image(3)), call(image()), call(image(), image(), image())])
+@kind(
+    lambda: [call(image(), image()), call(image(3), image(3)), call(image()), call(image(), image(), image())]
+)
 class AnyNumberOfImages(Trunked):
     def forward(self, *images):
         return sum(self.logits(x) for x in images)
@@ -189,7 +194,9 @@ class AnyNames(Trunked):
         return self.logits(given["left"]) - 2 * self.logits(given["right"])
 
 
-@kind(lambda: [call(torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8)) for n in (2, 3)] + [call(image())])
+@kind(
+    lambda: [call(torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8)) for n in (2, 3)] + [call(image())]
+)
 class BytesIn(Trunked):
     """Images as they come from a file; one that is floating point already is divided as well."""
 
@@ -197,7 +204,11 @@ class BytesIn(Trunked):
         return self.logits(x.to(self.head.weight.dtype) / 255)
 
 
-@kind(lambda: [call(torch.randint(0, 10, shape)) for shape in ((2, 6), (3, 4))] + [call(torch.zeros(1, 2).int())])
+@kind(
+    lambda: (
+        [call(torch.randint(0, 10, shape)) for shape in ((2, 6), (3, 4))] + [call(torch.zeros(1, 2).int())]
+    )
+)
 class Tokens(nn.Module):
     def __init__(self):
         super().__init__()
@@ -214,7 +225,13 @@ class BooleansIn(Trunked):
         return self.head(self.trunk(x).masked_fill(~keep[:, None], 0.0).amax((2, 3)))
 
 
-@kind(lambda: [call(image(2), torch.randn(5, 8)), call(image(3), torch.randn(1, 8)), call(image(1), torch.randn(5, 8))])
+@kind(
+    lambda: [
+        call(image(2), torch.randn(5, 8)),
+        call(image(3), torch.randn(1, 8)),
+        call(image(1), torch.randn(5, 8)),
+    ]
+)
 class ImagesAgainstTexts(Trunked):
     """Two inputs with axes of their own."""
 
@@ -254,14 +271,21 @@ class Temperature(Trunked):
         return (self.logits(x) / temperature).softmax(-1)
 
 
-@kind(lambda: [call(image()), call(image(3), "bilinear"), call(image(), mode="nearest"), call(image(), "none")])
+@kind(
+    lambda: [call(image()), call(image(3), "bilinear"), call(image(), mode="nearest"), call(image(), "none")]
+)
 class ModeInWords(Trunked):
     def forward(self, x, mode="nearest"):
         x = self.trunk(x)
         return x if mode == "none" else F.interpolate(x, scale_factor=2, mode=mode)
 
 
-@kind(lambda: [call(image(), (slice(0, 4), slice(2, None))), call(image(3), (slice(1, 3), slice(None, None, 2)))])
+@kind(
+    lambda: [
+        call(image(), (slice(0, 4), slice(2, None))),
+        call(image(3), (slice(1, 3), slice(None, None, 2))),
+    ]
+)
 class SlicesIn(Trunked):
     def forward(self, x, crop):
         return self.trunk(x[..., crop[0], crop[1]])
@@ -368,7 +392,12 @@ class NothingBeside(Trunked):
 class NestedOut(Trunked):
     def forward(self, x):
         features = self.trunk(x)
-        return [{"levels": (features, [features.mean((2, 3))])}, (), features.amax(1), {"none": None, "empty": []}]
+        return [
+            {"levels": (features, [features.mean((2, 3))])},
+            (),
+            features.amax(1),
+            {"none": None, "empty": []},
+        ]
 
 
 @kind()
@@ -561,7 +590,7 @@ class ComplexBuffer(nn.Module):
         return torch.view_as_real(pairs * self.turn).flatten(-2)
 
 
-@kind(unsaved="region")
+@kind(unsaved="region", coarsest=torch.bfloat16)
 class AutocastInside(Trunked):
     """A part computes in bfloat16."""
 
@@ -571,7 +600,7 @@ class AutocastInside(Trunked):
         return self.head(x.float().mean((2, 3)))
 
 
-@kind(around=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+@kind(around=lambda: torch.autocast("cpu", dtype=torch.bfloat16), coarsest=torch.bfloat16)
 class AutocastAround(Trunked):
     def forward(self, x):
         return self.logits(x)
@@ -725,9 +754,9 @@ def PartialForward():
     return model
 
 
-@kind(refused="forward")
+@kind()
 def ForwardOfAnother():
-    """A closure over the original: a copy of it would compute with the original's weights, whatever is done to its own."""
+    """A closure over the instance itself."""
     model = Plain()
     model.forward = lambda x: model.logits(x) * 2
     return model
@@ -839,7 +868,7 @@ def DataParallel():
     return nn.DataParallel(Plain())
 
 
-@kind()
+@kind(unsaved="region")
 class NoGradInside(Trunked):
     """As frozen backbones, and with an autograd that is switched on in the middle."""
 
@@ -1123,7 +1152,7 @@ class WritesThroughAViewOfItsInput(Trunked):
     def forward(self, x):
         rows = x.permute(0, 2, 3, 1).unbind(1)[0]
         rows.sub_(0.5).div_(2.0)
-        return self.logits(x), rows
+        return self.logits(x), rows.sum(-1)
 
 
 @kind()
@@ -1229,7 +1258,7 @@ class WritesIntoWhatItExpanded(Trunked):
 # Branches and loops.
 
 
-@kind(lambda: [call(image() + 3), call(image() - 3), call(image(3) + 3)])
+@kind(lambda: [call(image() + 3), call(image() - 3), call(image(3) + 3)], unsaved="own code")
 class BranchOnValues(Trunked):
     def forward(self, x):
         if x.mean() > 0:
@@ -1237,7 +1266,7 @@ class BranchOnValues(Trunked):
         return -self.trunk(x).mean((1, 2, 3))[:, None].expand(-1, 5)
 
 
-@kind(lambda: [call(image()), call(image(3) * 2)])
+@kind(lambda: [call(image()), call(image(3) * 2)], unsaved="own code")
 class NumberOfAValue(Trunked):
     """A value becomes a Python number."""
 
@@ -1293,7 +1322,7 @@ class FlattensForOneSize(nn.Module):
         return self.head(self.trunk(x).view(-1, 256))
 
 
-@kind(lambda: [call(image()), call(image(3) * 50)])
+@kind(lambda: [call(image()), call(image(3) * 50)], unsaved="own code")
 class UntilItIsSmall(Trunked):
     def forward(self, x):
         while x.abs().max() > 1:
@@ -1320,15 +1349,6 @@ class AsManyStagesAsAsked(nn.Module):
 
 
 @kind()
-class OtherWhereExported(Trunked):
-    """Has a path of its own for exporters, which gives something else."""
-
-    def forward(self, x):
-        x = self.logits(x)
-        return x.softmax(-1) if torch.compiler.is_compiling() else x
-
-
-@kind()
 class TriesAndFails(Trunked):
     def forward(self, x):
         try:
@@ -1347,10 +1367,26 @@ class TriesAndFails(Trunked):
     ]
 )
 class SeesStrides(Trunked):
-    """Reads memory in its order, whatever the shape says."""
+    """Reads what it is given in the order of memory, whatever the shape says."""
 
     def forward(self, x):
         return self.logits(torch.as_strided(x, (2, 3, 8, 8), (192, 64, 8, 1)))
+
+
+@kind(
+    lambda: [
+        call(image()),
+        call(image().transpose(2, 3)),
+        call(image().to(memory_format=torch.channels_last)),
+    ],
+    unsaved="own code",
+)
+class SeesStridesOfItsOwn(Trunked):
+    """Reads what it computed in the order of memory: that order has to be the model's."""
+
+    def forward(self, x):
+        lines = torch.as_strided(x.contiguous(), (2, 96, 4), (192, 2, 1))
+        return self.logits(lines.reshape(2, 3, 8, 16)), lines
 
 
 # Operators.
@@ -1413,23 +1449,6 @@ class Attends(nn.Module):
     def forward(self, x):
         out, weights = self.attention(x, x, x)
         return out, weights, self.attention(x, x.flip(1), x, need_weights=False)[0]
-
-
-@kind(
-    lambda: [
-        call(torch.randn(n, 6, 8), torch.arange(6).expand(n, 6) >= torch.arange(n)[:, None] + 3) for n in (2, 3)
-    ]
-)
-class EncodesWithPadding(nn.Module):
-    """nn.TransformerEncoder: with a mask it may compute on nested tensors, and leave zeros."""
-
-    def __init__(self):
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2)
-
-    def forward(self, x, padded):
-        return self.encoder(x, src_key_padding_mask=padded)
 
 
 class RMS(nn.Module):
@@ -1556,7 +1575,7 @@ class AdaptiveInstanceNorm(Trunked):
         return F.batch_norm(folded, mean, var, weight, bias, True, 0.1, 1e-5).view(b, c, h, w)
 
 
-@kind(any_size)
+@kind(lambda: [call(image()), call(image(3))])
 class DecodesBoxes(nn.Module):
     """A detector's last layer: reshapes, a grid, and boxes written in place."""
 
@@ -1614,7 +1633,11 @@ class PoolsAndBack(Trunked):
     def forward(self, x):
         x = self.trunk(x)
         pooled, indices = F.max_pool2d(x, 2, return_indices=True)
-        pieces = F.adaptive_max_pool2d(x, 3), F.lp_pool2d(x.abs() + 0.1, 2, 2), F.avg_pool2d(x, 3, 2, 1, True, False)
+        pieces = (
+            F.adaptive_max_pool2d(x, 3),
+            F.lp_pool2d(x.abs() + 0.1, 2, 2),
+            F.avg_pool2d(x, 3, 2, 1, True, False),
+        )
         return F.max_unpool2d(pooled, indices, 2), indices, *pieces
 
 
@@ -1680,7 +1703,14 @@ class BagOfWords(Trunked):
 # Values and layouts.
 
 
-@kind(lambda: [call(image()), call(torch.zeros(2, 3, 8, 8)), call(image(3) * math.inf), call(image() * math.nan)])
+@kind(
+    lambda: [
+        call(image()),
+        call(torch.zeros(2, 3, 8, 8)),
+        call(image(3) * math.inf),
+        call(image() * math.nan),
+    ]
+)
 class DividesByZero(Trunked):
     """NaN and infinities come out where the model has them, behind ReLU as well."""
 

@@ -120,7 +120,7 @@ def _accelerate(
     if elsewhere is not None:
         raise AccelerationError(f"the example input is on {elsewhere}, expected the model's {device}")
     reference = own_copy(model)
-    check_repeatable(reference, call)
+    check_repeatable(reference, own_copy(model), call)
     measured = tune == "measure" and all(x.numel() > 0 for x in call.tensors)
     if not measured:
         dtypes = dtypes[:1]

@@ -100,11 +100,14 @@ class AcceleratedModel(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The weights, frozen, as `next(model.parameters()).device` and its like ask for. They are buffers."""
-        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        """The weights, frozen. They are buffers. Those of the plan's dtype come first: `next(model.parameters()).dtype`
+        is what asks for them.
+        """
+        weights = list(super().named_parameters(prefix, recurse, remove_duplicate))
         for name, buffer in self.named_buffers(prefix, recurse, remove_duplicate):
             if buffer.is_floating_point():
-                yield name, nn.Parameter(buffer, requires_grad=False)
+                weights.append((name, nn.Parameter(buffer, requires_grad=False)))
+        yield from sorted(weights, key=lambda named: named[1].dtype != self.dtype)
 
     def profile(self, *args: Any, model: nn.Module | None = None, passes: int = 10, **kwargs: Any) -> Report:
         """The report with what each operation costs in a call; takes a few runs of the model op by op.

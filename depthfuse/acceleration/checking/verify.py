@@ -77,7 +77,7 @@ def other_call(plan: Plan, model: nn.Module, call: Call) -> list[Call]:
     """
     size = call.tensors[0].shape[0] if call.tensors and call.tensors[0].dim() else 0
     for change in (1, 0) if size else (0,):
-        other = Call(tuple(_other_values(x, size, change) for x in call.tensors), call.tree)
+        other = Call(tuple(other_values(x, size if change else None) for x in call.tensors), call.tree)
         if plan.form is None or plan.form.takes(plan.cast(other)):
             try:
                 args, kwargs = other.on_clones().arguments()
@@ -90,8 +90,8 @@ def other_call(plan: Plan, model: nn.Module, call: Call) -> list[Call]:
     return []
 
 
-def _other_values(x: Tensor, batch: int, change: int) -> Tensor:
-    """The values of `x` in another order, with one more in its first axis where that is the batch."""
+def other_values(x: Tensor, batch: int | None = None) -> Tensor:
+    """The values of `x` in another order, with one more in its first axis where that has the size `batch`."""
     if x.numel() == 0 or x.dim() == 0:
         return x
     if x.is_floating_point() and bool((x == x.flatten()[0]).all()):
@@ -101,7 +101,7 @@ def _other_values(x: Tensor, batch: int, change: int) -> Tensor:
         x = x.roll(1, axis)
     if x.dim() > 1:
         x = x.flip(-1)
-    return torch.cat([x, x[:1].roll(1, -1)]) if change and x.shape[0] == batch else x
+    return torch.cat([x, x[:1].roll(1, -1)]) if x.shape[0] == batch else x
 
 
 def _verify_one(plan: Plan, run: Callable[..., Any], model: nn.Module, call: Call) -> float:

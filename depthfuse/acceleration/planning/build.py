@@ -19,7 +19,7 @@ from depthfuse.acceleration.planning.plan import Entry, Plan
 from depthfuse.acceleration.planning.program import Call, CaptureError, Program, capture
 from depthfuse.acceleration.planning.signature import signature_of
 from depthfuse.acceleration.planning.simplify import simplify
-from depthfuse.acceleration.planning.trees import flatten
+from depthfuse.acceleration.planning.trees import Tree, flatten, pairs_of_leaves
 from depthfuse.errors import AccelerationError
 from depthfuse.fused.layers import FusedModule
 from depthfuse.spec import ModelSource
@@ -114,7 +114,7 @@ def _plan_program(
     simplify(graph)
     fuse(graph, backend)
     moves.collapse(graph)
-    _keep_layouts(graph, model, call)
+    _keep_layouts(graph, model, call, program.outputs)
     output = graph.graph.output_node()
     (values,) = output.args
     if len(values) == 1:
@@ -143,7 +143,7 @@ def copy_of(graph: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(values, twin.graph, "Plan")
 
 
-def _keep_layouts(plan: fx.GraphModule, model: nn.Module, call: Call) -> None:
+def _keep_layouts(plan: fx.GraphModule, model: nn.Module, call: Call, outputs: Tree) -> None:
     """Outputs lie in memory as the model's do in an example: a fused convolution's lie in channels_last."""
     output = plan.graph.output_node()
     values = list(output.args[0])
@@ -151,10 +151,11 @@ def _keep_layouts(plan: fx.GraphModule, model: nn.Module, call: Call) -> None:
         return
     with torch.no_grad():
         args, kwargs = call.on_clones().arguments()
-        given, _ = flatten(model(*args, **kwargs), once=True)
+        given, tree = flatten(model(*args, **kwargs), once=True)
+    places = dict(pairs_of_leaves(outputs, tree))  # sizes are leaves in a program, and plain numbers in a run
     with plan.graph.inserting_before(output):
-        for index, (value, example) in enumerate(zip(values, given, strict=True)):
-            layout = _layout(example)
+        for index, value in enumerate(values):
+            layout = _layout(given[places[index]]) if index in places else None
             if layout is None or len(aten.shape_of(value) or ()) < 3 or not _may_lie_otherwise(value):
                 continue
             node = plan.graph.call_function(

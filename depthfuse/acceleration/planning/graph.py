@@ -4,12 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from depthfuse.acceleration.planning import aten
 from depthfuse.fused.layers import FusedModule
+
+
+class PlanGraph(fx.GraphModule):
+    """A graph that is pickled as its nodes. torch.fx pickles Python code, and traces that when it is loaded: operators
+    that are given a list with a size in it do not take what stands for the size then.
+    """
+
+    def __reduce__(self):
+        held = nn.Module()
+        held.__dict__.update({key: self.__dict__[key] for key in vars(held)})
+        nodes = [
+            (node.op, node.name, _named(node.target), *fx.map_arg((node.args, node.kwargs), _named))
+            for node in self.graph.nodes
+        ]
+        return _unpickled, (held, nodes)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What stands for a node, or for an operator of PyTorch's, which pickle does not take."""
+
+    kind: str
+    name: str
+    overload: str = ""
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return _Named("node", value.name)
+    if isinstance(value, torch._ops.OpOverload):
+        namespace, _, name = value._schema.name.partition("::")
+        return _Named(namespace, name, value._overloadname)
+    if isinstance(value, torch._ops.HigherOrderOperator):
+        return _Named("higher_order", value.name())
+    return value
+
+
+def _unpickled(held: nn.Module, nodes: list[tuple]) -> PlanGraph:
+    graph = fx.Graph()
+    made: dict[str, fx.Node] = {}
+
+    def found(value: Any) -> Any:
+        if not isinstance(value, _Named):
+            return value
+        if value.kind == "node":
+            return made[value.name]
+        operator = getattr(getattr(torch.ops, value.kind), value.name)
+        return getattr(operator, value.overload) if value.overload else operator
+
+    for op, name, target, args, kwargs in nodes:
+        args, kwargs = fx.node.map_aggregate((args, kwargs), found)
+        made[name] = graph.create_node(op, found(target), args, kwargs, name)
+    return PlanGraph(held, graph, "Plan")
 
 
 def module_of(node: fx.Node) -> nn.Module:
@@ -101,7 +155,7 @@ def insert_fused(
 
 def own_tensors(plan: fx.GraphModule) -> fx.GraphModule:
     """The plan with only what it reads and calls, and copies of the tensors: nothing is shared with the model."""
-    owned = fx.GraphModule(plan, plan.graph, type(plan).__name__)
+    owned = PlanGraph(plan, plan.graph, type(plan).__name__)
     clones: dict[int, Tensor] = {}
     for target in dict.fromkeys(node.target for node in owned.graph.nodes if node.op == "get_attr"):
         value = attribute_of(owned, target)

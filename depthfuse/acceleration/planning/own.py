@@ -25,8 +25,12 @@ def own_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     Raises:
         AccelerationError: the model cannot be copied.
     """
+    # What a hook or a mask computed with autograd on, PyTorch does not copy; and TorchScript's copies remember theirs.
+    computed = (x for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor))
+    memo = {id(x): x.detach().clone() for x in computed if not x.is_leaf}
     try:
-        own: nn.Module = copy.deepcopy(model)
+        with torch.no_grad():
+            own: nn.Module = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError, ValueError, NotImplementedError) as error:
         raise AccelerationError(f"{type(model).__name__} cannot be copied: {error}") from error
     own.requires_grad_(False)

@@ -159,6 +159,16 @@ def map_leaves(tree: Tree, change: Callable[[Leaf], Tree]) -> Tree:
     return tree
 
 
+def pairs_of_leaves(tree: Tree, other: Tree) -> list[tuple[int, int]]:
+    """The numbers of the leaves that are in the same place in both."""
+    if isinstance(tree, Leaf) and isinstance(other, Leaf):
+        return [(tree.index, other.index)]
+    if isinstance(tree, Container) and isinstance(other, Container):
+        children = zip(tree.children, other.children, strict=False)
+        return [pair for ours, theirs in children for pair in pairs_of_leaves(ours, theirs)]
+    return []
+
+
 def in_words(tree: Tree, leaves: Sequence[Tensor]) -> str:
     """A call or an output for a message: `(float32[2, 3, 8, 8], mask=None)` without the names."""
     if isinstance(tree, Leaf):

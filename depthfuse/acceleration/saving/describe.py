@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from depthfuse.acceleration.planning.graph import PlanGraph
 from depthfuse.acceleration.planning.part import PlannedPart
 from depthfuse.acceleration.planning.program import Form
 from depthfuse.acceleration.planning.signature import UNKNOWN, Signature
@@ -154,7 +155,7 @@ def _rebuild_graph(
         if nodes[name].name != name:
             raise DescriptionError(f"{name!r} is no name for a node, or names two")
     graph.lint()
-    return fx.GraphModule(root, graph, "Plan")
+    return PlanGraph(root, graph, "Plan")
 
 
 def _target(op: str, target: Any, args: tuple) -> Any:

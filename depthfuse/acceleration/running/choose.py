@@ -152,8 +152,7 @@ def _compile(plan: Plan, part: Call, measure: bool) -> Callable[..., object] | N
         latency_ms = least_ms({"plan": lambda: graph(*tensors), "compiled": lambda: compiled(*tensors)})
         if not clearly_faster("compiled", "plan", latency_ms):
             return None
-    # Its bound method, which calls no hooks and is no submodule.
-    return getattr(compiled, "forward", compiled)
+    return compiled
 
 
 def _compare(

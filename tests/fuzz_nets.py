@@ -220,7 +220,7 @@ class Drawn(nn.Module):
 @st.composite
 def nets(draw) -> Drawn:
     """One net, in evaluation mode."""
-    image_steps = draw(st.lists(st.sampled_from([*IMAGE_STEPS, *ANY_STEPS]), min_size=1, max_size=7))
-    token_steps = draw(st.lists(st.sampled_from([*TOKEN_STEPS, *ANY_STEPS]), max_size=5))
+    image_steps = draw(st.lists(st.sampled_from([*IMAGE_STEPS, *ANY_STEPS]), min_size=1, max_size=5))
+    token_steps = draw(st.lists(st.sampled_from([*TOKEN_STEPS, *ANY_STEPS]), max_size=3))
     container = draw(st.sampled_from(["tensor", "tuple", "dict", "list", "pair", "result"]))
     return Drawn(image_steps, token_steps, container, draw(st.integers(0, 9))).eval()

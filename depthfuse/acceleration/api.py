@@ -240,7 +240,7 @@ def _fastest(makes: list[AcceleratedModel], call: Call) -> AcceleratedModel:
     cache = MeasuredCache.of(own.device)
     answer = cache.get(question)
     if answer is None or answer.get("winner") not in names:
-        args, kwargs = call.arguments()
+        args, kwargs = call.on_clones().arguments()  # a model may write over them
         runs = {
             name: functools.partial(fast, *args, **kwargs) for name, fast in zip(names, makes, strict=True)
         }

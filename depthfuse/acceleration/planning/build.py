@@ -229,7 +229,10 @@ def record_calls(model: nn.Module, call: Call) -> dict[nn.Module, list[tuple[tup
     def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
         calls.setdefault(module, []).append((args, kwargs))
 
-    handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in model.modules()]
+    python = [
+        m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)
+    ]  # others take no such hooks
+    handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in python]
     try:
         with torch.no_grad():
             args, kwargs = call.on_clones().arguments()

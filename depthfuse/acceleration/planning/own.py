@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import types
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +34,47 @@ def own_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     try:
         with torch.no_grad():
             own: nn.Module = copy.deepcopy(model, memo)
+            for module in own.modules():
+                for name, value in vars(module).items():
+                    module.__dict__[name] = _with_own_closure(value, memo)
     except (TypeError, RuntimeError, AttributeError, ValueError, NotImplementedError) as error:
         raise AccelerationError(f"{type(model).__name__} cannot be copied: {error}") from error
     own.requires_grad_(False)
     for module in own.modules():
         _compute_weights(module)
     return own if dtype is None else cast_main(own, dtype)
+
+
+def _with_own_closure(value: Any, memo: dict[int, Any]) -> Any:
+    """A function whose closure holds the copies of what it held: `copy.deepcopy` takes functions as they are, and who
+    wraps a model's forward, or sets a lambda in its place, closes over the model itself.
+    """
+    if isinstance(value, types.MethodType):
+        own = _with_own_closure(value.__func__, memo)
+        return value if own is value.__func__ else types.MethodType(own, value.__self__)
+    if isinstance(value, functools.partial) and type(value) is functools.partial:
+        own = _with_own_closure(value.func, memo)
+        return value if own is value.func else functools.partial(own, *value.args, **value.keywords)
+    if not isinstance(value, types.FunctionType) or not value.__closure__:
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    held = []
+    for cell in value.__closure__:
+        try:
+            held.append(cell.cell_contents)
+        except ValueError:  # not assigned yet
+            return value
+    if not any(isinstance(x, (nn.Module, Tensor, types.MethodType, functools.partial)) for x in held):
+        return value
+    cells = tuple(types.CellType() for _ in held)
+    own = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+    own.__kwdefaults__ = value.__kwdefaults__
+    own.__dict__.update(value.__dict__)
+    memo[id(value)] = own  # one that calls itself has itself in its closure
+    for cell, x in zip(cells, held, strict=True):
+        cell.cell_contents = _with_own_closure(copy.deepcopy(x, memo), memo)
+    return own
 
 
 def main_dtype(model: nn.Module) -> torch.dtype | None:

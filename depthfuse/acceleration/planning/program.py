@@ -195,7 +195,7 @@ def _capture(model: nn.Module, call: Call, axes: slice, with_ones: bool) -> Prog
         if is_out_of_memory(error):
             raise
         raise CaptureError(_first_line(error)) from error
-    if any(_reads_memory(node) for node in graph.graph.nodes):
+    if any(aten.name_of(node) == "as_strided" for node in graph.graph.nodes):
         raise CaptureError("it reads values by where they lie in memory (as_strided), which is not kept")
     if state:
         raise CaptureError(f"it keeps state between calls in {state[0].removeprefix(_MODEL + '.')}")
@@ -215,13 +215,6 @@ def _capture(model: nn.Module, call: Call, axes: slice, with_ones: bool) -> Prog
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def _reads_memory(node: fx.Node) -> bool:
-    """Whether it sees how a value that is computed here lies in memory. What is given lies as it lies."""
-    if aten.name_of(node) != "as_strided":
-        return False
-    return not isinstance(node.args[0], fx.Node) or node.args[0].op not in ("placeholder", "get_attr")
 
 
 def _flat_graph(exported: torch.export.ExportedProgram) -> fx.GraphModule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,11 @@ class Signature:
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Signature:
         """Of `model.forward`. One whose signature Python cannot tell takes anything."""
+        # `functools.wraps` of a bound method names one argument less than such a function takes.
+        wrapped = getattr(getattr(function, "__func__", None), "__wrapped__", None)
+        follow = not isinstance(wrapped, types.MethodType)
         try:
-            found = inspect.signature(function).parameters.values()
+            found = inspect.signature(function, follow_wrapped=follow).parameters.values()
         except (TypeError, ValueError):
             return cls((("args", "VAR_POSITIONAL", _REQUIRED), ("kwargs", "VAR_KEYWORD", _REQUIRED)))
         return cls(

@@ -20,6 +20,7 @@ from torch import fx, nn
 from depthfuse.acceleration.planning.own import cast_main, main_dtype, own_copy
 from depthfuse.acceleration.planning.plan import Plan
 from depthfuse.acceleration.planning.program import Call
+from depthfuse.acceleration.planning.trees import flatten
 from depthfuse.acceleration.running.cuda_graphs import GraphCache
 from depthfuse.acceleration.running.execution import EAGER, Execution, Executor
 from depthfuse.acceleration.running.implementations import (
@@ -34,6 +35,7 @@ from depthfuse.acceleration.running.onednn_graph import compile_plan
 from depthfuse.fused.layers import FusedModule
 from depthfuse.measured_cache import MeasuredCache
 from depthfuse.measuring.timing import Timing, time_interleaved
+from depthfuse.untrusted import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,8 @@ def choose(
         tune: see `depthfuse.accelerate`.
         finish: makes of an executor what the caller will call in the end; that is what is compared with the model.
     """
+    if plan.writes_inputs:
+        call = call.on_clones()  # every run writes over them
     choose_implementations(plan, call, "heuristic" if tune == "measure" else tune)
     if tune == "measure" and worth_measuring(plan, call):
         return _choose_by_measurement(plan, model, call, MeasuredCache.of(plan.device), finish)
@@ -166,12 +170,41 @@ def _compare(
             continue
         same = name == "eager" and main_dtype(model) == plan.dtype
         candidate = model if same else _own(model, name, plan.dtype)
+        if name == "eager channels_last" and not _looks_like(
+            candidate, _own(model, "eager", plan.dtype), call
+        ):
+            continue
         runs[name] = functools.partial(candidate, *args, **kwargs)
     device = plan.device
     judged = judge(execution, time_interleaved(runs, _ROUNDS, _ROUND_MS, warmup=1, device=device))
     if judged.ratios and 1 / _CLOSE < min(judged.ratios.values()) < _CLOSE:
         return judge(execution, time_interleaved(runs, _ROUNDS_IF_CLOSE, _ROUND_MS, warmup=1, device=device))
     return judged
+
+
+def _looks_like(candidate: nn.Module, model: nn.Module, call: Call) -> bool:
+    """Whether a model still runs with its weights in another memory layout, and gives outputs that lie in memory as
+    before: a `view` in it may not take them, and one of the caller's neither.
+    """
+    outputs: list[list[Any]] = []
+    for each in (candidate, model):
+        args, kwargs = call.on_clones().arguments()
+        try:
+            with torch.no_grad():
+                outputs.append(flatten(each(*args, **kwargs), once=True)[0])
+        except (RuntimeError, ValueError, TypeError) as error:
+            if is_out_of_memory(error):
+                raise
+            logger.info("the model does not run in channels_last: %s", error)
+            return False
+    return all(_stride(g) == _stride(e) for g, e in zip(*outputs, strict=True))
+
+
+def _stride(x: object) -> tuple[int, ...] | None:
+    """Of all axes along which there is more than one."""
+    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+        return None
+    return tuple(step for step, size in zip(x.stride(), x.shape, strict=True) if size > 1)
 
 
 def judge(execution: Execution, timings: dict[str, Timing]) -> Execution:

@@ -16,6 +16,7 @@ from depthfuse.acceleration.planning.trees import unflatten
 from depthfuse.acceleration.running.cuda_graphs import GraphCache
 from depthfuse.acceleration.running.implementations import run_in_chunks
 from depthfuse.fused.layers import plain_ops
+from depthfuse.untrusted import is_out_of_memory
 
 EAGER = ("eager", "eager channels_last")
 # Beyond this a value may overflow inside the net, and what then turns into NaN has to come out as NaN.
@@ -128,7 +129,12 @@ class Executor:
     def __call__(self, call: Call) -> Any:
         if self.eager is not None:
             args, kwargs = call.arguments()
-            return self.eager(*args, **kwargs)
+            try:
+                return self.eager(*args, **kwargs)
+            except RuntimeError as error:
+                # In channels_last a `view` may not take what it took at the example's sizes; the plan has no views.
+                if self.execution.eager != EAGER[1] or self.plan.writes_inputs or is_out_of_memory(error):
+                    raise
         # On a CPU only: nothing there swallows NaN on a GPU, and looking would wait for it.
         if self.plan.device.type == "cpu" and not all(map(_is_tame, call.tensors)) and self._swallows_nan():
             with plain_ops():

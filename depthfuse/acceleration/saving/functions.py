@@ -45,8 +45,8 @@ _ATEN = """
     _adaptive_avg_pool2d _assert_scalar _fft_c2c _fft_c2r _fft_r2c _log_softmax _native_batch_norm_legit_no_training
     _softmax _to_copy _unsafe_index _unsafe_view _upsample_bicubic2d_aa _upsample_bilinear2d_aa native_group_norm
     native_layer_norm unsafe_chunk unsafe_split unsafe_split_with_sizes
-    _conj _native_batch_norm_legit_functional affine_grid_generator as_strided cdist col2im embedding_bag
-    linalg_inv linalg_inv_ex max_unpool2d max_unpool3d nonzero rrelu
+    _conj _native_batch_norm_legit_functional affine_grid_generator bilinear cdist channel_shuffle col2im embedding_bag
+    gru linalg_inv linalg_inv_ex lstm max_unpool2d max_unpool3d nonzero rnn_relu rnn_tanh rrelu
 """
 _SYMBOLIC = {
     "torch.sym_max": torch.sym_max,

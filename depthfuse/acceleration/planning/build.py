@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from depthfuse.acceleration.planning import aten, moves
 from depthfuse.acceleration.planning.fuse import fuse
 from depthfuse.acceleration.planning.graph import module_of, origin_of, own_tensors
+from depthfuse.acceleration.planning.leftovers import sources_forgotten
 from depthfuse.acceleration.planning.own import main_dtype, tensors_by_name
 from depthfuse.acceleration.planning.part import PlannedPart
 from depthfuse.acceleration.planning.plan import Entry, Plan
@@ -50,13 +51,15 @@ def build_plan(own: nn.Module, model: nn.Module, call: Call, backend: str, dynam
     assert dtype is not None
     exact = tensors_by_name(model)
     program = None
-    try:
-        program = capture_watched(own, call, dynamic)
-        graph, entries = _plan_program(program, own, call, exact, backend)
-        module: nn.Module = graph
-    except CaptureError as error:
-        logger.info("%s is planned in parts: %s", type(model).__name__, error)
-        module, entries = _plan_children(own, call, exact, backend, dynamic)
+    with sources_forgotten() as kept:
+        try:
+            program = capture_watched(own, call, dynamic)
+            graph, entries = _plan_program(program, own, call, exact, backend)
+            module: nn.Module = graph
+        except CaptureError as error:
+            logger.info("%s is planned in parts: %s", type(model).__name__, error)
+            module, entries = _plan_children(own, call, exact, backend, dynamic)
+        kept.append(module)
     return Plan(
         module,
         tuple(entries),

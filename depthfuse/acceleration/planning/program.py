@@ -24,10 +24,10 @@ from depthfuse.acceleration.planning.exporting import (
     known_shapes,
     short_formulas,
 )
+from depthfuse.acceleration.planning.leftovers import environments_freed, sources_forgotten
 from depthfuse.acceleration.planning.sizes import Sizes
 from depthfuse.acceleration.planning.trees import Container, Tree, flatten, in_words, unflatten
 from depthfuse.errors import AccelerationError
-from depthfuse.merging.tracing import one_at_a_time
 from depthfuse.untrusted import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -141,6 +141,14 @@ def capture(model: nn.Module, call: Call, dynamic: bool = True) -> Program:
     """
     if not call.tensors:
         raise CaptureError("the call has no tensors")
+    with sources_forgotten() as kept, environments_freed():
+        program = _capture_widest(model, call, dynamic)
+        kept.append(program.graph)
+        return program
+
+
+def _capture_widest(model: nn.Module, call: Call, dynamic: bool) -> Program:
+    """The program for as many calls as can be."""
     # All sizes open; then the first axes alone, where sizes of images make too long formulas; then with sizes of 1 that
     # are there to be broadcast.
     attempts = ((_ALL, True), (_FIRST, True), (_ALL, False), (_FIRST, False)) if dynamic else ()
@@ -173,7 +181,6 @@ def _capture(model: nn.Module, call: Call, axes: slice, with_ones: bool) -> Prog
     oblivious = settings.patch(backed_size_oblivious=with_ones)
     try:
         with (
-            one_at_a_time,
             torch.no_grad(),
             oblivious,
             alone(),

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from depthfuse.acceleration.checking.report import Report
 from depthfuse.acceleration.checking.verify import TOLERANCE, relative_error
+from depthfuse.acceleration.planning.leftovers import sources_forgotten
 from depthfuse.acceleration.planning.own import cast_main
 from depthfuse.acceleration.planning.plan import Entry, Example, Plan
 from depthfuse.acceleration.planning.trees import flatten
@@ -185,7 +186,9 @@ def _rebuild(
             )
         return copy.deepcopy(model.get_submodule(path))
 
-    module = rebuild(description, tensors, from_source).eval().requires_grad_(False)
+    with sources_forgotten() as kept:
+        module = rebuild(description, tensors, from_source).eval().requires_grad_(False)
+        kept.append(module)
     module.load_state_dict(tensors)
     return module
 

@@ -38,7 +38,8 @@ def resident_mb() -> float:
 
 def tidy() -> None:
     """Give back all memory that is free, so that what stays is in use."""
-    gc.collect()
+    for _ in range(3):  # what C++ holds of a circle is let go of one round later
+        gc.collect()
     trim = getattr(
         ctypes.CDLL(None), "malloc_trim", None
     )  # glibc alone has it, and keeps what it has once had

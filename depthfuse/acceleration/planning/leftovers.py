@@ -27,7 +27,7 @@ _sources: Any = getattr(graph_module, "_loader", None)
 @contextlib.contextmanager
 def sources_forgotten() -> Iterator[list[nn.Module]]:
     """Forget the sources of what this thread lets torch.fx generate inside; those of the modules that are appended to
-    the list are kept as long as these live.
+    the list are kept as long as these live, which is as long as somebody else holds them.
     """
     keys: list[str] = []
     kept: list[nn.Module] = []
@@ -37,11 +37,20 @@ def sources_forgotten() -> Iterator[list[nn.Module]]:
         finally:
             graphs = [m for module in kept for m in module.modules() if isinstance(m, fx.GraphModule)]
             living = {type(graph).forward.__code__.co_filename: graph for graph in graphs}
+            for graph in graphs:
+                no_circle(graph)
             for key in keys:
                 if key in living:
                     weakref.finalize(living[key], _forget, key).atexit = False
                 else:
                     _forget(key)
+
+
+def no_circle(graph: fx.GraphModule) -> None:
+    """Let go of a module, and of the weights in it, as soon as nobody holds it: it and its graph hold each other, and
+    Python's collector may come late, as it counts objects and not their bytes. A graph needs its module to be extended.
+    """
+    graph.graph.owning_module = None
 
 
 def _forget(key: str) -> None:

@@ -24,7 +24,7 @@ from depthfuse.acceleration.planning.exporting import (
     known_shapes,
     short_formulas,
 )
-from depthfuse.acceleration.planning.leftovers import environments_freed, sources_forgotten
+from depthfuse.acceleration.planning.leftovers import environments_freed, no_circle, sources_forgotten
 from depthfuse.acceleration.planning.sizes import Sizes
 from depthfuse.acceleration.planning.trees import Container, Tree, flatten, in_words, unflatten
 from depthfuse.errors import AccelerationError
@@ -196,6 +196,7 @@ def _capture(model: nn.Module, call: Call, axes: slice, with_ones: bool) -> Prog
                 exported = exported.run_decompositions({})
                 state = list(exported.graph_signature.buffers_to_mutate.values())
                 graph = _flat_graph(exported)
+            no_circle(exported.graph_module)
     except TooLongFormula:
         raise
     except Exception as error:  # export raises whatever the model's Python, PyTorch or sympy do

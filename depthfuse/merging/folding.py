@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from depthfuse.errors import MergeError
 from depthfuse.merging.algebra import norm_affine
 from depthfuse.merging.merged_blocks import TokenBatchNorm
-from depthfuse.merging.tracing import LayerTracer, has_hooks
+from depthfuse.merging.tracing import LayerTracer, alone, has_hooks
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +49,15 @@ class _Folding:
         modules = dict(self.model.named_modules())
         nodes = [node for node in graph.nodes if node.op == "call_module"]
         calls = Counter(node.target for node in nodes)
+        # who reads a weight past its layer, or watches a layer by a hook, would see that it was folded
+        seen = {n.target.rpartition(".")[0] for n in graph.nodes if n.op == "get_attr" and n.users}
+        seen |= {path for path in calls if has_hooks(modules[path])}
         found = []
         for node in nodes:
             before = node.args[0] if len(node.args) == 1 and not node.kwargs else None
             if not (isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1):
                 continue
-            if calls[node.target] == calls[before.target] == 1:
+            if calls[node.target] == calls[before.target] == 1 and not seen & {node.target, before.target}:
                 found.append((before.target, modules[before.target], node.target, modules[node.target]))
         return found
 
@@ -121,6 +124,7 @@ def _same_stage(norm_path: str, path: str) -> bool:
     return not block or path.startswith(f"{block}.") or (stage != "" and path.startswith(f"{stage}."))
 
 
+@alone
 @torch.no_grad()
 def fold_batch_norms(model: nn.Module) -> int:
     """Fold batch norms into the layers beside them, in place; returns how many.
@@ -131,7 +135,7 @@ def fold_batch_norms(model: nn.Module) -> int:
 
     Reads the data flow by torch.fx: two layers are a pair only where the output of the first goes nowhere else and both
     are called once. A model that fx cannot trace keeps its batch norms, which is said in the log. Computed in float64,
-    cast once. Raises MergeError in training mode.
+    cast once. Layers with hooks, parametrisations among them, stay as they are. Raises MergeError in training mode.
     """
     if model.training:
         raise MergeError("batch norms can be folded in eval mode only: call .eval() first")

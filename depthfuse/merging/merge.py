@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from depthfuse.errors import CheckpointError, MergeError
+from depthfuse.merging.computed_weights import compute_weights, in_float64, private_copy
 from depthfuse.merging.folding import fold_batch_norms
 from depthfuse.merging.model_inputs import input_size
+from depthfuse.merging.outputs import tensors_of
 from depthfuse.merging.supernet import Supernet, SwitchBlock
+from depthfuse.merging.tracing import alone
 from depthfuse.shapes import ShapesOnly, bytes_of_source
 from depthfuse.spec import SubnetSpec
+from depthfuse.untrusted import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -51,17 +55,22 @@ class MergeReport:
         )
 
 
+@alone
 def merge(
     subnet: Supernet, check_size: tuple[int, int, int] | None = None, tolerance: float = LARGEST_ERROR
 ) -> nn.Module:
     """Replace every pruned block of `subnet` by its merged module and fold batch norms (`fold_batch_norms`).
 
     The result is a new model of the original class, in the original dtype and in eval mode, with `merge_report` (a
-    `MergeReport`) attached; the input is left alone. Source: UPDP (arXiv 2401.06426), step 4; `algebra.py`.
+    `MergeReport`) attached; the input is left alone. Weights that layers compute (pruning, weight and spectral norm,
+    parametrisations) are plain parameters in it. Source: UPDP (arXiv 2401.06426), step 4; `algebra.py`.
 
     The merge checks itself on random images of `check_size` (C, H, W; default: the model's own input size) in float64
-    and logs the largest error, border and interior apart. Raises MergeError for a subnet in training mode or at
-    lambda > 0, and where an error exceeds `tolerance`.
+    and logs the largest error, border and interior apart. The model may return a tensor, or lists, tuples, dictionaries
+    or dataclasses of tensors. Threads that merge or accelerate wait for each other.
+
+    Raises MergeError for a subnet in training mode or at lambda > 0, a model that does not take such images or returns
+    something else, and where an error exceeds `tolerance`.
     """
     if not isinstance(subnet, Supernet):
         raise MergeError(
@@ -78,7 +87,8 @@ def merge(
         )
 
     report = check(subnet, check_size or input_size(subnet.model), tolerance=tolerance)
-    merged = copy.deepcopy(subnet.model)
+    merged = private_copy(subnet.model)
+    compute_weights(merged)
     fuse_switches(merged)
     fold_batch_norms(merged)
     merged.depthfuse_source = subnet.source
@@ -93,6 +103,7 @@ def fuse_switches(model: nn.Module) -> None:
         model.set_submodule(path, block.fuse())
 
 
+@alone
 def merged_structure(spec: SubnetSpec) -> nn.Module:
     """The merged model of a spec with arbitrary weights, in eval mode: what a merged state dict is loaded into.
 
@@ -101,6 +112,7 @@ def merged_structure(spec: SubnetSpec) -> nn.Module:
     return _structure(spec, spec.source.build())
 
 
+@alone
 def load_merged(spec: SubnetSpec, tensors: Mapping[str, Tensor], where: str | Path) -> nn.Module:
     """The merged model of a spec with the weights of a merged state dict, in eval mode.
 
@@ -109,8 +121,7 @@ def load_merged(spec: SubnetSpec, tensors: Mapping[str, Tensor], where: str | Pa
     Raises SpecError for a spec that does not fit the model it names, CheckpointError, naming `where`, for tensors of
     another model.
     """
-    with ShapesOnly(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*meta parameter.*no-op")  # as meant
+    with ShapesOnly():
         shapes = _structure(spec, spec.source.build_shapes()).state_dict()
     check_same_shapes(shapes, tensors, where)
     model = _structure(spec, spec.source.build(at_most_bytes=bytes_of_source(tensors.values())))
@@ -149,44 +160,98 @@ def check(
     Raises MergeError where a relative error exceeds `tolerance` or is not a number.
     """
     device = next(subnet.parameters()).device
-    reference = copy.deepcopy(subnet.model).double()
+    reference = in_float64(private_copy(subnet.model))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(images, *size, generator=generator, dtype=torch.float64).to(device)
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
     blocks = {
         path: m for path, m in reference.named_modules() if isinstance(m, SwitchBlock) and m.choice != "keep"
     }
-    handles = [
-        m.register_forward_hook(lambda _m, args, out, path=path: seen.update({path: (args[0], out)}))
-        for path, m in blocks.items()
-    ]
-    expected = _outputs(reference(x))
-    for handle in handles:
-        handle.remove()
+    passes = _run_watched(reference, blocks, x)
+    expected = tensors_of(passes.outputs)
 
     errors = []
+    compute_weights(reference)
     for path, block in blocks.items():
         merged = block.fuse()
-        given, wanted = seen.pop(path)
-        border, interior = _split_error(merged(given), wanted, _reach(merged))
-        errors.append(BlockError(path, block.choice, border, interior))
+        if path in passes.blocks:  # a model may leave blocks out, where it is asked for early features only
+            args, kwargs, wanted = passes.blocks.pop(path)
+            border, interior = _split_error(merged(*args, **kwargs), wanted, _reach(merged))
+            errors.append(BlockError(path, block.choice, border, interior))
         reference.set_submodule(path, merged)
     folded = fold_batch_norms(reference)
-    pairs = zip(_outputs(reference(x)), expected, strict=True)
-    output = max(_split_error(got, wanted, 0)[1] for got, wanted in pairs)
-    report = MergeReport(tuple(errors), output, folded)
-    worst = max([output, *(max(e.border, e.interior) for e in errors)], key=lambda v: (v != v, v))
-    if not worst <= tolerance:
-        bad = next((e for e in errors if not max(e.border, e.interior) <= tolerance), "the model's output")
+    try:
+        got = tensors_of(reference(x))
+    except Exception as error:  # the model's own code may raise anything
+        if is_out_of_memory(error):
+            raise
         raise MergeError(
-            f"merging changed the model by {worst:.1e} (allowed {tolerance:.0e}), first in {bad}"
+            f"the merged model cannot run, where the subnet could ({type(error).__name__}: {error}): the model's own "
+            f"code reads what its blocks are made of; leave such blocks of {', '.join(blocks)} at 'keep'"
+        ) from error
+    if list(got) != list(expected):
+        raise MergeError(
+            f"the merged model returns {_names(got)}, where the subnet returns {_names(expected)}: what it returns "
+            f"depends on what its blocks are made of; leave such blocks of {', '.join(blocks)} at 'keep'"
+        )
+    outputs = {where: _split_error(got[where], wanted, 0)[1] for where, wanted in expected.items()}
+    output = max(outputs.values(), key=_nan_last)
+    report = MergeReport(tuple(errors), output, folded)
+    worst = max([output, *(v for e in errors for v in (e.border, e.interior))], key=_nan_last)
+    if not worst <= tolerance:
+        bad = next((e for e in errors if not max(e.border, e.interior) <= tolerance), None)
+        where = next(where for where, error in outputs.items() if error == output or error != error)
+        place = f"the model's output {where}".rstrip()
+        raise MergeError(
+            f"merging changed the model by {worst:.1e} (allowed {tolerance:.0e}), first in {bad or place}"
         )
     return report
 
 
-def _outputs(result: Tensor | list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
-    """Logits, or the maps of a model made with features_only=True."""
-    return [result] if isinstance(result, Tensor) else list(result)
+@dataclass
+class _Pass:
+    """One run of a model: what it returned, and {block path: (its arguments, keyword arguments, output)}."""
+
+    outputs: Any
+    blocks: dict[str, tuple[tuple, dict[str, Any], Tensor]]
+
+
+def _run_watched(model: nn.Module, blocks: Mapping[str, nn.Module], x: Tensor) -> _Pass:
+    """Run `model`, a copy of our own, on x. Raises MergeError where it does not take x."""
+    given: dict[str, tuple[tuple, dict[str, Any]]] = {}
+    seen: dict[str, tuple[tuple, dict[str, Any], Tensor]] = {}
+
+    def before(path: str, _block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        # copies, as a block may write over its input, and the next one over its output
+        given[path] = tuple(a.clone() if isinstance(a, Tensor) else a for a in args), kwargs
+
+    def after(path: str, _block: nn.Module, _args: tuple, output: Tensor) -> None:
+        seen[path] = (*given.pop(path), output.clone())
+
+    handles = []
+    for path, block in blocks.items():
+        handles.append(block.register_forward_pre_hook(functools.partial(before, path), with_kwargs=True))
+        handles.append(block.register_forward_hook(functools.partial(after, path)))
+    try:
+        outputs = model(x)
+    except Exception as error:  # the model's own code may raise anything
+        if is_out_of_memory(error):
+            raise
+        raise MergeError(
+            f"{type(model).__name__} does not take float64 images {list(x.shape)}, on which the merge is checked "
+            f"({type(error).__name__}: {error}): pass check_size=(C, H, W), a size of images that it takes"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _Pass(outputs, seen)
+
+
+def _names(outputs: Mapping[str, Tensor]) -> str:
+    return ", ".join(where or "a tensor" for where in list(outputs)[:8])
+
+
+def _nan_last(value: float) -> tuple[bool, float]:
+    return value != value, value
 
 
 def _reach(module: nn.Module) -> int:
@@ -196,8 +261,19 @@ def _reach(module: nn.Module) -> int:
 
 
 def _split_error(got: Tensor, wanted: Tensor, reach: int) -> tuple[float, float]:
-    """(border, interior): largest |got - wanted| / largest |wanted|; token maps [B, N, D] have no border."""
-    error = (got - wanted).abs() / wanted.abs().max().clamp_min(1e-300)
+    """(border, interior): largest |got - wanted| / largest |wanted|; token maps [B, N, D] have no border.
+
+    Infinite for another shape, and for integers that are not the same.
+    """
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        return float("inf"), float("inf")
+    if not (wanted.is_floating_point() or wanted.is_complex()):
+        return 0.0, 0.0 if torch.equal(got, wanted) else float("inf")
+    if not wanted.numel():
+        return 0.0, 0.0
+    size = wanted.abs()
+    scale = size[size.isfinite()].amax().clamp_min(1e-300) if size.isfinite().any() else size.new_ones(())
+    error = ((got - wanted).abs() / scale).masked_fill(got == wanted, 0.0)  # infinities too
     if error.ndim != 4 or reach == 0:
         return 0.0, float(error.max())
     inner = torch.zeros_like(error, dtype=torch.bool)

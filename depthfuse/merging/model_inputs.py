@@ -1,4 +1,7 @@
-"""What a model is fed: the one rule for a timm model's input size."""
+"""What a model is fed: the one rule for a timm model's input size, also where another model holds it.
+
+Others wrap timm's models: timm itself where only features are asked for, Hugging Face's TimmWrapper, your own.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +9,38 @@ from torch import nn
 
 
 def fixed_image_size(model: nn.Module) -> tuple[int, int] | None:
-    """(H, W) that a model is bound to by its patch embedding or position table; None where it takes any size."""
-    patch = getattr(model, "patch_embed", None)
-    size = getattr(patch, "img_size", None)
-    return None if size is None else (int(size[0]), int(size[1]))
+    """(H, W) that a model, or the one inside it, is bound to by its patch embedding or position table; None where it
+    takes any size.
+    """
+    for module in model.modules():
+        size = getattr(getattr(module, "patch_embed", None), "img_size", None)
+        if size is not None:
+            return int(size[0]), int(size[1])
+    return None
 
 
 def known_input_size(model: nn.Module) -> tuple[int, int, int] | None:
-    """(C, H, W) that a timm model was made for, or None where it does not say.
+    """(C, H, W) that a timm model, or the one inside it, was made for, or None where it does not say.
 
     Its fixed size where it has one, else its pretrained_cfg's; as many channels as its first layer takes.
     """
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    size = config.get("input_size")
-    if size is None:
+    for holder in model.modules():
+        config = getattr(holder, "pretrained_cfg", None) or getattr(holder, "default_cfg", None)
+        size = config.get("input_size") if isinstance(config, dict) else None
+        if size is not None:
+            break
+    else:
+        holder, size = model, None
+    fixed = fixed_image_size(model)
+    if size is None and fixed is None:
         return None
-    channels, height, width = size
-    height, width = fixed_image_size(model) or (height, width)
+    channels, height, width = size or (3, 224, 224)
+    height, width = fixed or (height, width)
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     # a first convolution of many channels sits behind a patch embedding of another kind
     if first is not None and first.groups == 1 and first.in_channels <= 16:
         channels = first.in_channels
-    return getattr(model, "in_chans", None) or channels, height, width
+    return getattr(holder, "in_chans", None) or channels, height, width
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:

@@ -15,6 +15,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from depthfuse.errors import SpecError
 from depthfuse.merging.adapters import BlockInfo, find_blocks
 from depthfuse.merging.adapters.base import Lambda, fixed, mix
+from depthfuse.merging.computed_weights import (
+    compute_weights,
+    copies_of_computed,
+    has_computed,
+    private_copy,
+    refresh,
+)
+from depthfuse.merging.tracing import alone
 from depthfuse.spec import KEEP, ModelSource, SubnetSpec
 
 Mixing = Literal["op", "block", "norm", "random"]
@@ -54,6 +62,7 @@ class SwitchBlock(nn.Module):
         if self.choice == KEEP:
             return self.block(x, **kwargs)
         candidate, lam = self.candidates[self.choice], self.lam
+        refresh(self)  # candidates read the weights of layers that they do not call
         if self.mixing == "random" and self.training and not isinstance(lam, Tensor):
             lam = float(torch.rand(()).item() < lam)
         if self.mixing == "norm":
@@ -78,7 +87,11 @@ class SwitchBlock(nn.Module):
             raise SpecError(
                 f"block {self.path} is at lambda = {self.lam:g}: only a block at lambda = 0 can be merged"
             )
-        return self.candidates[self.choice].merge(self.block).eval()
+        own = self
+        if has_computed(self):
+            own = private_copy(self)
+            compute_weights(own)
+        return own.candidates[own.choice].merge(own.block).eval()
 
 
 class Supernet(nn.Module):
@@ -91,9 +104,15 @@ class Supernet(nn.Module):
     statistics stay apart); without `border_remedy` pruned blocks pad with zeros between convolutions, and what is
     merged then differs at the border.
 
-    Raises SpecError where the model has no prunable block; the message lists the reasons.
+    Layers may compute their weights (pruning, weight and spectral norm, parametrisations): such weights stay so until
+    the subnet is merged. A block with a forward hook inside is not prunable. A model that holds a timm model, at any
+    depth, is taken like one.
+
+    Raises SpecError where the model has no prunable block; the message lists the reasons. MergeError: the model cannot
+    be copied.
     """
 
+    @alone
     def __init__(self, model: nn.Module, separate_norms: bool = True, border_remedy: bool = True):
         super().__init__()
         self.source = ModelSource.of(model)
@@ -104,7 +123,11 @@ class Supernet(nn.Module):
                 "no block of a known type"
             ]
             raise SpecError(f"{self.source.name} has no block that can be pruned ({'; '.join(reasons)})")
-        self.model = copy.deepcopy(model)
+        self.model = private_copy(model)
+        # a spectral norm takes a step whenever its weight is read in training mode
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        refresh(self.model)
         for info in prunable:
             parent, _, name = info.path.rpartition(".")
             parent_module = self.model.get_submodule(parent)
@@ -115,6 +138,15 @@ class Supernet(nn.Module):
                     candidate.share_norms(switch.block)
                 if not border_remedy:
                     candidate.drop_border_remedy()
+        for module, training in modes.items():
+            module.training = training
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Supernet:
+        memo.update(copies_of_computed(self))
+        replica = self.__new__(type(self))
+        memo[id(self)] = replica
+        replica.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return replica
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, classes]
         return self.model(x)
@@ -176,6 +208,7 @@ class Supernet(nn.Module):
             for path, names in options.items()
         }
 
+    @alone
     def subnet(self, spec: SubnetSpec, lam: float = 0.0) -> Supernet:
         """A copy that holds switches for the chosen blocks only, each with its one candidate."""
         if spec.source.name != self.source.name:

@@ -1,15 +1,27 @@
-"""A torch.fx tracer that stops at layers, and is safe beside other threads."""
+"""A torch.fx tracer that stops at layers and touches nothing but a copy of the model; and the lock of all who trace.
+
+`fx.Tracer.trace` patches `nn.Module.__call__`, functions and a flag for the whole process. Other threads then find
+their compiled models refused ("Detected that you are using FX to symbolically trace a dynamo-optimized function"), and
+patches of two tracers at once are never undone. So this one redirects the modules of a copy instead.
+"""
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import threading
-from typing import Any
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any, ParamSpec, TypeVar
 
 from timm.layers import DropPath, LayerNorm, LayerNorm2d, get_notrace_functions, get_notrace_modules
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from depthfuse.merging.merged_blocks import TokenBatchNorm
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Layers that stand for one operation although they are written in Python: the plan recognises them whole.
 _LEAVES = (DropPath, LayerNorm, LayerNorm2d, TokenBatchNorm)
@@ -24,47 +36,106 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-# Tracing patches PyTorch for the whole process, and planning watches models by hooks: whoever does so, does it alone.
+# torch.export patches nn.Module for the whole process: while it runs, the attributes of other threads' modules are
+# stand-ins of another class. Who captures, or looks at what modules are, does it alone.
 one_at_a_time = threading.RLock()
 
 
+def alone(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: wait until no other thread captures or merges a model."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with one_at_a_time:
+            return function(*args, **kwargs)
+
+    return call
+
+
 class LayerTracer(fx.Tracer):
-    """Traces down to torch.nn's layers and to timm's leaf modules; optional arguments keep their defaults."""
+    """Traces down to torch.nn's layers and to timm's leaf modules.
+
+    The first argument of the model is traced; optional ones keep their defaults.
+    """
 
     def __init__(self) -> None:
-        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        super().__init__()
         self._leaves = (*_LEAVES, *get_notrace_modules())
-        self._thread = threading.get_ident()
+        self._leaf_functions = {id(function) for function in get_notrace_functions()}
 
-    # torch.fx patches nn.Module for the whole process while it traces: what other threads run is none of its business.
+    def trace(  # type: ignore[override]
+        self, root: nn.Module, concrete_args: dict[str, Any] | None = None
+    ) -> fx.Graph:
+        """The graph of `root`, which is left alone. Raises whatever its code raises on a proxy."""
+        own = _copy_around_tensors(root)
+        self.root, self.graph, self.tensor_attrs = own, fx.Graph(tracer_cls=type(self)), {}
+        self.submodule_paths = {module: path for path, module in own.named_modules()}
+        for module, path in list(self.submodule_paths.items()):
+            leaf = bool(path) and self.is_leaf_module(module, path)
+            self._redirect(module, path, leaf)
+            if module is not own:  # the whole is no node of its graph
+                module.forward = functools.partial(self.call_module, module, module.forward)
+        args, named = [], {}
+        for index, parameter in enumerate(inspect.signature(root.forward).parameters.values()):
+            optional = parameter.default is not parameter.empty and index > 0
+            if optional or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            proxy = self.create_proxy("placeholder", parameter.name, (), {})
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                named[parameter.name] = proxy
+            else:
+                args.append(proxy)
+        self.create_node("output", "output", (self.create_arg(own.forward(*args, **named)),), {})
+        self.submodule_paths = None
+        return self.graph
 
-    def call_module(self, m: nn.Module, forward, args, kwargs):
-        if threading.get_ident() != self._thread:
-            return forward(*args, **kwargs)
+    def _redirect(self, module: nn.Module, path: str, leaf: bool) -> None:
+        """Let a module of the copy hand out proxies for its parameters, and call leaf functions as one operation."""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                target = f"{path}.{name}" if path else name
+                module.__dict__[name] = self.create_proxy("get_attr", target, (), {})
+        if leaf:  # its hooks see numbers only
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
+            return
+        methods = {name: f for cls in reversed(type(module).__mro__) for name, f in vars(cls).items()}
+        for name, method in methods.items():
+            if not isinstance(method, FunctionType):
+                continue
+            known = method.__globals__
+            leaves = {
+                n: known[n] for n in method.__code__.co_names if id(known.get(n)) in self._leaf_functions
+            }
+            if leaves:
+                scope = {**known, **{n: self._as_operation(f) for n, f in leaves.items()}}
+                twin = FunctionType(method.__code__, scope, name, method.__defaults__, method.__closure__)
+                twin.__kwdefaults__ = method.__kwdefaults__
+                module.__dict__[name] = MethodType(twin, module)
+
+    def _as_operation(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            proxies: list[fx.Proxy] = []
+            fx.node.map_aggregate(
+                (args, kwargs), lambda value: proxies.append(value) if isinstance(value, fx.Proxy) else None
+            )
+            if proxies:
+                return self.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache):
-        if threading.get_ident() != self._thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def trace(self, root, concrete_args=None):
-        with one_at_a_time:
-            return super().trace(root, concrete_args)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if isinstance(module, self._leaves) or has_hooks(module):
             return True
         return super().is_leaf_module(module, qualified_name)
 
-    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
-        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        # A proxy for an optional argument would answer "is not None" wrongly: trace with the default itself.
-        parameters = [
-            p for p in inspect.signature(root_fn).parameters.values() if p.kind is not p.VAR_KEYWORD
-        ]
-        for index, parameter in enumerate(parameters[: len(args)]):
-            if parameter.default is not inspect.Parameter.empty and isinstance(args[index], fx.Proxy):
-                self.graph.erase_node(args[index].node)
-                args[index] = parameter.default
-        return function, args
+
+def _copy_around_tensors(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares all tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [v for m in model.modules() for v in m.__dict__.values() if isinstance(v, Tensor)]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
@@ -12,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from depthfuse.merging.computed_weights import compute_weights, private_copy
 from depthfuse.merging.folding import fold_batch_norms
 from depthfuse.merging.merge import fuse_switches
 from depthfuse.merging.supernet import Supernet, SwitchBlock
+from depthfuse.merging.tracing import alone
 from depthfuse.spec import KEEP
 
 # Rates of dropout and stochastic depth: they differ from block to block, and mean nothing in evaluation mode.
@@ -33,13 +34,15 @@ class Variant:
         return dict.fromkeys(self.paths, self.candidate)
 
 
+@alone
 def kept_copy(supernet: Supernet) -> Supernet:
     """A copy in evaluation mode with every block kept; the original is left alone."""
-    net = copy.deepcopy(supernet).eval()
+    net = private_copy(supernet).eval()
     net.set_choices({})
     return net
 
 
+@alone
 def variants_of(net: Supernet, x: Tensor) -> list[Variant]:
     """The variants of `net` for inputs like x; `net` is a `kept_copy`, and is one again afterwards."""
     given = block_inputs(net, x)
@@ -54,12 +57,14 @@ def variants_of(net: Supernet, x: Tensor) -> list[Variant]:
     return [Variant(name, tuple(paths)) for (_, name, _), paths in groups.items()]
 
 
+@alone
 def merged_model(net: Supernet, choices: Mapping[str, str]) -> nn.Module:
     """The merged model of a subnet, with its batch norms folded. Unlike `depthfuse.merge` it checks nothing: what a
     model costs does not depend on its weights, and these may be untrained."""
     net.set_choices(choices)
-    model = copy.deepcopy(net.model)
+    model = private_copy(net.model)
     net.set_choices({})
+    compute_weights(model)
     fuse_switches(model)
     fold_batch_norms(model)
     return model

@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from depthfuse.merging.computed_weights import foreign_hook, plain_type
 from depthfuse.merging.merged_blocks import TokenBatchNorm
+from depthfuse.merging.tracing import alone
 
 Lambda = float | Tensor
 
@@ -78,6 +80,7 @@ class BlockInfo:
     reason: str  # why not prunable, or why some candidates are missing
 
 
+@alone
 def find_blocks(model: nn.Module) -> list[BlockInfo]:
     """All blocks of a model in order, by type, prunable or not, each with the reason.
 
@@ -88,14 +91,21 @@ def find_blocks(model: nn.Module) -> list[BlockInfo]:
     found: list[BlockInfo] = []
 
     def visit(module: nn.Module, path: str, numbered: bool) -> bool:
-        known = sorted(_CANDIDATES.get(type(module), ()), key=lambda c: not c.alone)
+        known = sorted(_CANDIDATES.get(plain_type(module), ()), key=lambda c: not c.alone)
         if known:
+            hooked = foreign_hook(module)
+            if hooked is not None:
+                reason = f"{hooked} has a forward hook, which a merged block would not call"
+                found.append(BlockInfo(path, plain_type(module).__name__, (), reason))
+                return True
             refusals = {c.name: c.refusal(module) for c in known}
             usable = tuple(c for c in known if refusals[c.name] is None)
             if not any(c.alone for c in usable):
                 usable = ()
             reasons = [f"{name}: {why}" if usable else why for name, why in refusals.items() if why]
-            found.append(BlockInfo(path, type(module).__name__, usable, "; ".join(dict.fromkeys(reasons))))
+            found.append(
+                BlockInfo(path, plain_type(module).__name__, usable, "; ".join(dict.fromkeys(reasons)))
+            )
             return True
         container = isinstance(module, nn.Sequential | nn.ModuleList)
         children = module.named_children()
@@ -163,7 +173,10 @@ def batch_norm_like(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
         device=norm.running_mean.device,
         dtype=norm.running_mean.dtype,
     )
-    own.load_state_dict({key: value for key, value in norm.state_dict().items() if key in own.state_dict()})
+    with torch.no_grad():
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            if getattr(own, name) is not None:
+                getattr(own, name).copy_(getattr(norm, name))
     return own
 
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
+from depthfuse.errors import SpecError
 from depthfuse.merging.adapters.base import (
     Candidate,
     Lambda,
@@ -39,6 +40,7 @@ from depthfuse.merging.adapters.base import (
     shrink,
 )
 from depthfuse.merging.algebra import LinearConv, add, compose, norm_affine
+from depthfuse.merging.computed_weights import plain_type
 from depthfuse.merging.merged_blocks import MergedConv
 
 
@@ -65,16 +67,16 @@ class Chain:
 def stage_refusal(stage: Stage) -> str | None:
     """Why a stage cannot be part of a merge, or None."""
     conv, norm, act = stage.conv, stage.norm, stage.act
-    if type(conv) is not nn.Conv2d:
-        return f"{type(conv).__name__}: padding depends on the input size, or weights on the input"
+    if plain_type(conv) is not nn.Conv2d:
+        return f"{plain_type(conv).__name__}: padding depends on the input size, or weights on the input"
     if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
         return f"convolution padding {conv.padding!r} ({conv.padding_mode})"
     if any(len(set(pair)) != 1 for pair in (conv.kernel_size, conv.stride, conv.padding, conv.dilation)):
         return f"non-square convolution {conv.kernel_size}"
-    if type(norm) not in (nn.BatchNorm2d, BatchNormAct2d) or norm.running_mean is None:
-        return f"{type(norm).__name__} in place of a batch norm with running statistics"
+    if plain_type(norm) not in (nn.BatchNorm2d, BatchNormAct2d) or norm.running_mean is None:
+        return f"{plain_type(norm).__name__} in place of a batch norm with running statistics"
     if act is not None and any(True for _ in act.parameters()):
-        return f"{type(act).__name__} has weights of its own"
+        return f"{plain_type(act).__name__} has weights of its own"
     return None
 
 
@@ -159,6 +161,11 @@ class ConvChain(Candidate):
 
     def share_norms(self, block: nn.Module) -> None:
         for own, stage in zip(self.norms, self.read(block).stages, strict=True):
+            if not isinstance(stage.norm.weight, nn.Parameter | None):
+                raise SpecError(
+                    "a batch norm computes its weight from other tensors, and such a weight cannot be shared: pass "
+                    "separate_norms=True, or make it a plain parameter first (prune.remove, remove_parametrizations)"
+                )
             own.weight, own.bias = stage.norm.weight, stage.norm.bias
 
     def drop_border_remedy(self) -> None:
@@ -255,17 +262,17 @@ class Compact(ConvChain):
 
 def shortcut_refusal(shortcut: nn.Module | None) -> str | None:
     """Why a shortcut is not linear, or None. Known: identity, conv + norm, average pool + conv + norm."""
-    if shortcut is None or type(shortcut) is nn.Identity:
+    if shortcut is None or plain_type(shortcut) is nn.Identity:
         return None
     if not isinstance(shortcut, nn.Sequential) or len(shortcut) not in (2, 3):
-        return f"unknown shortcut {type(shortcut).__name__}"
+        return f"unknown shortcut {plain_type(shortcut).__name__}"
     *pool, conv, norm = shortcut
     for layer in pool:
-        if type(layer) is nn.AvgPool2d:
+        if plain_type(layer) is nn.AvgPool2d:
             if layer.kernel_size != layer.stride or layer.padding != 0:
                 return "overlapping average pool in the shortcut"
-        elif type(layer) is not nn.Identity:
-            return f"{type(layer).__name__} in the shortcut"
+        elif plain_type(layer) is not nn.Identity:
+            return f"{plain_type(layer).__name__} in the shortcut"
     return stage_refusal(Stage(conv, norm, None))
 
 

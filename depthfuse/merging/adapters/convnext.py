@@ -26,6 +26,7 @@ from depthfuse.merging.adapters.base import (
     shrink,
 )
 from depthfuse.merging.algebra import LinearConv, add, compose, norm_affine
+from depthfuse.merging.computed_weights import plain_type
 from depthfuse.merging.merged_blocks import MergedConv, MergedFactorised
 
 
@@ -38,14 +39,14 @@ class ConvNeXtFactorised(Candidate):
 
     @classmethod
     def refusal(cls, block: nn.Module) -> str | None:
-        if type(block.mlp) is not Mlp:
-            return f"{type(block.mlp).__name__}: GRN or a gate depends on the input"
+        if plain_type(block.mlp) is not Mlp:
+            return f"{plain_type(block.mlp).__name__}: GRN or a gate depends on the input"
         if not isinstance(block.mlp.norm, nn.Identity):
-            return f"{type(block.mlp.norm).__name__} inside the MLP"
+            return f"{plain_type(block.mlp.norm).__name__} inside the MLP"
         if not isinstance(block.shortcut, nn.Identity):
             return "the block changes shape between input and skip"
-        if type(block.conv_dw) is not nn.Conv2d:
-            return f"{type(block.conv_dw).__name__}: padding depends on the input size"
+        if plain_type(block.conv_dw) is not nn.Conv2d:
+            return f"{plain_type(block.conv_dw).__name__}: padding depends on the input size"
         return None
 
     def __init__(self, block: nn.Module):

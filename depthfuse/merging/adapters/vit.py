@@ -25,17 +25,18 @@ from depthfuse.merging.adapters.base import (
     register,
 )
 from depthfuse.merging.algebra import LinearConv, add, compose, norm_affine
+from depthfuse.merging.computed_weights import plain_type
 from depthfuse.merging.merged_blocks import MergedLinear, MergedMlpBlock, MergedTransformerBlock
 
 
 def ffn_refusal(block: nn.Module) -> str | None:
     """Why the FFN cannot become one linear layer, or None."""
-    if type(block.mlp) is not Mlp:
-        return f"{type(block.mlp).__name__}: a gate depends on the input"
+    if plain_type(block.mlp) is not Mlp:
+        return f"{plain_type(block.mlp).__name__}: a gate depends on the input"
     if not isinstance(block.mlp.norm, nn.Identity):
-        return f"{type(block.mlp.norm).__name__} inside the MLP"
-    if type(block.ls2) not in (nn.Identity, LayerScale):
-        return f"{type(block.ls2).__name__} on the residual"
+        return f"{plain_type(block.mlp.norm).__name__} inside the MLP"
+    if plain_type(block.ls2) not in (nn.Identity, LayerScale):
+        return f"{plain_type(block.ls2).__name__} on the residual"
     return None
 
 
@@ -59,8 +60,8 @@ class TransformerFfn(Candidate):
 
     @classmethod
     def refusal(cls, block: nn.Module) -> str | None:
-        if type(block.attn) is not Attention or getattr(block.attn, "gate", None) is not None:
-            return f"{type(block.attn).__name__} with a gate or of unknown type"
+        if plain_type(block.attn) is not Attention or getattr(block.attn, "gate", None) is not None:
+            return f"{plain_type(block.attn).__name__} with a gate or of unknown type"
         return ffn_refusal(block)
 
     def __init__(self, block: nn.Module):

@@ -27,8 +27,9 @@ def check_repeatable(model: nn.Module, unused: nn.Module, call: Call) -> None:
         AccelerationError: it does not take the call, returns what is no tensor or plain value, writes over its own
             tensors, or gives another output or has other attributes after the second call.
     """
-    before = {name: tensor.clone() for name, tensor in tensors_by_name(model).items() if _is_small(tensor)}
     first, first_tree = _run(model, call)
+    # What the first call leaves behind may be a table that depends on sizes alone; `unused` tells if it is more.
+    before = {name: tensor.clone() for name, tensor in tensors_by_name(model).items() if _is_small(tensor)}
     between = _attributes(model)
     # Halved as well: what is calibrated by a mean or a deviation is the same for the same values in another order.
     tensors = (other_values(x) for x in call.tensors)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from depthfuse.acceleration.planning.nan import makes_nan
 from depthfuse.acceleration.planning.part import PlannedPart
 from depthfuse.acceleration.planning.program import Call, Form
 from depthfuse.acceleration.planning.signature import Signature
@@ -109,6 +111,11 @@ class Plan:
     @property
     def device(self) -> torch.device:
         return next(t.device for t in [*self.module.parameters(), *self.module.buffers()])
+
+    @functools.cached_property
+    def makes_nan(self) -> bool:
+        """Whether it may make NaN of numbers that are finite."""
+        return makes_nan(self.module)
 
     @property
     def is_dynamic(self) -> bool:

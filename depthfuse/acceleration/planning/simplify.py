@@ -195,10 +195,10 @@ def _silu(node: fx.Node) -> fx.Node | None:
 
 
 _RULES: tuple[Callable[[fx.Node], fx.Node | None], ...] = (
+    _reshape,  # before copies go that a view would need
     _norm,
     _no_op,
     _size,
-    _reshape,
     _convolution,
     _linear,
     _silu,

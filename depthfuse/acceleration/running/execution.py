@@ -136,7 +136,8 @@ class Executor:
                 if self.execution.eager != EAGER[1] or self.plan.writes_inputs or is_out_of_memory(error):
                     raise
         # On a CPU only: nothing there swallows NaN on a GPU, and looking would wait for it.
-        if self.plan.device.type == "cpu" and not all(map(_is_tame, call.tensors)) and self._swallows_nan():
+        on_cpu = self.plan.device.type == "cpu"
+        if on_cpu and self._swallows_nan() and (self.plan.makes_nan or not all(map(_is_tame, call.tensors))):
             with plain_ops():
                 return run_plan(self.plan, call)
         if self.plan.outputs is None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from nets import SMALL, build
 from torch import nn
 
-from depthfuse.acceleration import AccelerationError, accelerate
+from depthfuse.acceleration import AccelerationError, accelerate, load_accelerated
 from depthfuse.acceleration.checking.verify import compare_operations, relative_error, verify
 from depthfuse.acceleration.planning import elements
 from depthfuse.acceleration.planning.build import build_plan
@@ -239,3 +239,29 @@ def test_a_watched_container_without_weights():
     with torch.no_grad():
         assert relative_error(fast(x), model(x)) < 1e-6
     assert seen == [1, 1]
+
+
+class DividesByZero(nn.Module):
+    """Gives NaN for an image of zeros, which is as tame as an input can be."""
+
+    def __init__(self, safe: bool):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.safe = safe
+
+    def forward(self, x):
+        largest = x.abs().amax((1, 2, 3), keepdim=True)
+        return self.norm(self.conv(x / (largest + 1e-6 if self.safe else largest))).relu()
+
+
+@pytest.mark.parametrize("tune", ["heuristic", "measure"])
+def test_nan_that_arises_inside_comes_out(tune, tmp_path):
+    model, x = DividesByZero(safe=False).eval(), torch.randn(2, 3, 8, 8)
+    fast = accelerate(model, x, tune=tune)
+    fast.save(tmp_path / "fast.safetensors")
+    x[1] = 0
+    for each in (fast, copy.deepcopy(fast), load_accelerated(tmp_path / "fast.safetensors")):
+        given = each(x)
+        assert given[1].isnan().all() and given[0].isfinite().all()
+    assert fast.made.makes_nan
+    assert not accelerate(DividesByZero(safe=True).eval(), torch.randn(2, 3, 8, 8), tune="off").made.makes_nan

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from depthfuse.acceleration.planning import aten, moves
-from depthfuse.acceleration.planning.graph import mark_value, new_call
+from depthfuse.acceleration.planning.graph import mark_value, new_call, origin_of
 from depthfuse.acceleration.planning.sizes import UnknownCondition
 
 ATEN = torch.ops.aten
@@ -33,8 +33,8 @@ def lift_linears(plan: fx.GraphModule) -> None:
             continue
         source, chain = moves.source_of(node.args[0])
         shape = aten.shape_of(source) or ()
-        if not chain or len(shape) < 2 or not isinstance(shape[-1], int):
-            continue
+        if not chain or len(shape) != 3 or not isinstance(shape[-1], int):
+            continue  # tokens; the flattening before a classifier stays where it is looked for
         swaps = _moves_rows(source, chain)
         if swaps is None:
             continue
@@ -53,6 +53,7 @@ def _lift(plan: fx.GraphModule, node: fx.Node, source: fx.Node, swaps: bool, siz
     with graph.inserting_before(node):
         value = new_call(graph, node.target, (source, *node.args[1:]), node)
         value.meta["val"] = before.new_empty((*before.shape[:-1], after.shape[-1]))
+        value.meta["origin"] = origin_of(node)
         if swaps:
             value = new_call(graph, ATEN.transpose.int, (value, 0, 1), node)
             value.meta["val"] = value.args[0].meta["val"].transpose(0, 1)
@@ -77,7 +78,7 @@ def _moves_rows(source: fx.Node, chain: list[fx.Node]) -> bool | None:
     """Whether a chain keeps the order of the rows of `source` (False), or swaps its first two axes (True); None where
     it does anything else.
     """
-    possible = [False, True] if len(aten.shape_of(source) or ()) > 2 else [False]
+    possible = [False, True]
     trials = moves.trial_sizes([source, *chain])
     try:
         for symbols in trials:
@@ -86,7 +87,7 @@ def _moves_rows(source: fx.Node, chain: list[fx.Node]) -> bool | None:
             if end.shape[-1] != start.shape[-1] or end.numel() != start.numel():
                 return None
             rows = end.reshape(-1, end.shape[-1])
-            wanted = {False: start, True: start.transpose(0, 1) if start.dim() > 2 else start}
+            wanted = {False: start, True: start.transpose(0, 1)}
             possible = [s for s in possible if torch.equal(rows, wanted[s].reshape(rows.shape))]
     except (RuntimeError, ValueError, UnknownCondition):
         return None

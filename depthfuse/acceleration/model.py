@@ -16,7 +16,7 @@ from depthfuse.acceleration.checking.report import Report
 from depthfuse.acceleration.checking.verify import verify
 from depthfuse.acceleration.planning.build import build_plan
 from depthfuse.acceleration.planning.plan import Entry, Plan
-from depthfuse.acceleration.planning.program import Call
+from depthfuse.acceleration.planning.program import Call, layout_of
 from depthfuse.acceleration.running.choose import choose, restore
 from depthfuse.acceleration.running.execution import Executor, run_plan
 from depthfuse.acceleration.saving.saved import save_plan
@@ -171,7 +171,7 @@ class AcceleratedModel(nn.Module):
 
     def _executor_for(self, call: Call) -> Executor | None:
         """What is right for a call, or None."""
-        key = _key(call)
+        key = self._key(call)
         known = self._known.get(key)
         if known is not None:
             return known
@@ -184,6 +184,13 @@ class AcceleratedModel(nn.Module):
                 return executor
         return None
 
+    def _key(self, call: Call) -> tuple:
+        """Equal for calls that the same plan is right for."""
+        key = call.tree, tuple(x.dtype for x in call.tensors), call.shapes()
+        if any(map(_asks_for_layouts, (self._executor, *self._others))):
+            return *key, tuple(map(layout_of, call.tensors))
+        return key
+
     @torch.no_grad()
     def _run_original(self, call: Call) -> Any:
         """Run the model itself, and plan for such calls from then on."""
@@ -194,17 +201,18 @@ class AcceleratedModel(nn.Module):
                 f"no plan for {where}: the example was {self._example()}, and the model itself is not at hand in what "
                 "was loaded; accelerate the model with such an example"
             )
-        before = call.on_clones()
+        with torch.inference_mode(False):  # what is planned outlives the caller's inference mode
+            before = call.on_clones()
         args, kwargs = call.arguments()
         outputs = original(*args, **kwargs)
-        key = _key(call)
+        key = self._key(call)
         plannable = not torch.is_autocast_enabled(self.device.type) and key not in self._refused
-        if plannable and len(self._others) < _OTHER_PLANS and torch.is_inference_mode_enabled() is False:
+        if plannable and len(self._others) < _OTHER_PLANS:
             self._plan_anew(original, before, key)
         return outputs
 
     def _plan_anew(self, original: nn.Module, call: Call, key: tuple) -> None:
-        with one_at_a_time:
+        with one_at_a_time, torch.inference_mode(False), torch.no_grad():
             if self._executor_for(call) is not None:
                 return  # another thread did
             try:
@@ -291,8 +299,8 @@ def _are_traced(call: Call) -> bool:
     return not all(type(x) in (torch.Tensor, nn.Parameter) for x in call.tensors)
 
 
-def _key(call: Call) -> tuple:
-    return call.tree, tuple(x.dtype for x in call.tensors), call.shapes()
+def _asks_for_layouts(executor: Executor) -> bool:
+    return executor.plan.form is not None and executor.plan.form.layouts is not None
 
 
 def _move_constants(graph: fx.GraphModule, device: torch.device) -> None:

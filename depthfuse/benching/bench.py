@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from depthfuse.acceleration import Report, accelerate
-from depthfuse.acceleration.checking.verify import TOLERANCE, relative_error
 from depthfuse.benching.engines import ENGINES, OURS, Call, available
 from depthfuse.env import collect
+from depthfuse.measuring.accuracy import TOLERANCE, relative_error
 from depthfuse.measuring.timing import Timing, quartiles, time_interleaved
 
 logger = logging.getLogger(__name__)

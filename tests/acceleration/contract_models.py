@@ -1161,7 +1161,7 @@ class WritesOverItsInput(Trunked):
         return self.logits(x)
 
 
-@kind()
+@kind(lambda: [call(image(2, 4)), call(image(3, 4))])
 class WritesThroughAViewOfItsInput(Trunked):
     def forward(self, x):
         rows = x.permute(0, 2, 3, 1).unbind(1)[0]
@@ -1243,7 +1243,7 @@ class WritesAsMuchAsIsGiven(nn.Module):
         return self.proj(x)
 
 
-@kind(lambda: [call(torch.randn(n, 3, 3, 8, 8)) for n in (2, 1)])
+@kind(lambda: [call(torch.randn(n, 3, 3, 4, 4)) for n in (2, 1)])
 class FramesInTurn(Trunked):
     """A video: frame after frame is written into one tensor."""
 
@@ -1783,6 +1783,43 @@ class ChannelsLastOut(Trunked):
 
     def forward(self, x):
         return self.trunk(x).contiguous(memory_format=torch.channels_last), x.permute(0, 2, 3, 1)
+
+
+@kind(
+    lambda: [
+        call(image()),
+        call(image().to(memory_format=torch.channels_last)),
+        call(image(3)),
+        call(image(2, 16)[:, :, ::2, ::2]),
+    ]
+)
+class AsksForTheLayout(Trunked):
+    """Another result for another layout of the input."""
+
+    def forward(self, x):
+        x = x if x.is_contiguous() else x * 2
+        return self.logits(x) + x.stride(3)
+
+
+@kind(unsaved="own code")
+class OtherWhereCaptured(Trunked):
+    """A path of its own for exporters and compilers, which gives something else."""
+
+    def forward(self, x):
+        x = self.logits(x)
+        return x.softmax(-1) if torch.compiler.is_compiling() else x
+
+
+@kind(
+    lambda: [
+        call(torch.randn(n, 5, 8), src_key_padding_mask=torch.arange(5).expand(n, 5) >= 3) for n in (2, 3)
+    ],
+    unsaved="own code",
+)
+def PaddedEncoder():
+    """PyTorch's own fast path leaves zeros where there is padding; a capture does not take that path."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.TransformerEncoder(layer, 2)
 
 
 @kind()

@@ -14,11 +14,11 @@ from torch import nn
 from depthfuse import Supernet, merge
 from depthfuse.acceleration import AccelerationError, accelerate, api
 from depthfuse.acceleration.checking import verify as verify_module
-from depthfuse.acceleration.checking.verify import relative_error
 from depthfuse.acceleration.planning import elements
 from depthfuse.acceleration.planning.graph import path_of
 from depthfuse.acceleration.planning.program import Call
 from depthfuse.fused.layers import FusedModule
+from depthfuse.measuring.accuracy import relative_error
 from depthfuse.measuring.timing import Timing
 from depthfuse.merging.merge import merged_structure
 from depthfuse.ops import BackendError

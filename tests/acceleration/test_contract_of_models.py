@@ -194,6 +194,8 @@ def test_gives_what_the_model_gives(name, tune, tmp_path):
     around, unsaved = KINDS[name].around, KINDS[name].unsaved
     model, calls = made(name)
     untouched, _ = made(name)
+    if tune == "off":  # all that goes beyond one plan is tried with the default
+        calls = calls[:1]
     expected = [run(untouched, given, around) for given in calls]
     before = state_of(model)
     args, kwargs = clones(calls[0])
@@ -206,17 +208,18 @@ def test_gives_what_the_model_gives(name, tune, tmp_path):
     assert not fast.training
     assert next(fast.parameters()).dtype == fast.dtype
 
-    if tune == "default":
-        check(copy.deepcopy(fast), name, model, calls[:2], expected)
-        if can_be_pickled(model, calls[0], expected[0][0], around):
-            check(pickle.loads(pickle.dumps(fast)), name, model, calls[:2], expected)
-        if unsaved:
-            with pytest.raises(AccelerationError, match=unsaved):
-                fast.save(tmp_path / "fast.safetensors")
-        else:
+    if tune == "off":
+        return
+    check(copy.deepcopy(fast), name, model, calls[:2], expected)
+    if can_be_pickled(model, calls[0], expected[0][0], around):
+        check(pickle.loads(pickle.dumps(fast)), name, model, calls[:2], expected)
+    if unsaved:
+        with pytest.raises(AccelerationError, match=unsaved):
             fast.save(tmp_path / "fast.safetensors")
-            loaded = depthfuse.load_accelerated(tmp_path / "fast.safetensors")
-            check(loaded, name, model, calls, expected, may_refuse=True)
+    else:
+        fast.save(tmp_path / "fast.safetensors")
+        loaded = depthfuse.load_accelerated(tmp_path / "fast.safetensors")
+        check(loaded, name, model, calls, expected, may_refuse=True)
     # By the plans for other calls, where it made any; and nothing that is done to the model reaches it.
     spoil(model)
     check(fast, name, untouched, calls, expected)

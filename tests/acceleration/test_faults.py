@@ -15,7 +15,7 @@ from nets import build
 from torch import nn
 
 from depthfuse.acceleration import accelerate
-from depthfuse.acceleration.checking.verify import relative_error
+from depthfuse.measuring.accuracy import relative_error
 
 FEW = ("resnet", "mobilenet", "convnext_linear", "vit_scaled")
 STATM = Path("/proc/self/statm")

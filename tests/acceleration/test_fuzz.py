@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from depthfuse import accelerate, load_accelerated
-from depthfuse.acceleration.checking.verify import relative_error
+from depthfuse.measuring.accuracy import relative_error
 
 NETS = int(os.environ.get("DEPTHFUSE_FUZZ", "100"))
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-4}

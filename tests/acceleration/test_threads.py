@@ -7,7 +7,7 @@ import torch
 from nets import build
 
 from depthfuse.acceleration import accelerate
-from depthfuse.acceleration.checking.verify import relative_error
+from depthfuse.measuring.accuracy import relative_error
 
 
 def test_two_threads_accelerate_at_once():

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from depthfuse.acceleration.checking.verify import TOLERANCE, other_values, relative_error
+from depthfuse.acceleration.checking.verify import other_values
 from depthfuse.acceleration.planning.own import main_dtype, tensors_by_name
 from depthfuse.acceleration.planning.program import Call
 from depthfuse.acceleration.planning.trees import flatten, in_words
 from depthfuse.errors import AccelerationError
+from depthfuse.measuring.accuracy import TOLERANCE, relative_error
 
 _PLAIN = (bool, int, float, str, type(None))
 

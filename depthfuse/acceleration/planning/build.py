@@ -23,6 +23,7 @@ from depthfuse.acceleration.planning.simplify import simplify
 from depthfuse.acceleration.planning.trees import Tree, flatten, pairs_of_leaves
 from depthfuse.errors import AccelerationError
 from depthfuse.fused.layers import FusedModule
+from depthfuse.measuring.accuracy import TOLERANCE, relative_error
 from depthfuse.spec import ModelSource
 
 logger = logging.getLogger(__name__)
@@ -54,10 +55,12 @@ def build_plan(own: nn.Module, model: nn.Module, call: Call, backend: str, dynam
     with sources_forgotten() as kept:
         try:
             program = capture_watched(own, call, dynamic)
-            graph, entries = _plan_program(program, own, call, exact, backend)
+            example = _example_of(own, call, program)
+            graph, entries = _plan_program(program, example, exact, backend)
             module: nn.Module = graph
         except CaptureError as error:
             logger.info("%s is planned in parts: %s", type(model).__name__, error)
+            program = None
             module, entries = _plan_children(own, call, exact, backend, dynamic)
         kept.append(module)
     return Plan(
@@ -87,10 +90,41 @@ def _is_watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+class _Example(NamedTuple):
+    """What a model gives for an example, as `flatten` takes it apart."""
+
+    outputs: list[Any]
+    tree: Tree
+
+
+def _example_of(model: nn.Module, call: Call, program: Program) -> _Example:
+    """What the model gives for the call that its program was captured from.
+
+    Raises CaptureError where the program gives something else: a model may ask whether it is being captured, and
+    compute otherwise then.
+    """
+    with torch.no_grad():
+        args, kwargs = call.on_clones().arguments()
+        outputs, tree = flatten(model(*args, **kwargs), once=True)
+        given = program.graph(*call.on_clones().tensors)
+    for ours, theirs in pairs_of_leaves(
+        program.outputs, tree
+    ):  # what is a plain number in a run may be a leaf there
+        result, reference = given[ours], outputs[theirs]
+        if not isinstance(result, Tensor) or not isinstance(reference, Tensor):
+            continue
+        error = relative_error(result, reference)
+        if not error <= TOLERANCE.get(reference.dtype, TOLERANCE[torch.float32]):
+            raise CaptureError(
+                f"what PyTorch captures of it gives something else, by {error:.1e} of the largest output: does it ask "
+                "torch.compiler.is_compiling(), or whether it is traced?"
+            )
+    return _Example(outputs, tree)
+
+
 def _plan_program(
     program: Program,
-    model: nn.Module,
-    call: Call,
+    example: _Example,
     exact: Mapping[str, Tensor],
     backend: str,
     prefix: str = "",
@@ -98,7 +132,7 @@ def _plan_program(
     """The plan of a program.
 
     Args:
-        model, call: what it was captured from.
+        example: what the model gives for the call that it was captured from.
         exact: the model's own tensors by name, where those of the program have fewer digits. prefix: of the names.
     """
     graph = copy_of(program.graph)
@@ -117,7 +151,7 @@ def _plan_program(
     simplify(graph)
     fuse(graph, backend)
     moves.collapse(graph)
-    _keep_layouts(graph, model, call, program.outputs)
+    _keep_layouts(graph, program.outputs, example)
     output = graph.graph.output_node()
     (values,) = output.args
     if len(values) == 1:
@@ -146,19 +180,16 @@ def copy_of(graph: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(values, twin.graph, "Plan")
 
 
-def _keep_layouts(plan: fx.GraphModule, model: nn.Module, call: Call, outputs: Tree) -> None:
+def _keep_layouts(plan: fx.GraphModule, outputs: Tree, example: _Example) -> None:
     """Outputs lie in memory as the model's do in an example: a fused convolution's lie in channels_last."""
     output = plan.graph.output_node()
     values = list(output.args[0])
     if not any(len(aten.shape_of(value) or ()) > 2 for value in values):
         return
-    with torch.no_grad():
-        args, kwargs = call.on_clones().arguments()
-        given, tree = flatten(model(*args, **kwargs), once=True)
-    places = dict(pairs_of_leaves(outputs, tree))  # sizes are leaves in a program, and plain numbers in a run
+    places = dict(pairs_of_leaves(outputs, example.tree))
     with plan.graph.inserting_before(output):
         for index, value in enumerate(values):
-            layout = _layout(given[places[index]]) if index in places else None
+            layout = _layout(example.outputs[places[index]]) if index in places else None
             if layout is None or len(aten.shape_of(value) or ()) < 3 or not _may_lie_otherwise(value):
                 continue
             node = plan.graph.call_function(
@@ -263,10 +294,11 @@ def _replace(
             signature = signature_of(child)
             call = Call.of(*signature.bind(*seen[0])).on_clones()
             program = capture_watched(child, call, dynamic)
+            example = _example_of(child, call, program)
         except (AccelerationError, TypeError) as error:
             logger.info("%s is planned in parts: %s", path, error)
         else:
-            graph, found = _plan_program(program, child, call, exact, backend, path)
+            graph, found = _plan_program(program, example, exact, backend, path)
             if any(entry.fused for entry in found) and not program.writes_inputs:
                 original = getattr(parent, name)
                 part = PlannedPart(graph, program.form(), program.outputs, signature, original)

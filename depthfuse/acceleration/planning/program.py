@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.fx.experimental import _config as settings
+from torch.overrides import TorchFunctionMode
 
 from depthfuse.acceleration.planning import aten
 from depthfuse.acceleration.planning.exporting import (
@@ -70,13 +71,33 @@ class Call:
         return f"({', '.join(text for text in inner if text)})"
 
 
+# The axes by their strides, the longest first, and whether the values fill the memory between first and last. Axes
+# along which there is one value, or none, count as if they were laid out in order.
+Layout = tuple[tuple[int, ...], bool]
+
+
+def layout_of(x: Tensor) -> Layout:
+    """How a tensor lies in memory, whatever its sizes are."""
+    x = x if x.layout == torch.strided else x.new_empty(0)
+    axes = range(x.dim())
+    steps = list(x.stride())
+    following = 1
+    for axis in reversed(axes):
+        if x.shape[axis] < 2:
+            steps[axis] = following
+        following = max(following, steps[axis] * max(x.shape[axis], 1))
+    order = tuple(sorted(axes, key=lambda axis: -steps[axis]))
+    extent = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True) if n)
+    return order, x.numel() == 0 or extent == x.numel()
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """A graph, and the calls that it is right for.
 
     graph: one placeholder for each tensor of a call, in order; its output is a tuple. Parameters and buffers are read
     by their names in the model. Each node's `meta["val"]` has the value's shape (with symbols) and dtype.
-    tree, dtypes, sizes: of the calls that it is right for. outputs: what holds its outputs.
+    tree, dtypes, sizes, layouts: of the calls that it is right for, see `Form`. outputs: what holds its outputs.
     writes_inputs: whether the model writes over tensors that it is given; so does the graph.
     """
 
@@ -84,26 +105,32 @@ class Program:
     tree: Tree
     dtypes: tuple[torch.dtype, ...]
     sizes: Sizes
+    layouts: tuple[Layout, ...] | None
     outputs: Tree
     writes_inputs: bool
 
     def form(self) -> Form:
-        return Form(self.tree, self.dtypes, self.sizes)
+        return Form(self.tree, self.dtypes, self.sizes, self.layouts)
 
 
 @dataclass(frozen=True)
 class Form:
-    """The calls that a program is right for."""
+    """The calls that a program is right for.
+
+    layouts: how their tensors lie in memory, where the model asks for that; None for any.
+    """
 
     tree: Tree
     dtypes: tuple[torch.dtype, ...]
     sizes: Sizes
+    layouts: tuple[Layout, ...] | None = None
 
     def takes(self, call: Call) -> bool:
         return (
             call.tree == self.tree
             and tuple(x.dtype for x in call.tensors) == self.dtypes
             and self.sizes.take(call.shapes())
+            and self.layouts in (None, tuple(map(layout_of, call.tensors)))
         )
 
 
@@ -111,6 +138,19 @@ class _Found:
     """What is found while a model is traced: torch.export puts lists and dictionaries back as they were."""
 
     outputs: Tree
+    asks_for_layouts: bool
+
+
+class _Questions(TorchFunctionMode):
+    """Notices what a model's own code asks of tensors. What PyTorch asks in carrying out its operators is not seen."""
+
+    _LAYOUT = (Tensor.stride, Tensor.is_contiguous, Tensor.dim_order)
+
+    for_layouts = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.for_layouts |= function in self._LAYOUT
+        return function(*args, **(kwargs or {}))
 
 
 class _Flat(nn.Module):
@@ -124,8 +164,10 @@ class _Flat(nn.Module):
 
     def forward(self, tensors: list[Tensor]) -> tuple[Any, ...]:
         args, kwargs = unflatten(tensors, self._tree)
-        leaves, tree = flatten(self.model(*args, **kwargs), once=True)
-        self.found.outputs = tree
+        with _Questions() as questions:
+            outputs = self.model(*args, **kwargs)
+        leaves, tree = flatten(outputs, once=True)
+        self.found.outputs, self.found.asks_for_layouts = tree, questions.for_layouts
         return tuple(leaves)
 
 
@@ -215,6 +257,7 @@ def _capture(model: nn.Module, call: Call, axes: slice, with_ones: bool) -> Prog
         call.tree,
         tuple(x.dtype for x in call.tensors),
         _sizes(exported, graph.graph, placeholders),
+        tuple(map(layout_of, call.tensors)) if flat.found.asks_for_layouts else None,
         outputs,
         any(aten.name_of(node) == "copy_" for node in graph.graph.nodes),
     )

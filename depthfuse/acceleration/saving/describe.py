@@ -239,6 +239,7 @@ def describe_form(form: Form) -> dict[str, Any]:
         "shapes": [list(shape) for shape in sizes.shapes],
         "least": [list(pair) for pair in sizes.least],
         "conditions": list(sizes.conditions),
+        "layouts": None if form.layouts is None else [[list(order), full] for order, full in form.layouts],
     }
 
 
@@ -249,6 +250,9 @@ def rebuild_form(document: Any) -> Form:
     shapes = tuple(tuple(shape) for shape in document["shapes"])
     least = tuple((name, size) for name, size in document["least"])
     conditions = tuple(document["conditions"])
+    layouts = document["layouts"]
+    if layouts is not None:
+        layouts = tuple((tuple(order), full) for order, full in layouts)
     plain = (
         all(isinstance(dtype, torch.dtype) for dtype in dtypes)
         and len(dtypes) == len(shapes)
@@ -256,10 +260,14 @@ def rebuild_form(document: Any) -> Form:
         and all(isinstance(n, str) or (type(n) is int and n >= 0) for shape in shapes for n in shape)
         and all(isinstance(name, str) and type(size) is int for name, size in least)
         and all(isinstance(text, str) for text in conditions)
+        and (layouts is None or len(layouts) == len(shapes))
+        and all(
+            type(full) is bool and all(type(axis) is int for axis in order) for order, full in layouts or ()
+        )
     )
     if not plain:
         raise DescriptionError(f"{document!r:.80} says not which calls a plan takes")
-    return Form(tree, dtypes, Sizes(shapes, least, conditions))
+    return Form(tree, dtypes, Sizes(shapes, least, conditions), layouts)
 
 
 def describe_signature(signature: Signature) -> list[Any]:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from depthfuse.acceleration.checking.report import Report
-from depthfuse.acceleration.checking.verify import TOLERANCE, relative_error
 from depthfuse.acceleration.planning.leftovers import sources_forgotten
 from depthfuse.acceleration.planning.own import cast_main
 from depthfuse.acceleration.planning.plan import Entry, Example, Plan
@@ -45,6 +44,7 @@ from depthfuse.checkpoint import load_tensors, save_tensors
 from depthfuse.errors import AccelerationError, CheckpointError, SpecError
 from depthfuse.fused.layers import plain_ops
 from depthfuse.measured_cache import environment
+from depthfuse.measuring.accuracy import TOLERANCE, relative_error
 from depthfuse.merging.tracing import has_hooks
 from depthfuse.shapes import bytes_of_source
 from depthfuse.spec import ModelSource

@@ -11,11 +11,12 @@ from nets import SMALL, build
 from torch import nn
 
 from depthfuse.acceleration import AccelerationError, accelerate, load_accelerated
-from depthfuse.acceleration.checking.verify import compare_operations, relative_error, verify
+from depthfuse.acceleration.checking.verify import compare_operations, verify
 from depthfuse.acceleration.planning import elements
 from depthfuse.acceleration.planning.build import build_plan
 from depthfuse.acceleration.planning.graph import path_of
 from depthfuse.acceleration.planning.program import Call
+from depthfuse.measuring.accuracy import relative_error
 
 FAMILIES = ("resnet_d", "mobilenet", "convnext", "vit_scaled", "vit")
 

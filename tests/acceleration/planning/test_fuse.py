@@ -14,7 +14,6 @@ from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 
 from depthfuse.acceleration import AcceleratedModel, AccelerationError, accelerate
-from depthfuse.acceleration.checking.verify import relative_error
 from depthfuse.acceleration.planning import aten
 from depthfuse.acceleration.planning.build import build_plan
 from depthfuse.acceleration.planning.program import Call, capture
@@ -22,6 +21,7 @@ from depthfuse.acceleration.running.execution import Execution, Executor
 from depthfuse.acceleration.running.implementations import choose_chunk, clearly_faster, least_ms
 from depthfuse.acceleration.running.onednn_graph import compile_plan
 from depthfuse.fused.layers import FusedConv2d, FusedLinear
+from depthfuse.measuring.accuracy import relative_error
 from depthfuse.merging.merged_blocks import TokenBatchNorm
 
 WIDTH = 6

@@ -8,7 +8,6 @@ from torch import nn
 
 from depthfuse import Supernet, merge
 from depthfuse.acceleration import accelerate, load_accelerated
-from depthfuse.acceleration.checking.verify import relative_error
 from depthfuse.fused.blocks import (
     FusedAttention,
     FusedBlock,
@@ -18,6 +17,7 @@ from depthfuse.fused.blocks import (
     FusedPoolLinear,
 )
 from depthfuse.fused.layers import FusedConv2d, FusedModule
+from depthfuse.measuring.accuracy import relative_error
 
 pytest.importorskip("triton", reason="the kernels are written in Triton, which is not installed")
 # Compiled on the GPU where there is one (marked `gpu`), in Triton's interpreter on the CPU where there is none.

@@ -8,12 +8,12 @@ from nets import build
 from torch import nn
 
 from depthfuse.acceleration import AccelerationError, accelerate
-from depthfuse.acceleration.checking.verify import relative_error
 from depthfuse.acceleration.running import choose as executor
 from depthfuse.acceleration.running import implementations as tune
 from depthfuse.acceleration.running.choose import fingerprint, judge
 from depthfuse.acceleration.running.execution import Execution
 from depthfuse.fused.layers import FusedLinear, FusedModule
+from depthfuse.measuring.accuracy import relative_error
 from depthfuse.measuring.timing import Timing
 
 

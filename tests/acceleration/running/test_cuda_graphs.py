@@ -9,8 +9,8 @@ import timm
 import torch
 
 from depthfuse.acceleration import accelerate
-from depthfuse.acceleration.checking.verify import relative_error
 from depthfuse.acceleration.running.cuda_graphs import GraphCache
+from depthfuse.measuring.accuracy import relative_error
 
 
 class Recorder:

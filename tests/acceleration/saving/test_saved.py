@@ -14,7 +14,6 @@ from torch import nn
 
 from depthfuse import ModelSource, Supernet, load_accelerated, merge
 from depthfuse.acceleration import AccelerationError, accelerate, api
-from depthfuse.acceleration.checking.verify import relative_error
 from depthfuse.acceleration.planning import build as planning
 from depthfuse.acceleration.planning.program import CaptureError
 from depthfuse.acceleration.running import choose as executor
@@ -25,6 +24,7 @@ from depthfuse.acceleration.saving.saved import read_plan
 from depthfuse.checkpoint import load_tensors, save_tensors
 from depthfuse.errors import CheckpointError
 from depthfuse.fused.layers import FusedModule
+from depthfuse.measuring.accuracy import relative_error
 from depthfuse.measuring.timing import Timing
 
 FAMILIES = ("resnet", "mobilenet", "convnext", "vit_scaled")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -50,7 +51,11 @@ def size_of(size: int | torch.SymInt) -> int | str:
     """A number, or the expression of symbols as text."""
     if isinstance(size, int):
         return size
-    expression = size.node.expr
+    return _number_or_text(size.node.expr)
+
+
+@functools.lru_cache(4096)  # to write an expression takes far longer than to find it, and the same ones come up often
+def _number_or_text(expression: Any) -> int | str:
     return int(expression) if expression.is_number else str(expression)
 
 

@@ -89,9 +89,14 @@ def _no() -> bool:
 @contextlib.contextmanager
 def any_layout() -> Iterator[None]:
     """Keep convolutions from asking for the batch size: which library would run them, and in which memory layout it
-    would leave its result, is of no interest here, but the answer would count as a condition of the program.
+    would leave its result, is of no interest here, but the answer would count as a condition of the program. Nor is the
+    layout that each value has, which takes a quarter of the time to find out where sizes are open.
     """
     with contextlib.ExitStack() as stack:
+        if hasattr(proxy_tensor, "_extract_tensor_metadata"):
+            usual = proxy_tensor._extract_tensor_metadata
+            none = _by_thread(threading.get_ident(), _none, usual)
+            stack.enter_context(mock.patch.object(proxy_tensor, "_extract_tensor_metadata", none))
         for name in ("_select_conv_backend", "_conv_determine_backend_memory_format"):
             if hasattr(torch._C, name):
                 stack.enter_context(mock.patch.object(torch._C, name, _none))
@@ -132,8 +137,10 @@ def known_shapes() -> Iterator[None]:
             usual = None if packet is None else decomposition_table.get(packet.default)
             if usual is not None:
                 known[packet.default] = functools.partial(_activation, usual, packet.default)
-    norm = torch.ops.aten.native_batch_norm.default
-    known[norm] = functools.partial(_batch_norm, decomposition_table[norm])
+    training = torch.ops.aten.native_batch_norm.default
+    known[training] = functools.partial(_batch_norm, decomposition_table[training])
+    fixed = torch.ops.aten._native_batch_norm_legit_no_training.default
+    known[fixed] = functools.partial(_fixed_batch_norm, decomposition_table[fixed])
     with mock.patch.dict(fake_impls.get_fast_op_impls(), known):
         yield
 
@@ -149,11 +156,24 @@ def _activation(
 
 def _batch_norm(usual: Callable[..., Any], mode: Any, x: Tensor, *args: Any) -> Any:
     *parameters, training, _momentum, _eps = args
-    if training or _is_expanded(x) or any(t is not None and t.dtype != x.dtype for t in parameters):
+    if training or not _is_plain_norm(x, parameters):
         with mode:
             return usual(x, *args)
     none = x.new_empty(0)
     return _like(mode, x), none, none
+
+
+def _fixed_batch_norm(usual: Callable[..., Any], mode: Any, x: Tensor, *args: Any) -> Any:
+    *parameters, _momentum, _eps = args
+    if not _is_plain_norm(x, parameters):
+        with mode:
+            return usual(x, *args)
+    none = x.new_empty(0)
+    return _like(mode, x), none, none
+
+
+def _is_plain_norm(x: Tensor, parameters: list[Tensor | None]) -> bool:
+    return not _is_expanded(x) and all(t is None or t.dtype == x.dtype for t in parameters)
 
 
 def _is_expanded(x: Tensor) -> bool:

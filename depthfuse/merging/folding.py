@@ -39,8 +39,10 @@ class _Folding:
     def pairs(self) -> list[tuple[str, nn.Module, str, nn.Module]]:
         """(path, layer, path, layer) of two layers, each called once, where the second alone reads the first's output.
 
-        By the data flow, read by torch.fx; none where it cannot trace the model.
+        By the data flow, read by torch.fx; none where it cannot trace the model, or where no norm is left in it.
         """
+        if not any(isinstance(module, nn.BatchNorm2d | TokenBatchNorm) for module in self.model.modules()):
+            return []
         try:
             graph = _NormTracer().trace(self.model)
         except Exception as error:  # fx raises whatever the model's own code raises on a proxy

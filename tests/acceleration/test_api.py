@@ -192,17 +192,17 @@ def test_default_input_is_the_size_the_model_was_made_for():
         assert accelerate(model, tune="heuristic").report().max_relative_error < 1e-5
 
 
-@pytest.mark.parametrize("fill", [float("nan"), float("inf"), -float("inf"), 3e38])
 @pytest.mark.parametrize("family", FEW)
-def test_non_finite_values_come_out_as_from_the_model(family, fill):
+def test_non_finite_values_come_out_as_from_the_model(family):
     model, size = build(family)
     x = torch.randn(3, *size)
     fast = accelerate(model, x)
-    x[1, 0, 5, 7] = fill
-    with torch.no_grad():
-        expected, given = model(x), fast(x)
-    assert torch.equal(given.isnan(), expected.isnan())
-    assert relative_error(given[[0, 2]], expected[[0, 2]]) < 1e-5
+    for fill in (float("nan"), float("inf"), -float("inf"), 3e38):
+        x[1, 0, 5, 7] = fill
+        with torch.no_grad():
+            expected, given = model(x), fast(x)
+        assert torch.equal(given.isnan(), expected.isnan()), fill
+        assert relative_error(given[[0, 2]], expected[[0, 2]]) < 1e-5, fill
 
 
 def test_refusals():

@@ -190,7 +190,7 @@ def test_foreign_tables_are_refused_by_name(clock):
         away.check_conditions(here, "latency.json")
 
 
-@pytest.mark.parametrize("family", ["resnet", "convnext", "vit"])
+@pytest.mark.parametrize("family", ["resnet", "vit"])
 def test_predictions_repeat_and_follow_the_device(family):
     supernet, size = small(family)
     devices = ("mi100", "mi210", "mi300x") if family == "vit" else ("mi100",)  # each plans every variant anew
@@ -238,11 +238,10 @@ def test_unknown_devices_and_dtypes_list_the_known():
     assert table.conditions["device"] == "H100 SXM" and table.conditions["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("family", SMALL)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("seed", "family"), list(enumerate(SMALL)))
 def test_counts_hold_for_whole_merged_models(family, seed):
     model, size = build(family)
-    supernet = random_subnet(model, seed=seed, everything=seed == 1)
+    supernet = random_subnet(model, seed=seed, everything=seed % 2 == 1)
     choices = supernet.choices()
     merged = merged_model(kept_copy(supernet), choices)
     count = {"MACs": functools.partial(count_macs, input_size=size), "parameters": count_parameters}

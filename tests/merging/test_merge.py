@@ -1,6 +1,7 @@
 """Merging must change nothing: exact in float64, the same answers in float32, at full size and on odd maps."""
 
 import copy
+import os
 import random
 
 import pytest
@@ -21,6 +22,7 @@ from depthfuse.merging.merge import merged_structure
 from depthfuse.merging.merged_blocks import TokenBatchNorm
 from depthfuse.merging.supernet import SwitchBlock
 
+LONG = os.environ.get("DEPTHFUSE_LONG") == "1"
 FULL_SIZE = ["resnet34", "mobilenetv2_100", "mobilenetv2_140", "convnext_tiny", "deit_tiny_patch16_224"]
 
 
@@ -102,18 +104,18 @@ def test_attention_masks_reach_only_those_who_attend():
 @pytest.mark.parametrize("name", FULL_SIZE)
 @torch.no_grad()
 def test_full_size_nets(name):
-    """The nets of the paper at 224 px: bit-equal baseline, 1e-10 in float64, the same class on 256 float32 inputs."""
+    """The nets of the paper at 224 px: bit-equal baseline, 1e-10 in float64, the same classes in float32."""
     torch.manual_seed(0)
     model = randomise_norms(ModelSource.make(name).build().eval())
     supernet = Supernet(model).eval()
-    x = torch.randn(256, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(256 if LONG else 16, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     assert torch.equal(supernet(x[:4]), model(x[:4]))
     randomise_norms(supernet)
     supernet.set_choices(supernet.sample(random.Random(3)))
     merged = merge(supernet)  # compares in float64 at 224 px
     report = merged.merge_report
     assert max(report.output, *(max(b.border, b.interior) for b in report.blocks)) <= 1e-10
-    for batch in x.split(32):
+    for batch in x.split(16):
         assert torch.equal(merged(batch).argmax(-1), supernet(batch).argmax(-1))
 
 

@@ -54,7 +54,9 @@ def size_of(size: int | torch.SymInt) -> int | str:
     return _number_or_text(size.node.expr)
 
 
-@functools.lru_cache(4096)  # to write an expression takes far longer than to find it, and the same ones come up often
+@functools.lru_cache(
+    4096
+)  # to write an expression takes far longer than to find it, and the same ones come up often
 def _number_or_text(expression: Any) -> int | str:
     return int(expression) if expression.is_number else str(expression)
 

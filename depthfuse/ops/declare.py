@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from depthfuse.ops.backend import runs_triton
+from depthfuse.ops.backend import distrust, runs_triton
 from depthfuse.ops.layouts import Layout
+from depthfuse.untrusted import is_out_of_memory
 
 
 def declare(
@@ -69,7 +70,15 @@ def declare(
         by_triton = runs_triton(name, backend, x, lambda: refusal(**call))
         if 0 in shape:
             return layout.empty(shape, x)
-        return triton(**call) if by_triton else layout.dense(reference(**call))
+        if by_triton:
+            try:
+                return triton(**call)
+            except Exception as error:  # the compiler and the driver raise what they like
+                if backend == "triton" or is_out_of_memory(error):
+                    raise
+                line = (str(error) or repr(error)).splitlines()[0]
+                distrust(name, x.dtype, x.device, f"{type(error).__name__}: {line}", x.shape)
+        return layout.dense(reference(**call))
 
     qualified = f"depthfuse::{name}"
     torch.library.define(qualified, parenthesis + rest)

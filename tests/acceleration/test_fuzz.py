@@ -9,10 +9,11 @@ from dataclasses import fields, is_dataclass
 
 import torch
 from fuzz_nets import SIDE, nets
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from depthfuse import accelerate, load_accelerated
+from depthfuse.acceleration.planning.trees import flatten
 from depthfuse.measuring.accuracy import relative_error
 
 NETS = int(os.environ.get("DEPTHFUSE_FUZZ", "100"))
@@ -52,6 +53,14 @@ def same(given, expected, bound):
     return all(same(g, e, bound) for g, e in pairs)
 
 
+def computes_something(model, x):
+    """Whether outputs are more than rounding: the mean of what an instance norm gives is 0, and nothing else."""
+    runs = [
+        flatten(copy.deepcopy(model).to(dtype)(x.to(dtype)))[0] for dtype in (torch.float32, torch.float64)
+    ]
+    return all(relative_error(coarse, fine) < 1e-2 for coarse, fine in zip(*runs, strict=True))
+
+
 @several(NETS)
 @given(
     nets(), st.sampled_from([torch.float64, torch.float32]), st.integers(0, 19), st.booleans(), st.booleans()
@@ -60,6 +69,7 @@ def test_any_net(model, dtype, lot, channels_last, dynamic):
     model = model.to(dtype)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     x = torch.randn(2, 3, 2 * SIDE, 2 * SIDE, dtype=dtype)
+    assume(computes_something(model, x))
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     tune = "measure" if lot == 0 else "heuristic" if lot < 6 else "off"
@@ -80,6 +90,7 @@ def test_any_net_from_a_file(tmp_path_factory, model):
     if model.container in ("pair", "result"):
         model.container = "dict"  # classes of a user's are in no file
     x = torch.randn(2, 3, 2 * SIDE, 2 * SIDE)
+    assume(computes_something(model, x))
     fast = accelerate(model, x, tune="heuristic")
     file = tmp_path_factory.mktemp("fuzz") / "fast.safetensors"
     fast.save(file)

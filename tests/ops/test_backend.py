@@ -1,11 +1,12 @@
 """Which backend runs: what a device's architecture says to it."""
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from depthfuse.ops import BackendError, backend, resolve_backend
+from depthfuse.ops import BackendError, backend, linear, resolve_backend
 
 pytest.importorskip("triton", reason="without Triton every device takes the reference")
 
@@ -44,3 +45,32 @@ def test_waves_of_64_lanes_run_triton(arch, amd):
 def test_nvidia_is_not_asked_for_an_amd_architecture(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     assert resolve_backend("auto", "cuda")[0] == "triton"
+
+
+def test_a_kernel_that_fails_is_replaced_and_not_tried_again(monkeypatch, caplog):
+    """For the shape with which it failed; asked for by name, its own error comes out."""
+    kernel = importlib.import_module("depthfuse.kernels.linear")
+    declare = importlib.import_module("depthfuse.ops.declare")
+
+    tries = []
+
+    def fails(*args, **kwargs):
+        tries.append(args)
+        raise RuntimeError("out of resource: shared memory, Required: 262144, Hardware limit: 65536")
+
+    def on_a_card(op, backend_name, x, refusal):
+        return backend.distrusted(op, x) is None
+
+    monkeypatch.setattr(backend, "_distrusted", {})
+    monkeypatch.setattr(declare, "runs_triton", on_a_card)
+    monkeypatch.setattr(kernel, "linear", fails)
+    x, weight = torch.randn(3, 8), torch.randn(4, 8)
+    for _ in range(3):
+        assert torch.allclose(linear(x, weight), x @ weight.T, atol=1e-6)
+    assert len(tries) == 1
+    assert caplog.text.count("its kernel failed (RuntimeError: out of resource: shared memory") == 1
+    linear(torch.randn(5, 8), weight)
+    assert len(tries) == 2
+    monkeypatch.setattr(backend, "_distrusted", {})
+    with pytest.raises(RuntimeError, match="out of resource"):
+        linear(x, weight, backend="triton")

@@ -7,10 +7,12 @@ recently used making room. What cannot be captured runs launch by launch, and is
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -48,8 +50,9 @@ def capture(run: Call, inputs: tuple[Tensor, ...]) -> Call:
                 run(*static)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # hipBLASLt keeps a handle for each stream: the one that warmed up must be the one that captures
-        with torch.cuda.graph(graph, stream=side):
+        # hipBLASLt keeps a handle for each stream: the one that warmed up must be the one that captures. Other threads
+        # may wait for the card meanwhile, which the usual mode would not let them do.
+        with _no_collection(), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             outputs = run(*static)
         done = torch.cuda.Event()
 
@@ -65,6 +68,18 @@ def capture(run: Call, inputs: tuple[Tensor, ...]) -> Call:
         return copies
 
     return replay
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's garbage may hold a compiled kernel, and to unload one is not permitted in a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class GraphCache:

@@ -113,6 +113,7 @@ def _replayed_ms(runs: Mapping[str, Callable[[], object]], device: torch.device)
     from triton.testing import do_bench_cudagraph
 
     with torch.cuda.device(device):  # the timer captures and synchronises on the current one
+        torch.cuda.synchronize()  # it runs on a stream of its own, which waits for nothing
         return {name: do_bench_cudagraph(run, rep=20, return_mode="median") for name, run in runs.items()}
 
 

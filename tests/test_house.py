@@ -18,7 +18,7 @@ FLOORS = (
     ("searching", "benching"),
     ("costs",),
     ("acceleration", "training"),
-    ("measuring", "merging"),
+    ("measuring", "merging", "selftest"),
     ("fused", "config", "env"),
     ("data", "ops"),
     ("kernels",),

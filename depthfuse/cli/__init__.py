@@ -127,8 +127,8 @@ COMMANDS = {
         Command(
             "env",
             "env:env",
-            "Versions, devices, and which backend each op would use and why.",
-            ("depthfuse env",),
+            "Versions, devices, which backend each op would use and why; whether the kernels compute right here.",
+            ("depthfuse env", "depthfuse env --selftest", "TRITON_INTERPRET=1 depthfuse env --selftest"),
         ),
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ from depthfuse.costs.inspection import BlockReport
 from depthfuse.costs.table import CostTable
 from depthfuse.rivals.compare_report import RESULTS, table_rows
 from depthfuse.runs.report import comparison_rows
+from depthfuse.selftest.run import STATES, Check
 
 
 class ResultConsole(Console):
@@ -43,6 +45,25 @@ def print_comparison(directory: Path) -> None:
     results = load_json(directory / "results.json", RESULTS)
     head, *rows = table_rows(results)
     ResultConsole().print(_table(head, rows, f"{results['model']} ({directory})"))
+
+
+def print_checks(checks: Sequence[Check], title: str) -> None:
+    """What a self-test has found, a case a line."""
+    dtypes = list(dict.fromkeys(check.dtype for check in checks))
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    reasons: dict[str, None] = {}
+    for check in checks:
+        share = "" if check.share is None else f", {check.share:.2f} of its bound"
+        cells.setdefault((check.op, check.case), {})[check.dtype] = check.state + share
+        if check.state != "passed":
+            reasons[f"{check.state}: {check.op}, {check.case}, {check.dtype}: {check.reason}"] = None
+    rows = [[op, case, *(by.get(dtype, "") for dtype in dtypes)] for (op, case), by in cells.items()]
+    console = ResultConsole()
+    console.print(_table(("op", "case", *dtypes), rows, title))
+    for reason in reasons:
+        console.print(reason, markup=False)
+    counts = Counter(check.state for check in checks)
+    console.print(", ".join(f"{counts[state]} {state}" for state in STATES))
 
 
 def print_inspection(model: str, blocks: Sequence[BlockReport], remark: str) -> None:

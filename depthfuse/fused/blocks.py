@@ -80,6 +80,7 @@ class FusedInvertedResidual(FusedBlock):
         act_inner, act, backend: see `depthfuse.ops.inverted_residual`.
     """
 
+    op = "inverted_residual"
     _op = staticmethod(ops.inverted_residual)
     _depthwise = "w2"
 
@@ -119,6 +120,7 @@ class FusedDepthwisePointwise(FusedBlock):
         act_inner, act, backend: see `depthfuse.ops.depthwise_pointwise`.
     """
 
+    op = "depthwise_pointwise"
     _op = staticmethod(ops.depthwise_pointwise)
     _depthwise = "w1"
 
@@ -169,6 +171,7 @@ class FusedMlp(FusedBlock):
         act_inner, act, norm_eps, backend: see `depthfuse.ops.mlp`.
     """
 
+    op = "mlp"
     _op = staticmethod(ops.mlp)
 
     def __init__(
@@ -194,6 +197,8 @@ class FusedAttention(FusedBlock):
         like: an empty tensor of the dtype and on the device that it works in; it has no weights that would say so.
         heads, scale, backend: see `depthfuse.ops.attention`.
     """
+
+    op = "attention"
 
     def __init__(self, like: Tensor, *, heads: int, scale: float | None = None, backend: str) -> None:
         super().__init__(backend, {"heads": heads, "scale": scale}, like=like)
@@ -224,6 +229,8 @@ class FusedPoolLinear(FusedBlock):
         weight: [K, C]; bias: [K] or None. Of one dtype, on one device.
         norm_eps, backend: see `depthfuse.ops.pool_linear`.
     """
+
+    op = "pool_linear"
 
     def __init__(self, weight, bias=None, *, norm_eps=None, backend):
         super().__init__(backend, {"norm_eps": norm_eps}, weight=weight, bias=bias)

@@ -23,6 +23,7 @@ from depthfuse.ops.backend import dtype_refusal, product_refusal, refused
 from depthfuse.ops.conv2d import check_arguments as check_conv2d
 from depthfuse.ops.conv2d import refusal as conv2d_refusal
 from depthfuse.ops.linear import check_arguments as check_linear
+from depthfuse.ops.trust import distrusted
 
 _local = threading.local()
 
@@ -49,6 +50,8 @@ class FusedModule(nn.Module):
     A subclass passes its tensors on by the names of its constructor's arguments and gives the other arguments in
     `config`, so that `type(m)(**m.tensors(), **m.config())` is the same module again. Its `forward` takes tensors.
     """
+
+    op = ""  # of `depthfuse.ops`, which computes it
 
     def __init__(self, backend: str, **tensors: Tensor | None) -> None:
         super().__init__()
@@ -134,10 +137,13 @@ class FusedModule(nn.Module):
             return self._cpu_candidates()
         if name != "triton":
             return [name]
-        dtype = next(self.buffers()).dtype
+        like = next(self.buffers())
+        dtype, shape = like.dtype, torch.Size(input_size or ())
         ours, what = self._triton_candidates(), dtype_refusal(dtype)
         if what is not None:
             ours = []
+        elif what := distrusted(self.op, dtype, like.device, shape):
+            ours = [name for name in ours if name != "triton"]
         elif what := self._refusal(torch.empty(input_size or (), dtype=dtype, device="meta")):
             ours = [name for name in ours if name == "layers"]  # whose kernels are others
         if self.backend == "auto":
@@ -256,6 +262,7 @@ class FusedConv2d(_FusedProduct):
         act, norm_eps, backend: see `depthfuse.ops.conv2d`.
     """
 
+    op = "conv2d"
     stride: list[int]
     padding: list[int]
     dilation: list[int]
@@ -378,6 +385,8 @@ class FusedLinear(_FusedProduct):
         weight: [K, C]. bias, scale, shift: [K] or None. All of one dtype, on one device.
         act, norm_eps, backend: see `depthfuse.ops.linear`.
     """
+
+    op = "linear"
 
     def __init__(
         self, weight, bias=None, scale=None, shift=None, *, act="none", norm_eps=None, backend="auto"

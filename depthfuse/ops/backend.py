@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from depthfuse.errors import BackendError
+from depthfuse.ops.trust import refusal_of
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "reference")
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _logged: set[tuple[str, str]] = set()
-# {(op, dtype, device): {shape of the input, or None for all: reason}}
-_distrusted: dict[tuple[str, torch.dtype, torch.device], dict[torch.Size | None, str]] = {}
 
 
 @functools.cache
@@ -95,30 +94,6 @@ def product_refusal(dtype: torch.dtype) -> str | None:
     return dot_refusal(dtype)
 
 
-def distrust(
-    op: str, dtype: torch.dtype, device: torch.device, reason: str, shape: torch.Size | None = None
-) -> None:
-    """Let PyTorch run an op in a dtype on a device from now on, in this process: its kernel has failed there.
-
-    Args:
-        shape: of the input with which it failed; None where it is not to be used for any.
-    """
-    _distrusted.setdefault((op, dtype, device), {})[shape] = reason
-    what = "" if shape is None else f" for {list(shape)}"
-    logger.warning(
-        "depthfuse::%s in %s on %s uses PyTorch%s: its kernel failed (%s)", op, dtype, device, what, reason
-    )
-
-
-def distrusted(op: str, x: Tensor) -> str | None:
-    """Why the op's kernel is not to be used for an input like `x`, or None."""
-    reasons = _distrusted.get((op, x.dtype, x.device))
-    if not reasons:
-        return None
-    reason = reasons.get(None) or reasons.get(x.shape)
-    return None if reason is None else f"{x.dtype} on {x.device}, where it failed ({reason})"
-
-
 def refused(op: str, what: str) -> BackendError:
     """The error of an op, or a module, that was to run by Triton and whose kernel does not take `what`."""
     return BackendError(f"{op}: backend 'triton' does not take {what}; pass backend='auto' or 'reference'")
@@ -137,7 +112,7 @@ def runs_triton(op: str, backend: str, x: Tensor, refusal: Callable[[], str | No
     """
     if resolve_backend(backend, x.device)[0] == "reference":
         return False
-    what = dtype_refusal(x.dtype) or distrusted(op, x) or refusal()
+    what = dtype_refusal(x.dtype) or refusal_of(op, x) or refusal()
     if what is None:
         return True
     if backend == "triton":

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from depthfuse.ops.backend import distrust, runs_triton
+from depthfuse.ops.backend import runs_triton
 from depthfuse.ops.layouts import Layout
+from depthfuse.ops.trust import distrust
 from depthfuse.untrusted import is_out_of_memory
 
 

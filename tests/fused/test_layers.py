@@ -15,8 +15,8 @@ from torch import nn
 
 from depthfuse.fused.layers import FusedConv2d, FusedLinear, plain_ops
 from depthfuse.ops import ACTIVATIONS, BackendError
-from tests import oracle
-from tests.oracle import ACT, EXACT_ACTS, assert_within, integers
+from depthfuse.selftest import oracle
+from depthfuse.selftest.oracle import ACT, EXACT_ACTS, assert_within, integers
 
 LONG = os.environ.get("DEPTHFUSE_LONG") == "1"
 TORCH_ACT = {

@@ -6,8 +6,8 @@ import torch
 from depthfuse.kernels import attention as module
 from depthfuse.kernels.attention import AttentionConfig, attention
 from depthfuse.kernels.launch import INTERPRETED
-from tests import oracle
-from tests.oracle import assert_within, guarded
+from depthfuse.selftest import oracle
+from depthfuse.selftest.oracle import assert_within, guarded
 
 DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
 

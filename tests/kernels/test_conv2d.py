@@ -8,8 +8,8 @@ from depthfuse.kernels import conv2d as module
 from depthfuse.kernels.arguments import Tail, Window
 from depthfuse.kernels.conv2d import conv2d, is_packed, pack_weight
 from depthfuse.kernels.launch import INTERPRETED
-from tests import oracle
-from tests.oracle import ACT, assert_within, guarded
+from depthfuse.selftest import oracle
+from depthfuse.selftest.oracle import ACT, assert_within, guarded
 
 DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
 

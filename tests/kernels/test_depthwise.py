@@ -8,8 +8,8 @@ from depthfuse.kernels import depthwise as module
 from depthfuse.kernels.arguments import Tail, Window
 from depthfuse.kernels.depthwise import DepthwiseConfig, depthwise_conv2d, pack_weight
 from depthfuse.kernels.launch import INTERPRETED
-from tests import oracle
-from tests.oracle import ACT, assert_within, guarded
+from depthfuse.selftest import oracle
+from depthfuse.selftest.oracle import ACT, assert_within, guarded
 
 DTYPES = [torch.float16, torch.float32, torch.bfloat16]
 # Triton's interpreter truncates to bfloat16 where compiled code rounds, which only integers do not show.

@@ -8,8 +8,8 @@ from depthfuse.kernels.arguments import Tail, TwoLayers, Window
 from depthfuse.kernels.depthwise import pack_weight
 from depthfuse.kernels.depthwise_pointwise import DepthwisePointwiseConfig, depthwise_pointwise
 from depthfuse.kernels.launch import INTERPRETED
-from tests import oracle
-from tests.oracle import assert_within, guarded
+from depthfuse.selftest import oracle
+from depthfuse.selftest.oracle import assert_within, guarded
 
 DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
 

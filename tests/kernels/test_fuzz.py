@@ -21,8 +21,8 @@ from depthfuse.kernels.launch import INTERPRETED
 from depthfuse.kernels.linear import linear
 from depthfuse.kernels.mlp import mlp
 from depthfuse.kernels.pool_linear import PoolLinearConfig, pool_linear
-from tests import oracle
-from tests.oracle import EXACT_ACTS, assert_within, guarded
+from depthfuse.selftest import oracle
+from depthfuse.selftest.oracle import EXACT_ACTS, assert_within, guarded
 
 DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
 SIZES = [1, 2, 3, 7, 13, 14, 15, 56]

@@ -8,8 +8,8 @@ from depthfuse.kernels.arguments import Tail, ThreeLayers
 from depthfuse.kernels.depthwise import pack_weight
 from depthfuse.kernels.inverted_residual import inverted_residual
 from depthfuse.kernels.launch import INTERPRETED
-from tests import oracle
-from tests.oracle import assert_within, guarded
+from depthfuse.selftest import oracle
+from depthfuse.selftest.oracle import assert_within, guarded
 
 DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
 

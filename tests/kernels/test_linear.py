@@ -6,8 +6,8 @@ import torch
 from depthfuse.kernels.arguments import Tail
 from depthfuse.kernels.launch import INTERPRETED
 from depthfuse.kernels.linear import linear
-from tests import oracle
-from tests.oracle import ACT, assert_within, guarded
+from depthfuse.selftest import oracle
+from depthfuse.selftest.oracle import ACT, assert_within, guarded
 
 DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
 

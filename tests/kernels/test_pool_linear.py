@@ -6,8 +6,8 @@ import torch
 from depthfuse.kernels import pool_linear as module
 from depthfuse.kernels.launch import INTERPRETED, TARGETS
 from depthfuse.kernels.pool_linear import PoolLinearConfig, config_for, pool_linear
-from tests import oracle
-from tests.oracle import assert_within, guarded
+from depthfuse.selftest import oracle
+from depthfuse.selftest.oracle import assert_within, guarded
 
 DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
 CONFIGS = {"fused": PoolLinearConfig(True), "two_launches": PoolLinearConfig(False)}

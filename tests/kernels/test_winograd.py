@@ -8,8 +8,8 @@ from depthfuse.kernels import winograd as module
 from depthfuse.kernels.arguments import Tail, Window
 from depthfuse.kernels.launch import INTERPRETED
 from depthfuse.kernels.winograd import pack_weight, supports, winograd_conv2d
-from tests import oracle
-from tests.oracle import ACT, Rounding, Value, assert_within, finish, guarded
+from depthfuse.selftest import oracle
+from depthfuse.selftest.oracle import ACT, Rounding, Value, assert_within, finish, guarded
 
 DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
 

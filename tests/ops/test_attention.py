@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from depthfuse.ops import attention
-from tests import oracle
-from tests.oracle import assert_within
+from depthfuse.selftest import oracle
+from depthfuse.selftest.oracle import assert_within
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

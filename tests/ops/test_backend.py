@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from depthfuse.ops import BackendError, backend, linear, resolve_backend
+from depthfuse.ops import BackendError, backend, linear, resolve_backend, trust
 
 pytest.importorskip("triton", reason="without Triton every device takes the reference")
 
@@ -59,9 +59,9 @@ def test_a_kernel_that_fails_is_replaced_and_not_tried_again(monkeypatch, caplog
         raise RuntimeError("out of resource: shared memory, Required: 262144, Hardware limit: 65536")
 
     def on_a_card(op, backend_name, x, refusal):
-        return backend.distrusted(op, x) is None
+        return trust.refusal_of(op, x) is None
 
-    monkeypatch.setattr(backend, "_distrusted", {})
+    monkeypatch.setattr(trust, "_failed", {})
     monkeypatch.setattr(declare, "runs_triton", on_a_card)
     monkeypatch.setattr(kernel, "linear", fails)
     x, weight = torch.randn(3, 8), torch.randn(4, 8)
@@ -71,6 +71,6 @@ def test_a_kernel_that_fails_is_replaced_and_not_tried_again(monkeypatch, caplog
     assert caplog.text.count("its kernel failed (RuntimeError: out of resource: shared memory") == 1
     linear(torch.randn(5, 8), weight)
     assert len(tries) == 2
-    monkeypatch.setattr(backend, "_distrusted", {})
+    monkeypatch.setattr(trust, "_failed", {})
     with pytest.raises(RuntimeError, match="out of resource"):
         linear(x, weight, backend="triton")

@@ -22,7 +22,7 @@ from depthfuse.ops import (
     pool_linear,
     winograd_conv2d,
 )
-from tests.oracle import integers
+from depthfuse.selftest.oracle import integers
 
 pytest.importorskip("triton", reason="the kernels are written in Triton, which is not installed")
 from depthfuse.kernels.winograd import pack_weight

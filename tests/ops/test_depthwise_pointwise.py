@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from depthfuse.kernels.arguments import Tail, TwoLayers, Window
 from depthfuse.ops import depthwise_pointwise
-from tests import oracle
-from tests.oracle import EXACT_ACTS, assert_within
+from depthfuse.selftest import oracle
+from depthfuse.selftest.oracle import EXACT_ACTS, assert_within
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from depthfuse.kernels.arguments import Tail
 from depthfuse.ops import BackendError, backend, linear
-from tests import oracle
-from tests.oracle import ACT, EXACT_ACTS, assert_within, integers
+from depthfuse.selftest import oracle
+from depthfuse.selftest.oracle import ACT, EXACT_ACTS, assert_within, integers
 
 LONG = os.environ.get("DEPTHFUSE_LONG") == "1"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

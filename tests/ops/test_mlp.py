@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from depthfuse.kernels.arguments import Tail, TwoLayers
 from depthfuse.ops import mlp
-from tests import oracle
-from tests.oracle import EXACT_ACTS, assert_within, integers
+from depthfuse.selftest import oracle
+from depthfuse.selftest.oracle import EXACT_ACTS, assert_within, integers
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

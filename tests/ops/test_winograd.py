@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from depthfuse.kernels.arguments import Tail, Window
 from depthfuse.ops import conv2d, winograd_conv2d
-from tests import oracle
-from tests.oracle import EXACT_ACTS
+from depthfuse.selftest import oracle
+from depthfuse.selftest.oracle import EXACT_ACTS
 
 pytest.importorskip("triton", reason="weights are packed by a function that stands beside the Triton kernel")
 from depthfuse.kernels.winograd import pack_weight

@@ -249,6 +249,7 @@ def _capture(model: nn.Module, call: Call, axes: slice, with_ones: bool) -> Prog
         raise CaptureError("it reads values by where they lie in memory (as_strided), which is not kept")
     if state:
         raise CaptureError(f"it keeps state between calls in {state[0].removeprefix(_MODEL + '.')}")
+    _free_layouts(graph)
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     if len(placeholders) != len(call.tensors):
         raise CaptureError("it has other inputs than it was given")
@@ -333,6 +334,14 @@ def _make_functional(program: fx.GraphModule) -> bool:
                 user.replace_input_with(overwritten, node)
         node.target = new
     return True
+
+
+def _free_layouts(program: fx.GraphModule) -> None:
+    """Write views as reshapes: values may lie otherwise in memory than where the program was captured."""
+    for node in program.graph.nodes:
+        if aten.name_of(node) in ("view", "_unsafe_view") and node.target._overloadname == "default":
+            node.target = torch.ops.aten.reshape.default
+    program.recompile()
 
 
 def _sizes(exported: torch.export.ExportedProgram, graph: fx.Graph, placeholders: list[fx.Node]) -> Sizes:

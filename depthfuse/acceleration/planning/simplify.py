@@ -96,14 +96,6 @@ def _size(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _reshape(node: fx.Node) -> fx.Node | None:
-    """Views are written as reshapes: a fused module's value may lie otherwise in memory than the model's."""
-    name = aten.name_of(node)
-    if name in ("view", "_unsafe_view") and node.target._overloadname == "default":
-        node.target = ATEN.reshape.default
-    return None
-
-
 def _norm(node: fx.Node) -> fx.Node | None:
     """Norms that also give their statistics, which nobody reads."""
     found = aten.item_of(node)
@@ -195,7 +187,6 @@ def _silu(node: fx.Node) -> fx.Node | None:
 
 
 _RULES: tuple[Callable[[fx.Node], fx.Node | None], ...] = (
-    _reshape,  # before copies go that a view would need
     _norm,
     _no_op,
     _size,

@@ -8,8 +8,8 @@ from depthfuse.kernels.conv2d import conv2d
 from depthfuse.kernels.device.tile import GemmConfig, gemm_config
 from depthfuse.kernels.launch import INTERPRETED, TARGETS
 from depthfuse.kernels.linear import linear
-from tests import oracle
-from tests.oracle import assert_within, guarded
+from depthfuse.selftest import oracle
+from depthfuse.selftest.oracle import assert_within, guarded
 
 DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
 

@@ -51,17 +51,19 @@ def print_checks(checks: Sequence[Check], title: str) -> None:
     """What a self-test has found, a case a line."""
     dtypes = list(dict.fromkeys(check.dtype for check in checks))
     cells: dict[tuple[str, str], dict[str, str]] = {}
-    reasons: dict[str, None] = {}
+    reasons: dict[tuple[str, str], list[str]] = {}
     for check in checks:
         share = "" if check.share is None else f", {check.share:.2f} of its bound"
         cells.setdefault((check.op, check.case), {})[check.dtype] = check.state + share
         if check.state != "passed":
-            reasons[f"{check.state}: {check.op}, {check.case}, {check.dtype}: {check.reason}"] = None
+            where = f"{check.op}, {check.case}, {check.dtype}"
+            reasons.setdefault((check.state, check.reason), []).append(where)
     rows = [[op, case, *(by.get(dtype, "") for dtype in dtypes)] for (op, case), by in cells.items()]
     console = ResultConsole()
     console.print(_table(("op", "case", *dtypes), rows, title))
-    for reason in reasons:
-        console.print(reason, markup=False)
+    for (state, reason), where in reasons.items():
+        rest = f" and {len(where) - 1} more" if len(where) > 1 else ""
+        console.print(f"{state}: {where[0]}{rest}: {reason}", markup=False)
     counts = Counter(check.state for check in checks)
     console.print(", ".join(f"{counts[state]} {state}" for state in STATES))
 

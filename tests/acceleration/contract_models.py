@@ -1777,6 +1777,20 @@ def ChannelsLast():
     return NoImages().to(memory_format=torch.channels_last)
 
 
+@kind(lambda: [call(image(n).to(memory_format=torch.channels_last)) for n in (2, 3)] + [call(image())])
+class FlattensWhatLiesOtherwise(nn.Module):
+    """A part is written over, which takes the flattening apart; where it is captured the image lies otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Linear(8 * 16, 4)
+
+    def forward(self, x):
+        y = self.conv(x)
+        y[:, :1].add_(1)
+        return self.head(y.flatten(1))
+
+
 @kind(lambda: [call(image(n)) for n in (2, 3)])
 class ChannelsLastOut(Trunked):
     """The model asks for the layout."""

@@ -25,6 +25,7 @@ from depthfuse.errors import AccelerationError
 from depthfuse.fused.layers import FusedModule
 from depthfuse.measuring.accuracy import TOLERANCE, relative_error
 from depthfuse.spec import ModelSource
+from depthfuse.untrusted import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,12 @@ def _example_of(model: nn.Module, call: Call, program: Program) -> _Example:
     with torch.no_grad():
         args, kwargs = call.on_clones().arguments()
         outputs, tree = flatten(model(*args, **kwargs), once=True)
-        given = program.graph(*call.on_clones().tensors)
+        try:
+            given = program.graph(*call.on_clones().tensors)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise CaptureError(f"what PyTorch captures of it does not run: {error}") from error
     for ours, theirs in pairs_of_leaves(
         program.outputs, tree
     ):  # what is a plain number in a run may be a leaf there

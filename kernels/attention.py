@@ -155,8 +155,7 @@ def plan(
     batch, tokens, width = y.shape
     head_dim = width // heads
     shape = {"sequences": batch * heads, "tokens": tokens, "head_dim": head_dim}
-    config = config or tuned("attention", AttentionConfig, qkv, target, **shape)
-    config = config or config_for(head_dim, qkv.dtype, target)
+    config = config or tuned("attention", config_for(head_dim, qkv.dtype, target), qkv, target, **shape)
     arguments = {
         "qkv": qkv,
         "y": y,

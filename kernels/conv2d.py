@@ -246,9 +246,9 @@ def plan(
     pixels = batch * out_height * out_width
     group_outputs = out_channels // groups
     shape = {"pixels": pixels, "channels": group_channels, "out_channels": group_outputs, "taps": r * s}
-    config = config or tuned("conv2d", GemmConfig, x, target, **shape, groups=groups)
     if config is None:
-        config = config_for(pixels, group_channels, group_outputs, r * s, groups, x.dtype, target)
+        usual = config_for(pixels, group_channels, group_outputs, r * s, groups, x.dtype, target)
+        config = tuned("conv2d", usual, x, target, **shape, groups=groups)
     wide = needs_wide_offsets(x, weight, y)
     split = config.splits > 1
     own = NO_TAIL if split else tail

@@ -271,9 +271,9 @@ def plan(
         "stride_w": window.stride[1],
         "norm": int(norm_eps is not None),
     }
-    config = config or tuned("depthwise_conv2d", DepthwiseConfig, x, target, **shape)
     if config is None:
-        config = config_for(channels, out_width, (r, s), window.stride, norm_eps is not None, x.dtype, target)
+        usual = config_for(channels, out_width, (r, s), window.stride, norm_eps is not None, x.dtype, target)
+        config = tuned("depthwise_conv2d", usual, x, target, **shape)
     arguments = {
         "x": x,
         "weight": weight,

@@ -200,8 +200,7 @@ def plan(
         "kernel_w": w1.shape[3],
         "stride_w": window.stride[1],
     }
-    config = config or tuned("depthwise_pointwise", DepthwisePointwiseConfig, x, target, **shape)
-    config = config or config_for(out_channels, target)
+    config = config or tuned("depthwise_pointwise", config_for(out_channels, target), x, target, **shape)
     arguments = {
         "x": x,
         **weights._asdict(),

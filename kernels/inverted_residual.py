@@ -218,8 +218,7 @@ def plan(
         "out_channels": out_channels,
         "stride": stride,
     }
-    config = config or tuned("inverted_residual", InvertedResidualConfig, x, target, **shape)
-    config = config or config_for(stride, target)
+    config = config or tuned("inverted_residual", config_for(stride, target), x, target, **shape)
     out_h = (config.in_h - kernel) // stride + 1
     out_w = (config.in_w - kernel) // stride + 1
     arguments = {

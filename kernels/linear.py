@@ -159,8 +159,9 @@ def plan(
         "out_channels": out_channels,
         "norm": int(norm_eps is not None),
     }
-    config = config or tuned("linear", GemmConfig, x, target, **shape)
-    config = config or config_for(rows, channels, out_channels, x.dtype, target)
+    if config is None:
+        usual = config_for(rows, channels, out_channels, x.dtype, target)
+        config = tuned("linear", usual, x, target, **shape)
     wide = needs_wide_offsets(x, weight, y)
     split = config.splits > 1
     own = NO_TAIL if split else tail

@@ -155,8 +155,7 @@ def plan(
         "out_channels": out_channels,
         "norm": int(norm_eps is not None),
     }
-    config = config or tuned("mlp", MlpConfig, x, target, **shape)
-    config = config or config_for(max(channels, out_channels), target)
+    config = config or tuned("mlp", config_for(max(channels, out_channels), target), x, target, **shape)
     arguments = {
         "x": x,
         **weights._asdict(),

@@ -223,8 +223,7 @@ def plan(
     _, channels, height, width = x.shape
     batch, out_channels, out_height, out_width = y.shape
     shape = {"pixels": batch * out_height * out_width, "channels": channels, "out_channels": out_channels}
-    config = config or tuned("winograd_conv2d", WinogradConfig, x, target, **shape)
-    config = config or config_for(target)
+    config = config or tuned("winograd_conv2d", config_for(target), x, target, **shape)
     arguments = {
         "x": x,
         "weight": weight,

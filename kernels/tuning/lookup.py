@@ -1,9 +1,9 @@
 """Launch configurations that were measured, which go before the heuristics.
 
 `tuned` looks a launch up in the user's cache, then in `configs/<architecture>.json` (measured on a known card and
-shipped with the package), and else says None: the caller's `config_for` decides. Nothing is measured here; that is
-`tuner.py`, which sees through a `Session` what a call looks up and tries other configurations in its place. In
-Triton's interpreter there is always the one configuration of the heuristic.
+shipped with the package), and else takes what the heuristic, the caller's `config_for`, has picked. Nothing is measured
+here; that is `measure.py`, which sees through a `Session` what a call looks up and tries other configurations in its
+place. In Triton's interpreter there is always the one configuration of the heuristic.
 
 DEPTHFUSE_TUNE=0 ignores all measurements.
 """
@@ -40,15 +40,20 @@ class Request:
     Attributes:
         op: the kernel's name.
         shape: name -> value of everything that its speed may depend on, as sorted by the caller.
-        config_type: the dataclass of its configuration.
+        heuristic: the configuration that runs where nothing was measured; it follows from all the others.
     """
 
     op: str
     dtype: torch.dtype
     shape: tuple[tuple[str, int], ...]
     target: Target
-    config_type: type
+    heuristic: Any = field(compare=False)
     device: torch.device
+
+    @property
+    def config_type(self) -> type:
+        """The dataclass of its configuration."""
+        return type(self.heuristic)
 
     def key(self) -> str:
         """ "linear float16 rows=197 channels=192 ...": the name of its entry in a cache."""
@@ -98,27 +103,27 @@ def enabled() -> bool:
     return value == "1"
 
 
-def tuned(op: str, config_type: type, x: torch.Tensor, target: Target, **shape: int) -> Any:
-    """The configuration that was measured to be fastest for this launch, of `config_type`, or None.
+def tuned(op: str, heuristic: Any, x: torch.Tensor, target: Target, **shape: int) -> Any:
+    """The configuration that was measured to be fastest for this launch, or `heuristic`.
 
     Args:
         x: the launch's input, of whose dtype and on whose device it runs.
         shape: everything else that its speed may depend on; names and values are its entry's name in the caches.
     """
     if target.backend == "interpreter":
-        return None
+        return heuristic
     sizes = tuple(shape.items())
     current = getattr(_local, "session", None)
     if current is not None:
-        request = Request(op, x.dtype, sizes, target, config_type, x.device)
+        request = Request(op, x.dtype, sizes, target, heuristic, x.device)
         if request in current.forced:
-            return current.forced[request]
+            return current.forced[request] or heuristic
         current.seen[request] = None
     key = (op, x.dtype, sizes, target, x.device)
     if key not in _found:
-        entry = known(Request(op, x.dtype, sizes, target, config_type, x.device))
-        _found[key] = None if entry is None else parse(config_type, entry.config)
-    return _found[key]
+        entry = known(Request(op, x.dtype, sizes, target, heuristic, x.device))
+        _found[key] = None if entry is None else parse(type(heuristic), entry.config)
+    return _found[key] or heuristic
 
 
 def known(request: Request) -> Entry | None:

@@ -23,6 +23,7 @@ LEAST_GAIN = 1.03  # below this a difference is noise
 
 def time_us(call: Callable[[], object]) -> float:
     """Median microseconds of a call, by graph replay, so that Python's launching does not count."""
+    torch.cuda.synchronize()  # the timer runs on a stream of its own, which waits for nothing
     return 1e3 * triton.testing.do_bench_cudagraph(call, rep=20, return_mode="median")
 
 
@@ -59,6 +60,23 @@ def tune(
             entries[request] = entry
             watch.forced[request] = None if entry.config is None else request.config_type(**entry.config)
     return entries
+
+
+def compile_candidates(call: Callable[[], torch.Tensor]) -> None:
+    """Run every candidate of each launch of `call` that is not known yet, so that it is compiled when `tune` comes.
+
+    Triton keeps what it compiled on disk: several processes may do this at once, each for a share of the calls.
+    """
+    with session() as watch:
+        call()
+        for request in list(watch.seen):
+            for config in [] if known(request) else candidates(request):
+                watch.forced[request] = config
+                try:
+                    call()
+                except Exception as error:  # whatever a compiler raises that was asked for too much
+                    logger.debug("%s does not run with %s: %s", request.key(), config, error)
+            watch.forced[request] = None
 
 
 def _measure(

@@ -8,8 +8,9 @@ is large and certain, the tiles in flight and the accumulators, and leave a marg
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -41,17 +42,29 @@ class Usage:
     registers: int
 
 
-def candidates(request: Request) -> list[Any]:
-    """The configurations to measure for `request`, each within the target's limits; none for an unknown op."""
+MOST = 12  # of a request: each is compiled, which takes a second or more, and there are hundreds of requests
+
+
+def candidates(request: Request, most: int = MOST) -> list[Any]:
+    """The configurations to measure for `request`: of those within the target's limits the nearest to the heuristic's,
+    which is a good guess, nearest first. None for an unknown op.
+    """
     if request.op not in _SPACES:
         return []
     space, usage = _SPACES[request.op]
     shape = dict(request.shape)
-    return [
+    fitting = [
         config
-        for config in space(request, shape)
-        if fits(usage(config, request, shape), config, request.target)
+        for config in dict.fromkeys(space(request, shape))
+        if config != request.heuristic and fits(usage(config, request, shape), config, request.target)
     ]
+    return sorted(fitting, key=lambda config: distance(config, request.heuristic))[:most]
+
+
+def distance(config: Any, other: Any) -> float:
+    """How many doublings or halvings lie between two configurations, all fields together."""
+    pairs = zip(astuple(config), astuple(other), strict=True)
+    return sum(abs(math.log2(max(a, 0.5) / max(b, 0.5))) for a, b in pairs)
 
 
 def fits(usage: Usage, config: Any, target: Target) -> bool:

@@ -36,12 +36,12 @@ def fresh(tmp_path, monkeypatch):
 
 
 def request(op="linear", arch="sm_90", dtype=torch.float16, **changed) -> Request:
-    return Request(op, dtype, tuple((SHAPE | changed).items()), TARGETS[arch], GemmConfig, CPU)
+    return Request(op, dtype, tuple((SHAPE | changed).items()), TARGETS[arch], HEURISTIC, CPU)
 
 
 def look_up(arch="sm_90", **changed):
     x = torch.empty(0, dtype=torch.float16)
-    return tuned("linear", GemmConfig, x, TARGETS[arch], **(SHAPE | changed))
+    return tuned("linear", HEURISTIC, x, TARGETS[arch], **(SHAPE | changed))
 
 
 def forget(monkeypatch):
@@ -51,24 +51,25 @@ def forget(monkeypatch):
 
 
 CONFIG = GemmConfig(64, 32, 32, 8, 2, 3)
+HEURISTIC = GemmConfig(64, 64, 64, 8, 4, 3)  # what `config_for` would pick
 ENTRY = Entry(asdict(CONFIG), 5.0, 7.0)
 
 
 def test_the_heuristic_decides_what_was_never_measured_and_in_the_interpreter():
-    assert look_up() is None
+    assert look_up() == HEURISTIC
     remember(request(), ENTRY)
     x = torch.empty(0, dtype=torch.float16)
-    assert tuned("linear", GemmConfig, x, INTERPRETER, **SHAPE) is None
+    assert tuned("linear", HEURISTIC, x, INTERPRETER, **SHAPE) == HEURISTIC
 
 
 def test_measurements_outlive_the_process(monkeypatch):
     remember(request(), ENTRY)
     forget(monkeypatch)
     assert look_up() == CONFIG
-    assert look_up(rows=198) is None
+    assert look_up(rows=198) == HEURISTIC
     remember(request(rows=198), Entry(None, 3.0, 3.0))  # there the heuristic won
     forget(monkeypatch)
-    assert look_up(rows=198) is None
+    assert look_up(rows=198) == HEURISTIC
 
 
 def test_those_of_other_versions_cards_and_sources_do_not_count(monkeypatch):
@@ -77,7 +78,7 @@ def test_those_of_other_versions_cards_and_sources_do_not_count(monkeypatch):
         facts = FACTS | {name: "another"}
         forget(monkeypatch)
         monkeypatch.setattr(tuning, "user_cache", lambda device, facts=facts: MeasuredCache(facts))
-        assert look_up() is None
+        assert look_up() == HEURISTIC
 
 
 def test_a_damaged_file_is_measured_anew(monkeypatch, caplog):
@@ -93,7 +94,7 @@ def test_a_damaged_file_is_measured_anew(monkeypatch, caplog):
         forget(monkeypatch)
         with caplog.at_level(logging.WARNING):
             caplog.clear()
-            assert look_up() is None
+            assert look_up() == HEURISTIC
         assert "anew" in caplog.text
     remember(request(), ENTRY)
     forget(monkeypatch)
@@ -105,7 +106,7 @@ def test_packaged_tables_serve_where_the_user_measured_nothing(monkeypatch):
     table = {"configs": {request().key(): asdict(ENTRY), "broken": {"config": 1}}}
     (tuning.PACKAGED / "sm_90.json").write_text(json.dumps(table))
     assert look_up() == CONFIG
-    assert look_up("gfx908") is None
+    assert look_up("gfx908") == HEURISTIC
     own = GemmConfig(32, 32, 32, 8, 2, 2)
     remember(request(), Entry(asdict(own), 4.0, 7.0))
     assert look_up() == own
@@ -116,7 +117,7 @@ def test_measurements_can_be_ignored(monkeypatch):
     monkeypatch.setenv("DEPTHFUSE_TUNE", "0")
     tuning.enabled.cache_clear()
     forget(monkeypatch)
-    assert look_up() is None
+    assert look_up() == HEURISTIC
     monkeypatch.setenv("DEPTHFUSE_TUNE", "yes")
     tuning.enabled.cache_clear()
     forget(monkeypatch)
@@ -162,8 +163,31 @@ def test_the_fastest_that_runs_and_is_right_is_kept(monkeypatch):
     assert tuner.tune(operator, timer=operator.timer, again=True)[request()].config == asdict(second)
 
 
+def test_candidates_are_few_and_the_nearest_to_the_heuristics():
+    few, all_of_them = space.candidates(request()), space.candidates(request(), most=10**6)
+    assert len(few) == space.MOST < len(all_of_them)
+    assert HEURISTIC not in all_of_them
+    farthest = max(space.distance(config, HEURISTIC) for config in few)
+    assert all(space.distance(config, HEURISTIC) >= farthest for config in set(all_of_them) - set(few))
+    assert space.distance(HEURISTIC, HEURISTIC) == 0
+    assert space.distance(GemmConfig(128, 32, 64, 8, 4, 3), HEURISTIC) == 2  # twice as high, half as wide
+
+
+def test_candidates_are_compiled_before_they_are_measured():
+    """Each runs once; those that fail are none of this step's business."""
+    first, second = (
+        len(space.candidates(r)) for r in (request(), request(rows=1, channels=7, out_channels=5))
+    )
+    operator = Operator(lambda config: 1.0, failing={space.candidates(request())[0]})
+    tuner.compile_candidates(operator)
+    assert operator.calls == 1 + first + second
+    remember(request(), ENTRY)
+    tuner.compile_candidates(operator)  # what is known needs none
+    assert operator.calls == 2 + first + 2 * second
+
+
 def test_a_gain_within_noise_is_none():
-    operator = Operator(lambda config: 10.0 if config is None else 9.9)
+    operator = Operator(lambda config: 10.0 if config == HEURISTIC else 9.9)
     entries = tuner.tune(operator, timer=operator.timer)
     assert entries[request()] == Entry(None, 10.0, 10.0)
 
@@ -174,6 +198,6 @@ def test_sessions_are_seen_by_their_own_thread_alone():
         with session() as inner:
             inner.forced[request()] = CONFIG
             assert look_up() == CONFIG
-        assert look_up() is None
+        assert look_up() == HEURISTIC
     assert list(outer.seen) == [request()]
     assert list(inner.seen) == []

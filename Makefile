@@ -1,11 +1,12 @@
 # `make demo` and `make test` work on a fresh clone: they build .venv first, from pinned versions.
 PYTHON ?= python3
 JOBS ?= 2
+MINUTES ?= 25
 BIN := .venv/bin
 # For Triton's interpreter; installed only where torch brings no Triton itself, as CPU builds do not.
 TRITON := triton==3.9.0
 
-.PHONY: help venv demo test lint format test-gpu bench-gpu clean
+.PHONY: help venv demo test lint format test-gpu bench-gpu gpu-proof clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +39,9 @@ format: venv ## apply the formatter and the safe fixes
 # A GPU machine has its own torch and Triton: these two use that Python, not .venv.
 test-gpu: ## run the tests that need a GPU, in the environment of $(PYTHON)
 	$(PYTHON) -m pytest tests -m gpu
+
+gpu-proof: ## all that this GPU can prove, in MINUTES minutes (25); goes on where it was stopped
+	$(PYTHON) -m benchmarks.gpu_proof --minutes $(MINUTES)
 
 bench-gpu: ## time operators and whole models on the GPU, in the environment of $(PYTHON)
 	$(PYTHON) -m benchmarks.kernels.micro --device cuda --dtypes fp16 --batches 1 128; operators=$$?; \

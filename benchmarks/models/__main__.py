@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from depthfuse import Supernet, merge
-from depthfuse.benching.bench import DTYPES, compare, machine, plot, randomised, write_csv
+from depthfuse.benching.bench import compare, machine, plot, randomised, write_csv
 from depthfuse.benching.engines import ENGINES
+from depthfuse.config import DTYPES
 from depthfuse.merging.model_inputs import input_size
 from depthfuse.spec import ModelSource
 
@@ -30,8 +31,11 @@ PREFERRED = ("compact", "factorised", "ffn", "dense")
 def build(name: str, variant: str) -> nn.Module:
     """The network in evaluation mode with random weights and norms that do something."""
     model = randomised(ModelSource.make(name).build())
-    if variant == "plain":
-        return model
+    return model if variant == "plain" else merged_half(model)
+
+
+def merged_half(model: nn.Module) -> nn.Module:
+    """The model with every second of its prunable blocks merged."""
     supernet = randomised(Supernet(model))
     options = {path: names for path, names in supernet.options().items() if names}
     chosen = list(options)[1::2]

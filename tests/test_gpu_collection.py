@@ -53,3 +53,20 @@ def test_gpu_tests_are_collected_without_the_extras(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:]
     collected = [line for line in done.stdout.splitlines() if "::" in line]
     assert any("test_replays_give_what_the_plan_gives" in line for line in collected)
+
+
+def test_the_proof_of_a_gpu_needs_no_extras(tmp_path):
+    """`make gpu-proof` and all that its tasks import."""
+    (tmp_path / "sitecustomize.py").write_text(BLOCK)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    modules = (
+        "benchmarks.gpu_proof.__main__",
+        "benchmarks.gpu_proof.work",
+        "benchmarks.models.__main__",
+        "benchmarks.kernels.micro",
+        "benchmarks.kernels.tune",
+        "depthfuse.selftest.run",
+    )
+    command = [sys.executable, "-c", f"import {', '.join(modules)}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -37,9 +37,9 @@ def build(name: str, variant: str) -> nn.Module:
 def merged_half(model: nn.Module) -> nn.Module:
     """The model with every second of its prunable blocks merged."""
     supernet = randomised(Supernet(model))
-    options = {path: names for path, names in supernet.options().items() if names}
+    options = {path: names for path, names in supernet.options().items() if set(names) & set(PREFERRED)}
     chosen = list(options)[1::2]
-    supernet.set_choices({path: min(options[path], key=PREFERRED.index) for path in chosen})
+    supernet.set_choices({path: next(p for p in PREFERRED if p in options[path]) for path in chosen})
     return merge(supernet).eval().requires_grad_(False)
 
 

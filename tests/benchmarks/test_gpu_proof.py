@@ -180,7 +180,7 @@ def test_a_rehearsal_of_one_net(tmp_path, monkeypatch):
     """The real work, on the CPU."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     journal = Journal.open(tmp_path, FACTS)
-    wanted = ("models small plain 1", "operators small 1", "self-test attention")
+    wanted = ("models small merged 1", "operators small 1", "self-test attention")
     todo = [task for task in tasks(rehearse=True) if task.name in wanted]
     started = time.monotonic()
     proof.run(journal, todo, None, lambda task: proof.command_of(task, rehearse=True))

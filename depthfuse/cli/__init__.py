@@ -128,7 +128,7 @@ COMMANDS = {
             "env",
             "env:env",
             "Versions, devices, which backend each op would use and why; whether the kernels compute right here.",
-            ("depthfuse env", "depthfuse env --selftest", "TRITON_INTERPRET=1 depthfuse env --selftest"),
+            ("depthfuse env", "depthfuse env --selftest"),
         ),
     )
 }

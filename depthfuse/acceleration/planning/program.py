@@ -341,6 +341,7 @@ def _free_layouts(program: fx.GraphModule) -> None:
     for node in program.graph.nodes:
         if aten.name_of(node) in ("view", "_unsafe_view") and node.target._overloadname == "default":
             node.target = torch.ops.aten.reshape.default
+    program.graph.eliminate_dead_code()  # what a model has tried in vain may be left over
     program.recompile()
 
 

@@ -22,9 +22,9 @@ import triton.language as tl
 
 from depthfuse.kernels import linear
 from depthfuse.kernels.arguments import NO_TAIL, POINTWISE, Tail, Window
-from depthfuse.kernels.device import splitk
 from depthfuse.kernels.device.epilogue import finish
 from depthfuse.kernels.device.implicit_gemm import flat_product, tap_product
+from depthfuse.kernels.device.splitk import split_arguments, sum_of_parts
 from depthfuse.kernels.device.tile import GemmConfig, gemm_config, tile_of
 from depthfuse.kernels.launch import (
     Launch,
@@ -48,7 +48,9 @@ def conv2d_kernel(
     residual,  # like y, or None
     scale,  # [GROUPS * OUT_CHANNELS] or None
     shift,  # [GROUPS * OUT_CHANNELS] or None
-    y,  # [N, P, Q, GROUPS * OUT_CHANNELS], or with SPLITS > 1 the parts, float32 [SPLITS, N, P, Q, ...]
+    y,  # [N, P, Q, GROUPS * OUT_CHANNELS]
+    parts,  # see sum_of_parts; None where there is one part
+    counters,  # likewise
     pixels,  # N * P * Q
     height,  # H
     width,  # W
@@ -75,6 +77,7 @@ def conv2d_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr,
+    AMD: tl.constexpr,
 ):
     split = tl.program_id(2)
     group = tl.program_id(1)
@@ -151,10 +154,12 @@ def conv2d_kernel(
     channel += group * OUT_CHANNELS
     offset = pixel[:, None] * (GROUPS * OUT_CHANNELS) + channel[None, :]
     mask = (pixel < pixels)[:, None] & channel_mask[None, :]
-    if SPLITS > 1:  # the tail comes after all parts, in splitk.py
-        y += split * pixels.to(tl.int64) * (GROUPS * OUT_CHANNELS)
-    else:
-        acc = finish(acc, bias, residual, scale, shift, channel, channel_mask, offset, mask, ACTIVATION)
+    if SPLITS > 1:
+        tile = group * tl.num_programs(0) + tl.program_id(0)
+        last, acc = sum_of_parts(acc, parts, counters, tile, split, SPLITS, BLOCK_M, BLOCK_N, AMD)
+        if not last:
+            return
+    acc = finish(acc, bias, residual, scale, shift, channel, channel_mask, offset, mask, ACTIVATION)
     tl.store(y + offset, acc.to(y.dtype.element_ty), mask=mask)
 
 
@@ -226,8 +231,8 @@ def plan(
     *,
     config: GemmConfig | None,
     target: Target,
-) -> list[Launch]:
-    """The launches that compute `y`: one, or two where the reduction is split.
+) -> Launch:
+    """The launch that computes `y`.
 
     A 1x1 convolution of stride 1 is planned as `linear` over the pixels.
     """
@@ -249,15 +254,13 @@ def plan(
     if config is None:
         usual = config_for(pixels, group_channels, group_outputs, r * s, groups, x.dtype, target)
         config = tuned("conv2d", usual, x, target, **shape, groups=groups)
-    wide = needs_wide_offsets(x, weight, y)
-    split = config.splits > 1
-    own = NO_TAIL if split else tail
-    parts = splitk.workspace(config.splits, pixels, out_channels, y.device) if split else y
+    grid = (ceil_div(pixels, config.block_m) * ceil_div(group_outputs, config.block_n), groups, config.splits)
     arguments = {
         "x": x,
         "weight": weight,
-        **own.tensors(),
-        "y": parts,
+        **tail.tensors(),
+        "y": y,
+        **split_arguments(grid[0] * groups, config, target, y.device),
         "pixels": pixels,
         "height": height,
         "width": width,
@@ -270,21 +273,16 @@ def plan(
         "S": s,
         "W_STRIDE": _filter_stride(weight),
         **window.constants(),
-        "ACTIVATION": own.act,
-        "WIDE": wide,
+        "ACTIVATION": tail.act,
+        "WIDE": needs_wide_offsets(x, weight, y),
         "FLAT": group_channels < FLAT_BELOW,
         "INTERLEAVE": 4 if target.backend != "cuda" and group_channels % 4 else 1,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
-        "SPLITS": config.splits,
     }
-    grid = (ceil_div(pixels, config.block_m) * ceil_div(group_outputs, config.block_n), groups, config.splits)
-    launches = [Launch(conv2d_kernel, grid, arguments, config.options(target))]
-    if split:
-        launches.append(splitk.plan(parts, tail, y, wide=wide, target=target))
-    return launches
+    return Launch(conv2d_kernel, grid, arguments, config.options(target))
 
 
 def conv2d(
@@ -309,6 +307,5 @@ def conv2d(
     require_tail(tail, require_channels_last)
     size = window.output_size(x.shape[2:], weight.shape[2:])
     y = empty_image((x.shape[0], weight.shape[0], *size), x)
-    for launch in plan(x, weight, tail, y, window, config=config, target=target):
-        launch.run(x)
+    plan(x, weight, tail, y, window, config=config, target=target).run(x)
     return y

@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 
 from depthfuse.kernels.arguments import NO_TAIL, Tail
-from depthfuse.kernels.device import splitk
 from depthfuse.kernels.device.epilogue import finish
-from depthfuse.kernels.device.splitk import part_of
+from depthfuse.kernels.device.splitk import part_of, split_arguments, sum_of_parts
 from depthfuse.kernels.device.tile import GemmConfig, gemm_config, tile_of, within_reduction
 from depthfuse.kernels.launch import (
     Launch,
@@ -95,7 +94,9 @@ def linear_kernel(
     residual,  # like y, or None
     scale,  # [OUT_CHANNELS] or None
     shift,  # [OUT_CHANNELS] or None
-    y,  # [rows, OUT_CHANNELS], or with SPLITS > 1 the parts, float32 [SPLITS, rows, OUT_CHANNELS]
+    y,  # [rows, OUT_CHANNELS]
+    parts,  # see sum_of_parts; None where there is one part
+    counters,  # likewise
     rows,
     X_STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -108,6 +109,7 @@ def linear_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr,
+    AMD: tl.constexpr,
 ):
     split = tl.program_id(1)
     tile_m, tile_n = tile_of(
@@ -128,10 +130,12 @@ def linear_kernel(
     channel_mask = channel < OUT_CHANNELS
     offset = row[:, None] * OUT_CHANNELS + channel[None, :]
     mask = (row < rows)[:, None] & channel_mask[None, :]
-    if SPLITS > 1:  # the tail comes after all parts, in splitk.py
-        y += split * rows.to(tl.int64) * OUT_CHANNELS
-    else:
-        acc = finish(acc, bias, residual, scale, shift, channel, channel_mask, offset, mask, ACTIVATION)
+    if SPLITS > 1:
+        tile = tl.program_id(0)
+        last, acc = sum_of_parts(acc, parts, counters, tile, split, SPLITS, BLOCK_M, BLOCK_N, AMD)
+        if not last:
+            return
+    acc = finish(acc, bias, residual, scale, shift, channel, channel_mask, offset, mask, ACTIVATION)
     tl.store(y + offset, acc.to(y.dtype.element_ty), mask=mask)
 
 
@@ -149,8 +153,8 @@ def plan(
     norm_eps: float | None,
     config: GemmConfig | None,
     target: Target,
-) -> list[Launch]:
-    """The launches that compute `y`: one, or two where the reduction is split."""
+) -> Launch:
+    """The launch that computes `y`."""
     rows, channels = x.shape
     out_channels = weight.shape[0]
     shape = {
@@ -162,33 +166,26 @@ def plan(
     if config is None:
         usual = config_for(rows, channels, out_channels, x.dtype, target)
         config = tuned("linear", usual, x, target, **shape)
-    wide = needs_wide_offsets(x, weight, y)
-    split = config.splits > 1
-    own = NO_TAIL if split else tail
-    parts = splitk.workspace(config.splits, rows, out_channels, y.device) if split else y
+    grid = (ceil_div(rows, config.block_m) * ceil_div(out_channels, config.block_n), config.splits)
     arguments = {
         "x": x,
         "weight": weight,
-        **own.tensors(),
-        "y": parts,
+        **tail.tensors(),
+        "y": y,
+        **split_arguments(grid[0], config, target, y.device),
         "rows": rows,
         "X_STRIDE": x.stride(0),
         "CHANNELS": channels,
         "OUT_CHANNELS": out_channels,
         "NORM_EPS": norm_eps,
-        "ACTIVATION": own.act,
-        "WIDE": wide,
+        "ACTIVATION": tail.act,
+        "WIDE": needs_wide_offsets(x, weight, y),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
-        "SPLITS": config.splits,
     }
-    grid = (ceil_div(rows, config.block_m) * ceil_div(out_channels, config.block_n), config.splits)
-    launches = [Launch(linear_kernel, grid, arguments, config.options(target))]
-    if split:
-        launches.append(splitk.plan(parts, tail, y, wide=wide, target=target))
-    return launches
+    return Launch(linear_kernel, grid, arguments, config.options(target))
 
 
 def linear(
@@ -219,6 +216,5 @@ def linear(
         for t in (x, tail.residual, y)
     )
     options = {"norm_eps": norm_eps, "config": config, "target": target}
-    for launch in plan(x2, weight, tail._replace(residual=residual2), y2, **options):
-        launch.run(x)
+    plan(x2, weight, tail._replace(residual=residual2), y2, **options).run(x)
     return y

@@ -188,7 +188,7 @@ def plan(
     grid = (images, ceil_div(channels, config.block_c))
     pool = Launch(pool_kernel, grid, shared | {"y": means}, config.options(target))
     options = {"norm_eps": norm_eps, "config": None, "target": target}
-    return [pool, *linear.plan(means, weight, Tail(bias), y, **options)]
+    return [pool, linear.plan(means, weight, Tail(bias), y, **options)]
 
 
 def pool_linear(

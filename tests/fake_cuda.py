@@ -82,6 +82,11 @@ class Stream:
         self.tick, self.seen, self.number = 0, Clock(), next(self._numbers)
         self.capture: Graph | None = None
 
+    @property
+    def cuda_stream(self) -> int:
+        """The driver's name for it."""
+        return self.number
+
     def clock(self) -> Clock:
         clock = Clock(self.seen)
         clock[self] = self.tick

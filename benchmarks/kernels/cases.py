@@ -108,7 +108,7 @@ class Conv2dCase(Case):
 
         x, weight, *tail = self.operands(dtype, "meta").values()
         y = self._output(x)
-        return conv2d.plan(x, weight, Tail(*tail, self.act), y, self._window(), config=None, target=target)
+        return [conv2d.plan(x, weight, Tail(*tail, self.act), y, self._window(), config=None, target=target)]
 
     def _output(self, x: Tensor) -> Tensor:
         return empty_image((self.batch, self.out_channels, self._out_size(), self._out_size()), x)
@@ -235,7 +235,7 @@ class LinearCase(Case):
         x, weight, *tail = self.operands(dtype, "meta").values()
         y = torch.empty(self.rows, self.out_channels, dtype=dtype, device="meta")
         options = {"norm_eps": self._norm_eps(), "config": None, "target": target}
-        return linear.plan(x, weight, Tail(*tail, self.act), y, **options)
+        return [linear.plan(x, weight, Tail(*tail, self.act), y, **options)]
 
     def _norm_eps(self) -> float | None:
         return NORM_EPS if self.norm else None

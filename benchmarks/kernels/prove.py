@@ -88,7 +88,7 @@ def faults(resources: Resources, kernel: str, dtype: str, target: Target) -> lis
 
 
 # Those with no matrix product in them.
-VECTOR_KERNELS = ("depthwise_kernel", "reduce_kernel", "pool_kernel", "pool_linear_kernel")
+VECTOR_KERNELS = ("depthwise_kernel", "pool_kernel", "pool_linear_kernel")
 
 
 def cached_resources(launch: Launch, target: Target, cache: MeasuredCache) -> Resources:

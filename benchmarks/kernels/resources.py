@@ -20,7 +20,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from depthfuse.devices import DEVICES
 from depthfuse.kernels.launch import Launch, Target, extent
 
-_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 _REGISTERS_PER_MULTIPROCESSOR = 65536
 _WARPS_PER_MULTIPROCESSOR = 64
 

@@ -1,21 +1,26 @@
-"""Split-K: cut a product's reduction into parts that run at the same time, then add the parts up in a fixed order.
+"""Split-K: cut a product's reduction into parts that run at the same time; the last to arrive adds them up, in order.
 
 At batch 1 a 7 x 7 image has 49 rows: a tile or two for a chip of a hundred compute units, each walking thousands of
-channels alone. With the reduction cut into SPLITS parts, SPLITS times as many programs run, each leaving its float32
-sums in a workspace [SPLITS, rows, channels]; `reduce` adds them from first to last and applies the fused tail. No
-atomics, so the same bits come out at every run.
+channels alone. With the reduction cut into SPLITS parts, SPLITS times as many programs run. Each leaves its float32
+sums in a workspace and counts itself in; the one that finds all others of its tile arrived adds the parts up from first
+to last, whoever computed them, and goes on to the tail. So the same bits come out at every run, and no second launch is
+needed: at batch 1 a launch costs as much as many of these products.
+
+The order of memory that this rests on: every thread's part is in L2 before its program counts itself in, and the last
+program reads no older copy. On NVIDIA the barrier and the counter's acquire-release say so (PTX memory model: causality
+order through barriers). On AMD a release waits for the stores of its own wave only, so each wave waits for its stores
+before the barrier.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from depthfuse.kernels.arguments import Tail
-from depthfuse.kernels.device.epilogue import finish
-from depthfuse.kernels.launch import Launch, Target, ceil_div, compiler_options
-
-_BLOCK_ROWS = 4
-_BLOCK_CHANNELS = 128
+from depthfuse.kernels.counters import counters
+from depthfuse.kernels.device.tile import GemmConfig
+from depthfuse.kernels.launch import Target
 
 
 @triton.jit
@@ -28,63 +33,39 @@ def part_of(STEPS: tl.constexpr, SPLITS: tl.constexpr, split):
         return split * LENGTH, tl.minimum(split * LENGTH + LENGTH, STEPS)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def reduce_kernel(
-    parts,  # float32 [SPLITS, rows, CHANNELS]
-    bias,  # [CHANNELS] or None
-    residual,  # like y, or None
-    scale,  # [CHANNELS] or None
-    shift,  # [CHANNELS] or None
-    y,  # [rows, CHANNELS]
-    rows,
-    CHANNELS: tl.constexpr,
+@triton.jit
+def sum_of_parts(
+    acc,  # float32 [BLOCK_M, BLOCK_N], this program's part of its tile
+    parts,  # float32 [tiles, SPLITS, BLOCK_M, BLOCK_N], written and read here
+    counters,  # int32 [tiles], zeros before and after
+    tile,
+    split,
     SPLITS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    WIDE: tl.constexpr,  # 64-bit offsets
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    AMD: tl.constexpr,
 ):
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    if WIDE:
-        row = row.to(tl.int64)
-    channel_mask = channel < CHANNELS
-    offset = row[:, None] * CHANNELS + channel[None, :]
-    mask = (row < rows)[:, None] & channel_mask[None, :]
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), dtype=tl.float32)
-    for split in tl.static_range(SPLITS):
-        part = parts + split * rows.to(tl.int64) * CHANNELS
-        acc += tl.load(part + offset, mask=mask, other=0.0)
-    acc = finish(acc, bias, residual, scale, shift, channel, channel_mask, offset, mask, ACTIVATION)
-    tl.store(y + offset, acc.to(y.dtype.element_ty), mask=mask)
+    """(whether this program arrived last, in that one the sum of the tile's parts)."""
+    within = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    first = parts + tile.to(tl.int64) * (SPLITS * BLOCK_M * BLOCK_N)
+    tl.store(first + split * (BLOCK_M * BLOCK_N) + within, acc)
+    if AMD:
+        tl.inline_asm_elementwise("s_waitcnt vmcnt(0)", "=v,0", [split], tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()
+    last = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    if last:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for i in tl.static_range(SPLITS):
+            acc += tl.load(first + i * (BLOCK_M * BLOCK_N) + within, cache_modifier=".cg")
+        tl.store(counters + tile, 0)
+    return last, acc
 
 
-def workspace(splits: int, rows: int, channels: int, device: torch.device) -> torch.Tensor:
-    """The float32 [splits, rows, channels] that the parts are written to."""
-    return torch.empty((splits, rows, channels), dtype=torch.float32, device=device)
-
-
-def plan(
-    parts: torch.Tensor,  # float32 [splits, rows, K]
-    tail: Tail,  # residual [rows, K] contiguous
-    y: torch.Tensor,  # [rows, K] contiguous
-    *,
-    wide: bool,
-    target: Target,
-) -> Launch:
-    """The launch that adds up the parts and applies the tail."""
-    splits, rows, channels = parts.shape
-    arguments = {
-        "parts": parts,
-        **tail.tensors(),
-        "y": y,
-        "rows": rows,
-        "CHANNELS": channels,
-        "SPLITS": splits,
-        "ACTIVATION": tail.act,
-        "WIDE": wide,
-        "BLOCK_ROWS": _BLOCK_ROWS,
-        "BLOCK_CHANNELS": _BLOCK_CHANNELS,
-    }
-    grid = (ceil_div(rows, _BLOCK_ROWS), ceil_div(channels, _BLOCK_CHANNELS))
-    return Launch(reduce_kernel, grid, arguments, compiler_options(target, num_warps=4, num_stages=1))
+def split_arguments(tiles: int, config: GemmConfig, target: Target, device: torch.device) -> dict[str, Any]:
+    """The kernel's arguments about its parts, for `tiles` tiles on `device`."""
+    parts = zeros = None
+    if config.splits > 1:
+        shape = (tiles, config.splits, config.block_m, config.block_n)
+        parts = torch.empty(shape, dtype=torch.float32, device=device)
+        zeros = counters(tiles, device)
+    return {"parts": parts, "counters": zeros, "SPLITS": config.splits, "AMD": target.backend == "hip"}

@@ -87,7 +87,9 @@ _CUDA_FMA_TILES = ((64, 64, 16, 8), (64, 32, 16, 4), (32, 32, 16, 2))
 _LOAD_BYTES_PER_CLOCK = 64  # L2 to one compute unit, both vendors, to within a factor of two
 _STEP_CLOCKS = 200  # below this a step is bound by latency, not by its products or loads
 _TILE_CLOCKS = 1500  # index arithmetic, first loads, tail
-_LAUNCH_CLOCKS = 3000  # one kernel more, in a replayed graph: 1 to 2 microseconds
+_ARRIVAL_CLOCKS = (
+    1500  # a part's stores to L2, its counter, and the last one's first loads, one after another
+)
 _SPLITS = (1, 2, 4, 8)
 
 
@@ -139,8 +141,9 @@ def gemm_config(
         time = rounds * (_TILE_CLOCKS + steps * max(product, load, _STEP_CLOCKS))
         if splits == 1:
             return time
-        moved = 8 * splits * m * n * groups  # each part is float32, written and read once
-        return time + _LAUNCH_CLOCKS + moved / (_LOAD_BYTES_PER_CLOCK * target.compute_units)
+        # Each program writes its part, float32; the last one of a tile reads them all.
+        moved = 4 * (1 + splits) * block_m * block_n
+        return time + _ARRIVAL_CLOCKS + moved / _LOAD_BYTES_PER_CLOCK
 
     tile, splits = min(itertools.product(_tiles(dtype, target), _SPLITS), key=clocks)
     block_m, block_n, _, num_warps = tile

@@ -59,5 +59,5 @@ def test_rows_that_lie_far_apart_are_planned_with_64_bit_offsets(target):
     weight, y = strided((48, 96), (96, 1)), strided((16384, 48), (48, 1))
     for tokens, wide in ((1369, True), (1365, False)):
         x = strided((16384, 96), (96 * tokens, 1))
-        launches = linear.plan(x, weight, Tail(), y, norm_eps=None, config=None, target=target)
-        assert launches[0].arguments["WIDE"] is wide
+        launch = linear.plan(x, weight, Tail(), y, norm_eps=None, config=None, target=target)
+        assert launch.arguments["WIDE"] is wide

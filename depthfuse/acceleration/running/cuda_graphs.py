@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from depthfuse.kernels.counters import Counters
+
 logger = logging.getLogger(__name__)
 
 Call = Callable[..., Any]
@@ -44,7 +46,8 @@ def capture(run: Call, inputs: tuple[Tensor, ...]) -> Call:
         )
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        counters = Counters()
+        with torch.cuda.stream(side), counters.in_use():
             # compiles kernels and lets libraries allocate, which a capture must not see
             for _ in range(_WARM_UP_RUNS):
                 run(*static)
@@ -52,7 +55,8 @@ def capture(run: Call, inputs: tuple[Tensor, ...]) -> Call:
         graph = torch.cuda.CUDAGraph()
         # hipBLASLt keeps a handle for each stream: the one that warmed up must be the one that captures. Other threads
         # may wait for the card meanwhile, which the usual mode would not let them do.
-        with _no_collection(), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local")
+        with _no_collection(), counters.in_use(), recording:
             outputs = run(*static)
         done = torch.cuda.Event()
 
@@ -67,6 +71,7 @@ def capture(run: Call, inputs: tuple[Tensor, ...]) -> Call:
             done.record(stream)
         return copies
 
+    replay.counters = counters  # they live as long as the graph that counts on them
     return replay
 
 

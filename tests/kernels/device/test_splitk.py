@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from depthfuse.kernels.arguments import Tail, Window
-from depthfuse.kernels.counters import Counters
 from depthfuse.kernels.conv2d import conv2d
+from depthfuse.kernels.counters import Counters
 from depthfuse.kernels.device.tile import GemmConfig, gemm_config
 from depthfuse.kernels.launch import INTERPRETED, TARGETS
 from depthfuse.kernels.linear import linear

@@ -27,6 +27,7 @@ from depthfuse.kernels.device.implicit_gemm import flat_product, tap_product
 from depthfuse.kernels.device.splitk import split_arguments, sum_of_parts
 from depthfuse.kernels.device.tile import GemmConfig, gemm_config, tile_of
 from depthfuse.kernels.launch import (
+    REORDERED,
     Launch,
     Target,
     ceil_div,
@@ -171,7 +172,7 @@ def config_for(
         # The stem: its pixels are loaded element by element, and only the 16 x 16 matrix instruction then reads its
         # operands from LDS in more than 16 bits at a time.
         block_n, num_warps = (32, 4) if out_channels <= 32 else (64, 8)
-        return GemmConfig(128, block_n, 32, num_warps=num_warps, nonkdim=16, kpack=2)
+        return GemmConfig(128, block_n, 32, num_warps=num_warps, nonkdim=16, kpack=2, overlap=REORDERED)
     if channels >= FLAT_BELOW:
         return gemm_config(pixels, out_channels, channels, groups, dtype, target, taps)
     config = gemm_config(pixels, out_channels, taps * channels, groups, dtype, target)

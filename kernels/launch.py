@@ -109,19 +109,47 @@ class Launch:
             self.kernel[self.grid](**self.arguments, **self.options)
 
 
+# How much the compiler may overlap on gfx908 (`compiler_options`).
+DRAINED, IN_FLIGHT, REORDERED = range(3)
+
+
 def compiler_options(
-    target: Target, num_warps: int, num_stages: int, nonkdim: int = 0, kpack: int = 1
+    target: Target,
+    num_warps: int,
+    num_stages: int,
+    nonkdim: int = 0,
+    kpack: int = 1,
+    overlap: int = IN_FLIGHT,
 ) -> dict:
     """Compiler options of a launch; `nonkdim` and `kpack` shape AMD's matrix instructions and are left out elsewhere.
 
     enable_fp_fusion lets a*b+c become one FMA; its default differs between Triton's versions.
+
+    `overlap` is for gfx908 alone, and for versions of Triton that can hand LLVM attributes (3.9). LLVM waits there for
+    all loads before every barrier (DRAINED): loading ahead gains nothing, each step exposes its loads' latency. The hardware asks for that only where an exception must be able to leave a barrier, and
+    AMD's Composable Kernel leaves it out on this card, too (IN_FLIGHT); what a barrier orders is shared memory, for
+    which LLVM waits in any case. REORDERED has LLVM's scheduler look for independent instructions first, which pays in
+    loops of matrix products and spills where registers are short.
     """
     if target.backend == "interpreter":
         return {}
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     if target.backend == "hip":
         options |= {"matrix_instr_nonkdim": nonkdim, "kpack": kpack}
+    if target.arch == "gfx908" and overlap != DRAINED and _takes_attributes():
+        reordered = ",amdgpu-sched-strategy=iterative-ilp" if overlap == REORDERED else ""
+        options["llvm_fn_attrs"] = "target-features=+back-off-barrier" + reordered
     return options
+
+
+@functools.cache
+def _takes_attributes() -> bool:
+    """Whether this Triton's compiler for AMD hands attributes to LLVM; an option that it does not know is an error."""
+    try:
+        from triton.backends.amd.compiler import HIPOptions
+    except ImportError:
+        return False
+    return "llvm_fn_attrs" in HIPOptions.__dataclass_fields__
 
 
 def needs_wide_offsets(*tensors: torch.Tensor | None) -> bool:

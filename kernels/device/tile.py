@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from depthfuse.kernels.launch import Target, ceil_div, compiler_options
+from depthfuse.kernels.launch import IN_FLIGHT, REORDERED, Target, ceil_div, compiler_options
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class GemmConfig:
         nonkdim: AMD: rows and columns of the matrix instruction. 32 does more work per operand read, 16 fits
             small tiles.
         kpack: AMD: 2 packs two k-steps per shared memory read, which makes it 128 bits wide for 16-bit types.
+        overlap: gfx908: what the compiler may overlap, see `compiler_options`.
     """
 
     block_m: int
@@ -43,10 +44,13 @@ class GemmConfig:
     splits: int = 1
     nonkdim: int = 0
     kpack: int = 1
+    overlap: int = IN_FLIGHT
 
     def options(self, target: Target) -> dict:
         """Compiler options of this tile on `target`."""
-        return compiler_options(target, self.num_warps, self.num_stages, self.nonkdim, self.kpack)
+        return compiler_options(
+            target, self.num_warps, self.num_stages, self.nonkdim, self.kpack, self.overlap
+        )
 
 
 # (block_m, block_n, widest block_k, num_warps), all free of spills for every target (benchmarks/results/prove_*.csv).
@@ -60,6 +64,9 @@ _HIP_TILES = (
     (32, 64, 64, 2),
     (32, 32, 64, 1),
 )
+# There the accumulators are a register file of their own, and steps of 32 over 128 columns are unrolled in pairs that
+# copy it back and forth.
+_GFX908_TILES = tuple((m, n, 64 if n == 128 else k, warps) for m, n, k, warps in _HIP_TILES)
 # A 64 x 32 tile on 4 warps spills: the compiler aims at more programs than the registers hold.
 _SM80_TILES = (
     (128, 128, 64, 8),
@@ -106,7 +113,7 @@ def _macs_per_clock(dtype: torch.dtype, target: Target) -> int:
 
 def _tiles(dtype: torch.dtype, target: Target) -> tuple[tuple[int, int, int, int], ...]:
     if target.backend == "hip":
-        return _HIP_TILES
+        return _GFX908_TILES if target.arch == "gfx908" else _HIP_TILES
     if dtype is torch.float32:
         return _CUDA_FMA_TILES
     return _SM90_TILES if target.capability >= (9, 0) else _SM80_TILES
@@ -149,11 +156,12 @@ def gemm_config(
     block_m, block_n, _, num_warps = tile
     block_k = _block_k(k, tile, dtype)
     if target.backend == "hip":
-        nonkdim = 32 if block_m * block_n >= 64 * 64 else 16
+        # On gfx908 the small instruction copies accumulators in the loop, too.
+        nonkdim = 32 if block_m * block_n >= 64 * 64 or target.arch == "gfx908" else 16
         kpack = 2 if dtype.itemsize == 2 else 1
-        return GemmConfig(block_m, block_n, block_k, 8, num_warps, 2, splits, nonkdim, kpack)
-    # Short reductions are unrolled whole, and a third stage of addresses would not fit beside them.
-    num_stages = 3 if dtype.itemsize == 2 and k > block_k else 2
+        return GemmConfig(block_m, block_n, block_k, 8, num_warps, 2, splits, nonkdim, kpack, REORDERED)
+    # A single step has nothing to load ahead, and its addresses are many.
+    num_stages = 3 if dtype.itemsize == 2 and taps * ceil_div(k, block_k) > 1 else 2
     return GemmConfig(block_m, block_n, block_k, 8, num_warps, num_stages, splits)
 
 

@@ -10,7 +10,7 @@ is large and certain, the tiles in flight and the accumulators, and leave a marg
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from depthfuse.kernels.depthwise import DepthwiseConfig
 from depthfuse.kernels.depthwise_pointwise import DepthwisePointwiseConfig
 from depthfuse.kernels.device.tile import GemmConfig
 from depthfuse.kernels.inverted_residual import InvertedResidualConfig
-from depthfuse.kernels.launch import Target, ceil_div, next_power_of_2
+from depthfuse.kernels.launch import DRAINED, IN_FLIGHT, REORDERED, Target, ceil_div, next_power_of_2
 from depthfuse.kernels.mlp import MlpConfig
 from depthfuse.kernels.tuning.lookup import Request
 from depthfuse.kernels.winograd import WinogradConfig
@@ -133,11 +133,14 @@ def _gemm_space(request: Request, rows: int, columns: int, depth: int, products:
             idle = tiles * splits <= 2 * target.compute_units
             if splits > 1 and not (idle and ceil_div(depth, block_k) >= 2 * splits):
                 continue
-            amd = {}
+            config = GemmConfig(block_m, block_n, block_k, 8, num_warps, num_stages, splits)
             if target.backend == "hip":
-                nonkdim = 32 if block_m * block_n >= 64 * 64 else 16
-                amd = {"nonkdim": nonkdim, "kpack": 2 if dtype.itemsize == 2 else 1}
-            yield GemmConfig(block_m, block_n, block_k, 8, num_warps, num_stages, splits, **amd)
+                nonkdim = 32 if block_m * block_n >= 64 * 64 or target.arch == "gfx908" else 16
+                config = replace(config, nonkdim=nonkdim, kpack=2 if dtype.itemsize == 2 else 1)
+            overlaps = (
+                (DRAINED, IN_FLIGHT, REORDERED) if target.arch == "gfx908" else (request.heuristic.overlap,)
+            )
+            yield from (replace(config, overlap=overlap) for overlap in overlaps)
 
 
 def _linear_space(request: Request, shape: dict[str, int]) -> Iterator[GemmConfig]:

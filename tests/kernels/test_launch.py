@@ -3,10 +3,19 @@
 import pytest
 import torch
 
-from depthfuse.kernels import linear, winograd
+from depthfuse.kernels import launch, linear, winograd
 from depthfuse.kernels.arguments import Tail
 from depthfuse.kernels.device.tile import gemm_config
-from depthfuse.kernels.launch import INTERPRETER, TARGETS, Target, needs_wide_offsets
+from depthfuse.kernels.launch import (
+    DRAINED,
+    IN_FLIGHT,
+    INTERPRETER,
+    REORDERED,
+    TARGETS,
+    Target,
+    compiler_options,
+    needs_wide_offsets,
+)
 
 BLACKWELL = Target("cuda", "sm_100", 148, 232448)
 
@@ -59,5 +68,21 @@ def test_rows_that_lie_far_apart_are_planned_with_64_bit_offsets(target):
     weight, y = strided((48, 96), (96, 1)), strided((16384, 48), (48, 1))
     for tokens, wide in ((1369, True), (1365, False)):
         x = strided((16384, 96), (96 * tokens, 1))
-        launch = linear.plan(x, weight, Tail(), y, norm_eps=None, config=None, target=target)
-        assert launch.arguments["WIDE"] is wide
+        planned = linear.plan(x, weight, Tail(), y, norm_eps=None, config=None, target=target)
+        assert planned.arguments["WIDE"] is wide
+
+
+@pytest.mark.parametrize("overlap", [DRAINED, IN_FLIGHT, REORDERED])
+def test_only_gfx908_is_told_what_to_overlap_and_only_by_a_compiler_that_can_be_told(overlap, monkeypatch):
+    def attributes(target: Target) -> str | None:
+        return compiler_options(target, 4, 2, overlap=overlap).get("llvm_fn_attrs")
+
+    for able in (True, False):
+        monkeypatch.setattr(launch, "_takes_attributes", lambda able=able: able)
+        for arch, target in TARGETS.items():
+            told = attributes(target)
+            if arch != "gfx908" or overlap == DRAINED or not able:
+                assert told is None
+            else:
+                assert "+back-off-barrier" in told
+                assert ("iterative-ilp" in told) is (overlap == REORDERED)

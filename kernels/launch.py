@@ -125,11 +125,12 @@ def compiler_options(
 
     enable_fp_fusion lets a*b+c become one FMA; its default differs between Triton's versions.
 
-    `overlap` is for gfx908 alone, and for versions of Triton that can hand LLVM attributes (3.9). LLVM waits there for
-    all loads before every barrier (DRAINED): loading ahead gains nothing, each step exposes its loads' latency. The hardware asks for that only where an exception must be able to leave a barrier, and
-    AMD's Composable Kernel leaves it out on this card, too (IN_FLIGHT); what a barrier orders is shared memory, for
-    which LLVM waits in any case. REORDERED has LLVM's scheduler look for independent instructions first, which pays in
-    loops of matrix products and spills where registers are short.
+    `overlap` is for gfx908 alone, and for versions of Triton that can hand LLVM attributes (3.9). LLVM waits
+    there for all loads before every barrier (DRAINED): loading ahead gains nothing, each step exposes its
+    loads' latency. The hardware asks for that only where an exception must be able to leave a barrier, and
+    AMD's Composable Kernel leaves it out on this card, too (IN_FLIGHT); what a barrier orders is shared memory,
+    for which LLVM waits in any case. REORDERED has LLVM's scheduler look for independent instructions first,
+    which pays in loops of matrix products and spills where registers are short.
     """
     if target.backend == "interpreter":
         return {}

@@ -9,6 +9,28 @@ import triton.language as tl
 
 
 @triton.jit
+def normal_cdf(x):
+    """(1 + erf(x / sqrt(2))) / 2, float32, within 3 * 2^-24; relative error 4e-4 down to -6, where 1 + erf loses all.
+
+    1 / 2^p(|x|) of one side, whose other is 1 minus that. p is the polynomial nearest to -log2 of the function in
+    [0, 6], errors weighted by their effect. Vendors' erf takes two branches, and a wave with lanes in both takes the
+    time of both: 2 to 3 times as many instructions, as many as a narrow MLP's matrix products.
+    """
+    u = tl.where(tl.abs(x) > 12.0, 12.0, tl.abs(x))  # past it the side is 0; without, infinity would be NaN
+    p = 9.586012765794294e-07
+    p = p * u - 1.6731592040741816e-05
+    p = p * u + 8.007280848687515e-05
+    p = p * u + 0.0003840526333078742
+    p = p * u - 0.007367467507719994
+    p = p * u + 0.052689772099256516
+    p = p * u + 0.4591504633426666
+    p = p * u + 1.1511114835739136
+    p = p * u + 0.9999998807907104
+    side = tl.exp2(-p)
+    return tl.where(x < 0.0, side, 1.0 - side)
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """`x` float32 of any shape. The comparisons are written so that NaN passes through, as in PyTorch."""
     if ACTIVATION == "relu":
@@ -16,7 +38,7 @@ def activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu6":
         x = tl.where(x < 0.0, 0.0, tl.where(x > 6.0, 6.0, x))
     elif ACTIVATION == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        x = x * normal_cdf(x)
     elif ACTIVATION == "gelu_tanh":
         # 0.5 * (1 + tanh(u)) = sigmoid(2u), with u = sqrt(2 / pi) * (x + 0.044715 x^3)
         x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))

@@ -11,6 +11,7 @@ their share to the output's accumulator. Every program reads both weights, from 
 that; and a row, its hidden step and its output must fit one program, which holds up to 256 channels. Wider layers
 are two `linear` launches, whose fused tails leave little to gain there.
 """
+# ruff: noqa: RUF005  Triton compiles no starred expressions, so tuples are concatenated.
 
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 
 from depthfuse.kernels.arguments import NO_TAIL, Tail, TwoLayers
-from depthfuse.kernels.device.epilogue import activate, finish, normalize
+from depthfuse.kernels.device.epilogue import activate, finish
 from depthfuse.kernels.device.tile import within_reduction
 from depthfuse.kernels.launch import (
     Launch,
@@ -58,6 +59,49 @@ class MlpConfig:
         return compiler_options(target, self.num_warps, self.num_stages, nonkdim=16, kpack=2)
 
 
+@triton.jit
+def piece_of(INDEX: tl.constexpr, CHANNELS: tl.constexpr, WIDTHS: tl.constexpr):
+    """(channels of piece INDEX, which of them exist: a constant where all do, so that the compiler drops the mask)."""
+    c = INDEX * WIDTHS[0] + tl.arange(0, WIDTHS[INDEX])
+    if INDEX * WIDTHS[0] + WIDTHS[INDEX] <= CHANNELS:
+        return c, tl.full(c.shape, True, tl.int1)
+    else:
+        return c, c < CHANNELS
+
+
+@triton.jit
+def load_rows(pointer, row, CHANNELS: tl.constexpr, WIDTHS: tl.constexpr):
+    """Rows of CHANNELS, the first one `row` elements from `pointer`, in pieces of WIDTHS channels."""
+    pieces = ()
+    for i in tl.static_range(len(WIDTHS)):
+        c, exists = piece_of(i, CHANNELS, WIDTHS)
+        pieces = pieces + (tl.load(pointer + row[:, None] + c[None, :], mask=exists[None, :], other=0.0),)
+    return pieces
+
+
+@triton.jit
+def normalize_rows(
+    pieces, CHANNELS: tl.constexpr, EPS: tl.constexpr, WIDTHS: tl.constexpr, DTYPE: tl.constexpr
+):
+    """LayerNorm without its affine over rows that are there in pieces."""
+    total = 0.0
+    for i in tl.static_range(len(WIDTHS)):
+        total += tl.sum(pieces[i].to(tl.float32), axis=1)
+    mean = (total / CHANNELS)[:, None]
+    squares = 0.0
+    for i in tl.static_range(len(WIDTHS)):
+        _, exists = piece_of(i, CHANNELS, WIDTHS)
+        centred = tl.where(exists[None, :], pieces[i].to(tl.float32) - mean, 0.0)
+        squares += tl.sum(centred * centred, axis=1)
+    inverse = tl.rsqrt(squares / CHANNELS + EPS)[:, None]
+    normal = ()
+    for i in tl.static_range(len(WIDTHS)):
+        _, exists = piece_of(i, CHANNELS, WIDTHS)
+        centred = tl.where(exists[None, :], pieces[i].to(tl.float32) - mean, 0.0)
+        normal = normal + ((centred * inverse).to(DTYPE),)
+    return normal
+
+
 @triton.jit(do_not_specialize=["rows"])
 def mlp_kernel(
     x,  # [rows, CHANNELS]
@@ -78,44 +122,55 @@ def mlp_kernel(
     ACTIVATION: tl.constexpr,
     WIDE: tl.constexpr,  # 64-bit offsets
     BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # widths of the pieces of a row of x, a tuple
+    BLOCK_N: tl.constexpr,  # likewise of y
     BLOCK_HIDDEN: tl.constexpr,
 ):
     tile = tl.program_id(0)
     if WIDE:
         tile = tile.to(tl.int64)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    c = tl.arange(0, BLOCK_C)
-    c_mask = within_reduction(c, CHANNELS, BLOCK_C)
     # Rows past the end compute a copy of the last one, which is never stored.
-    source = tl.minimum(row, rows - 1) * CHANNELS
-    a = tl.load(x + source[:, None] + c[None, :], mask=c_mask[None, :], other=0.0)
+    a = load_rows(x, tl.minimum(row, rows - 1) * CHANNELS, CHANNELS, BLOCK_C)
     if NORM_EPS is not None:
-        a = normalize(a.to(tl.float32), c_mask, CHANNELS, NORM_EPS).to(x.dtype.element_ty)
+        a = normalize_rows(a, CHANNELS, NORM_EPS, BLOCK_C, x.dtype.element_ty)
 
-    n = tl.arange(0, BLOCK_N)
-    n_mask = within_reduction(n, OUT_CHANNELS, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = ()
+    for i in tl.static_range(len(BLOCK_N)):
+        acc = acc + (tl.zeros((BLOCK_M, BLOCK_N[i]), dtype=tl.float32),)
     for start in range(0, HIDDEN, BLOCK_HIDDEN):
         h = start + tl.arange(0, BLOCK_HIDDEN)
         h_mask = within_reduction(h, HIDDEN, BLOCK_HIDDEN)
-        weight = tl.load(
-            w1 + h[:, None] * CHANNELS + c[None, :], mask=h_mask[:, None] & c_mask[None, :], other=0.0
-        )
-        hidden = tl.dot(a, weight.T, input_precision="ieee")
+        hidden = tl.zeros((BLOCK_M, BLOCK_HIDDEN), dtype=tl.float32)
+        for i in tl.static_range(len(BLOCK_C)):
+            c, exists = piece_of(i, CHANNELS, BLOCK_C)
+            mask = h_mask[:, None] & exists[None, :]
+            weight = tl.load(w1 + h[:, None] * CHANNELS + c[None, :], mask=mask, other=0.0)
+            hidden = tl.dot(a[i], weight.T, hidden, input_precision="ieee")
         if b1 is not None:
             hidden += tl.load(b1 + h, mask=h_mask, other=0.0).to(tl.float32)[None, :]
         hidden = activate(hidden, ACT_INNER).to(x.dtype.element_ty)
-        weight = tl.load(
-            w2 + n[:, None] * HIDDEN + h[None, :], mask=n_mask[:, None] & h_mask[None, :], other=0.0
-        )
-        acc = tl.dot(hidden, weight.T, acc, input_precision="ieee")
+        sums = ()
+        for i in tl.static_range(len(BLOCK_N)):
+            n, exists = piece_of(i, OUT_CHANNELS, BLOCK_N)
+            mask = exists[:, None] & h_mask[None, :]
+            weight = tl.load(w2 + n[:, None] * HIDDEN + h[None, :], mask=mask, other=0.0)
+            sums = sums + (tl.dot(hidden, weight.T, acc[i], input_precision="ieee"),)
+        acc = sums
 
-    offset = row[:, None] * OUT_CHANNELS + n[None, :]
-    mask = (row < rows)[:, None] & n_mask[None, :]
-    acc = finish(acc, b2, residual, scale, shift, n, n_mask, offset, mask, ACTIVATION)
-    tl.store(y + offset, acc.to(y.dtype.element_ty), mask=mask)
+    for i in tl.static_range(len(BLOCK_N)):
+        n, n_mask = piece_of(i, OUT_CHANNELS, BLOCK_N)
+        offset = row[:, None] * OUT_CHANNELS + n[None, :]
+        mask = (row < rows)[:, None] & n_mask[None, :]
+        out = finish(acc[i], b2, residual, scale, shift, n, n_mask, offset, mask, ACTIVATION)
+        tl.store(y + offset, out.to(y.dtype.element_ty), mask=mask)
+
+
+def pieces(channels: int) -> tuple[int, ...]:
+    """Widths, powers of 2 and at least 16, that cover a row: one, or two where that is less in all (96 = 64 + 32)."""
+    one = max(16, next_power_of_2(channels))
+    two = (one // 2, max(16, next_power_of_2(channels - one // 2)))
+    return two if sum(two) < one else (one,)
 
 
 def config_for(channels: int, target: Target) -> MlpConfig:
@@ -170,8 +225,8 @@ def plan(
         "ACTIVATION": tail.act,
         "WIDE": needs_wide_offsets(x, y),
         "BLOCK_M": config.block_m,
-        "BLOCK_C": max(16, next_power_of_2(channels)),
-        "BLOCK_N": max(16, next_power_of_2(out_channels)),
+        "BLOCK_C": pieces(channels),
+        "BLOCK_N": pieces(out_channels),
         "BLOCK_HIDDEN": config.block_hidden,
     }
     return Launch(mlp_kernel, (ceil_div(rows, config.block_m),), arguments, config.options(target))

@@ -22,7 +22,7 @@ from depthfuse.kernels.depthwise_pointwise import DepthwisePointwiseConfig
 from depthfuse.kernels.device.tile import GemmConfig
 from depthfuse.kernels.inverted_residual import InvertedResidualConfig
 from depthfuse.kernels.launch import DRAINED, IN_FLIGHT, REORDERED, Target, ceil_div, next_power_of_2
-from depthfuse.kernels.mlp import MlpConfig
+from depthfuse.kernels.mlp import MlpConfig, pieces
 from depthfuse.kernels.tuning.lookup import Request
 from depthfuse.kernels.winograd import WinogradConfig
 
@@ -231,8 +231,7 @@ def _winograd_space(request: Request, shape: dict[str, int]) -> Iterator[Winogra
 
 def mlp_usage(config: MlpConfig, request: Request, shape: dict[str, int]) -> Usage:
     """An MLP: rows, both weights' steps and the hidden step in shared memory; accumulators of both products."""
-    channels = max(16, next_power_of_2(shape["channels"]))
-    outputs = max(16, next_power_of_2(shape["out_channels"]))
+    channels, outputs = sum(pieces(shape["channels"])), sum(pieces(shape["out_channels"]))
     weights = config.block_hidden * (channels + outputs)
     held = config.block_m * (channels + config.block_hidden)
     in_flight = stages_in_flight(config.num_stages, request.target)

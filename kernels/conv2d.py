@@ -22,7 +22,7 @@ import triton.language as tl
 
 from depthfuse.kernels import linear
 from depthfuse.kernels.arguments import NO_TAIL, POINTWISE, Tail, Window
-from depthfuse.kernels.device.epilogue import finish
+from depthfuse.kernels.device.epilogue import write_tile
 from depthfuse.kernels.device.implicit_gemm import flat_product, tap_product
 from depthfuse.kernels.device.splitk import split_arguments, sum_of_parts
 from depthfuse.kernels.device.tile import GemmConfig, gemm_config, tile_of
@@ -151,17 +151,28 @@ def conv2d_kernel(
             SPLITS,
         )
 
-    channel_mask = channel < OUT_CHANNELS
-    channel += group * OUT_CHANNELS
-    offset = pixel[:, None] * (GROUPS * OUT_CHANNELS) + channel[None, :]
-    mask = (pixel < pixels)[:, None] & channel_mask[None, :]
     if SPLITS > 1:
         tile = group * tl.num_programs(0) + tl.program_id(0)
         last, acc = sum_of_parts(acc, parts, counters, tile, split, SPLITS, BLOCK_M, BLOCK_N, AMD)
         if not last:
             return
-    acc = finish(acc, bias, residual, scale, shift, channel, channel_mask, offset, mask, ACTIVATION)
-    tl.store(y + offset, acc.to(y.dtype.element_ty), mask=mask)
+    first, last = group * OUT_CHANNELS, (group + 1) * OUT_CHANNELS
+    write_tile(
+        acc,
+        bias,
+        residual,
+        scale,
+        shift,
+        y,
+        pixel,
+        pixel < pixels,
+        first + tile_n * BLOCK_N,
+        last,
+        GROUPS * OUT_CHANNELS,
+        ACTIVATION,
+        BLOCK_M,
+        BLOCK_N,
+    )
 
 
 def config_for(

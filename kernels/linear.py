@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from depthfuse.kernels.arguments import NO_TAIL, Tail
-from depthfuse.kernels.device.epilogue import finish
+from depthfuse.kernels.device.epilogue import write_tile
 from depthfuse.kernels.device.splitk import part_of, split_arguments, sum_of_parts
 from depthfuse.kernels.device.tile import GemmConfig, gemm_config, tile_of, within_reduction
 from depthfuse.kernels.launch import (
@@ -127,16 +127,27 @@ def linear_kernel(
 
     acc = product(x, weight, x_row, w_row, CHANNELS, NORM_EPS, BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, split)
 
-    channel_mask = channel < OUT_CHANNELS
-    offset = row[:, None] * OUT_CHANNELS + channel[None, :]
-    mask = (row < rows)[:, None] & channel_mask[None, :]
     if SPLITS > 1:
         tile = tl.program_id(0)
         last, acc = sum_of_parts(acc, parts, counters, tile, split, SPLITS, BLOCK_M, BLOCK_N, AMD)
         if not last:
             return
-    acc = finish(acc, bias, residual, scale, shift, channel, channel_mask, offset, mask, ACTIVATION)
-    tl.store(y + offset, acc.to(y.dtype.element_ty), mask=mask)
+    write_tile(
+        acc,
+        bias,
+        residual,
+        scale,
+        shift,
+        y,
+        row,
+        row < rows,
+        tile_n * BLOCK_N,
+        OUT_CHANNELS,
+        OUT_CHANNELS,
+        ACTIVATION,
+        BLOCK_M,
+        BLOCK_N,
+    )
 
 
 def config_for(rows: int, channels: int, out_channels: int, dtype: torch.dtype, target: Target) -> GemmConfig:

@@ -23,6 +23,7 @@ from depthfuse.kernels.arguments import NO_TAIL, Tail, TwoLayers
 from depthfuse.kernels.device.epilogue import activate, finish
 from depthfuse.kernels.device.tile import within_reduction
 from depthfuse.kernels.launch import (
+    REORDERED,
     Launch,
     Target,
     ceil_div,
@@ -56,7 +57,9 @@ class MlpConfig:
 
     def options(self, target: Target) -> dict:
         """Compiler options on `target`."""
-        return compiler_options(target, self.num_warps, self.num_stages, nonkdim=16, kpack=2)
+        return compiler_options(
+            target, self.num_warps, self.num_stages, nonkdim=16, kpack=2, overlap=REORDERED
+        )
 
 
 @triton.jit

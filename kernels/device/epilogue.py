@@ -79,6 +79,39 @@ def finish(
 
 
 @triton.jit
+def write_tile(
+    acc,  # float32 [BLOCK_M, BLOCK_N]
+    bias,  # see finish
+    residual,
+    scale,
+    shift,
+    y,  # [rows, WIDTH]
+    row,  # [BLOCK_M]
+    row_mask,  # [BLOCK_M]
+    column,  # the tile's first, a scalar
+    columns,  # past the last one that there is
+    WIDTH: tl.constexpr,  # elements from one row of y to the next
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Finish a tile of a product and store it; a wide one half by half, whose addresses fit the registers then."""
+    HALVES: tl.constexpr = 2 if BLOCK_N > 128 else 1
+    PART: tl.constexpr = BLOCK_N // HALVES
+    if HALVES == 2:
+        parts = tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART)), (0, 2, 1)).split()
+    else:
+        parts = (acc,)
+    for i in tl.static_range(HALVES):
+        channel = column + i * PART + tl.arange(0, PART)
+        channel_mask = channel < columns
+        offset = row[:, None] * WIDTH + channel[None, :]
+        mask = row_mask[:, None] & channel_mask[None, :]
+        part = finish(parts[i], bias, residual, scale, shift, channel, channel_mask, offset, mask, ACTIVATION)
+        tl.store(y + offset, part.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def normalize(x, channel_mask, CHANNELS: tl.constexpr, EPS: tl.constexpr):
     """LayerNorm without its affine, over the columns of float32 [ROWS, COLUMNS] that `channel_mask` [COLUMNS] keeps."""
     kept = channel_mask[None, :]

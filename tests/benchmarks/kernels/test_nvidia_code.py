@@ -45,3 +45,20 @@ def test_what_leaves_by_a_jump_is_no_loop():
         /*0040*/                   BRA `(.L_x_2) ;
 """
     assert NvidiaCode(text).global_loads() == ""
+
+
+@pytest.mark.parametrize(
+    ("jump", "loads"),
+    [("@P0 BRA `(.L_x_1)", 1), ("BRA.U UP0, `(.L_x_1)", 1), ("BRA `(.L_x_1)", 0)],
+)
+def test_a_jump_under_a_condition_falls_through(jump, loads):
+    """Here to the way back."""
+    text = f"""
+.L_x_0:
+        /*0010*/                   LDG.E R1, desc[UR18][R4.64] ;
+        /*0020*/               {jump} ;
+        /*0030*/                   BRA `(.L_x_0) ;
+.L_x_1:
+        /*0040*/                   EXIT ;
+"""
+    assert NvidiaCode(text).global_loads() == "LDG.E x1" * loads

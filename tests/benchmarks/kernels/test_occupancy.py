@@ -37,7 +37,8 @@ def test_amd(waves, num_warps, shared_bytes, workgroups):
         ("sm_90", 32, 1, 0, 0, 32),  # 32 programs
         ("sm_120", 32, 1, 0, 0, 24),
         ("sm_90", 64, 4, 57344, 0, 4),
-        ("sm_90", 64, 4, 57345, 0, 3),  # shared memory comes in pieces of 128 bytes
+        ("sm_90", 32, 2, 45568, 0, 5),
+        ("sm_90", 32, 2, 45670, 0, 4),  # five would fit, but shared memory comes in pieces of 128 bytes
         ("sm_90", 64, 4, 58368, 0, 3),  # four are 228 KiB, but each takes 1 KiB more
         ("sm_80", 64, 4, 57216, 0, 2),
         ("sm_120", 64, 4, 57216, 0, 1),

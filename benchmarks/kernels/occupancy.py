@@ -20,7 +20,9 @@ def amd_workgroups(waves_per_simd: int, num_warps: int, shared_bytes: int, devic
     Args:
         waves_per_simd: that the registers allow.
     """
-    limits = [device.programs_per_unit, SIMDS * waves_per_simd // num_warps]
+    limits = [SIMDS * waves_per_simd // num_warps]
+    if num_warps > 1:  # a single wave needs no barrier, of which a unit has so many
+        limits.append(device.programs_per_unit)
     if shared_bytes:
         limits.append(device.shared_bytes_per_unit // _up(shared_bytes, _LDS_GRANULARITY))
     return min(limits)

@@ -12,7 +12,8 @@ from depthfuse.devices import DEVICES
         (3, 4, 0, 3),
         (3, 8, 0, 1),  # 2 waves a SIMD each: the third wave of each SIMD stays empty
         (5, 8, 0, 2),
-        (10, 1, 0, 16),  # the limit of workgroups, not of waves
+        (10, 2, 0, 16),  # the limit of workgroups, not of waves
+        (10, 1, 0, 40),  # which those of one wave do not have
         (10, 4, 24576, 2),  # 2.67 by LDS
         (10, 4, 21846, 2),  # 2.9999 by LDS
         (10, 4, 21844, 2),  # LDS comes in pieces of 512 bytes

@@ -45,6 +45,8 @@ class Device:
     compute_units: streaming multiprocessors or compute units.
     shared_bytes: shared memory (LDS) that one program may use.
     shared_bytes_per_unit: shared memory that all programs of a compute unit have together.
+    warps_per_unit: warps (waves) that a compute unit holds at most.
+    programs_per_unit: programs (workgroups of several waves) likewise.
     driver_names: parts of the names by which the driver calls cards with these peaks.
     """
 
@@ -55,6 +57,8 @@ class Device:
     compute_units: int
     shared_bytes: int
     shared_bytes_per_unit: int
+    warps_per_unit: int
+    programs_per_unit: int
     fp16_tflops: float  # dense matrix units
     bf16_tflops: float
     fp32_tflops: float  # true float32 products: AMD's matrix units, NVIDIA's vector units
@@ -84,6 +88,8 @@ _KNOWN = (
         compute_units=120,
         shared_bytes=65536,
         shared_bytes_per_unit=65536,
+        warps_per_unit=40,
+        programs_per_unit=16,
         fp16_tflops=184.6,
         bf16_tflops=92.3,
         fp32_tflops=46.1,
@@ -99,6 +105,8 @@ _KNOWN = (
         compute_units=104,
         shared_bytes=65536,
         shared_bytes_per_unit=65536,
+        warps_per_unit=32,
+        programs_per_unit=16,
         fp16_tflops=181.0,
         bf16_tflops=181.0,
         fp32_tflops=45.3,
@@ -114,6 +122,8 @@ _KNOWN = (
         compute_units=304,
         shared_bytes=65536,
         shared_bytes_per_unit=65536,
+        warps_per_unit=32,
+        programs_per_unit=16,
         fp16_tflops=1307.4,
         bf16_tflops=1307.4,
         fp32_tflops=163.4,
@@ -129,6 +139,8 @@ _KNOWN = (
         compute_units=108,
         shared_bytes=166912,
         shared_bytes_per_unit=167936,
+        warps_per_unit=64,
+        programs_per_unit=32,
         fp16_tflops=312.0,
         bf16_tflops=312.0,
         fp32_tflops=19.5,
@@ -144,12 +156,48 @@ _KNOWN = (
         compute_units=132,
         shared_bytes=232448,
         shared_bytes_per_unit=233472,
+        warps_per_unit=64,
+        programs_per_unit=32,
         fp16_tflops=800.0,
         bf16_tflops=800.0,
         fp32_tflops=66.9,
         vector_tflops=66.9,
         bandwidth_gbps=3000,
         driver_names=("H100 80GB HBM3",),
+    ),
+    Device(
+        name="B200",
+        option="b200",
+        backend="cuda",
+        arch="sm_100",
+        compute_units=148,
+        shared_bytes=232448,
+        shared_bytes_per_unit=233472,
+        warps_per_unit=64,
+        programs_per_unit=32,
+        fp16_tflops=2250.0,
+        bf16_tflops=2250.0,
+        fp32_tflops=75.0,
+        vector_tflops=75.0,
+        bandwidth_gbps=8000,
+        driver_names=("NVIDIA B200",),
+    ),
+    Device(
+        name="RTX 5090",
+        option="rtx5090",
+        backend="cuda",
+        arch="sm_120",
+        compute_units=170,
+        shared_bytes=101376,
+        shared_bytes_per_unit=102400,
+        warps_per_unit=48,
+        programs_per_unit=24,
+        fp16_tflops=209.5,  # sums in float32
+        bf16_tflops=209.5,
+        fp32_tflops=104.8,
+        vector_tflops=104.8,
+        bandwidth_gbps=1792,
+        driver_names=(),  # the laptop card of that name has other peaks
     ),
 )
 DEVICES = {device.arch: device for device in _KNOWN}  # by architecture

@@ -27,6 +27,8 @@ def test_kernels_plan_for_the_devices_of_the_list():
         "gfx942": Target("hip", "gfx942", 304, 65536),
         "sm_80": Target("cuda", "sm_80", 108, 166912),
         "sm_90": Target("cuda", "sm_90", 132, 232448),
+        "sm_100": Target("cuda", "sm_100", 148, 232448),
+        "sm_120": Target("cuda", "sm_120", 170, 101376),
     } == TARGETS
 
 
@@ -38,11 +40,13 @@ def test_kernels_plan_for_the_devices_of_the_list():
         ("mi300x", "gfx942", (1307.4, 1307.4, 163.4, 81.7, 5300)),
         ("a100", "sm_80", (312.0, 312.0, 19.5, 19.5, 1555)),
         ("h100", "sm_90", (800.0, 800.0, 66.9, 66.9, 3000)),
+        ("b200", "sm_100", (2250.0, 2250.0, 75.0, 75.0, 8000)),
+        ("rtx5090", "sm_120", (209.5, 209.5, 104.8, 104.8, 1792)),
     ],
 )
 def test_peaks(option, arch, numbers):
     device = OPTIONS[option]
-    assert device is DEVICES[arch] and len(OPTIONS) == len(DEVICES) == 5
+    assert device is DEVICES[arch] and len(OPTIONS) == len(DEVICES) == 7
     fp16, bf16, fp32, vector, bandwidth = numbers
     for dtype, rate in ((torch.float16, fp16), (torch.bfloat16, bf16), (torch.float32, fp32)):
         peaks = device.peaks(dtype)

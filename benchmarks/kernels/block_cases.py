@@ -142,6 +142,11 @@ class MlpCase(Case):
     hidden: int
     norm: bool
 
+    def supports(self, dtype):
+        from depthfuse.kernels.mlp import supports
+
+        return supports(self.channels, self.channels, dtype)
+
     def operands(self, dtype, device):
         return {
             "x": random((self.rows, self.channels), dtype, device),

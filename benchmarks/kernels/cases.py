@@ -27,6 +27,10 @@ class Case:
         """The fields in words: "batch=128 channels=64 ..."."""
         return " ".join(f"{f.name}={v}" for f, v in zip(fields(self), astuple(self), strict=True))
 
+    def supports(self, dtype: torch.dtype) -> bool:
+        """Whether our kernel takes this shape in `dtype`; elsewhere the op falls back."""
+        return True
+
     def operands(self, dtype: torch.dtype, device: str) -> dict[str, Tensor | None]:
         """Inputs of the operator, random, or shapes only on the "meta" device."""
         raise NotImplementedError

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from depthfuse.kernels.arguments import NO_TAIL, Tail, Window
 from depthfuse.kernels.device.epilogue import finish
-from depthfuse.kernels.device.tile import tile_of
+from depthfuse.kernels.device.tile import has_warp_groups, tile_of
 from depthfuse.kernels.launch import (
     Launch,
     Target,
@@ -192,14 +192,14 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     return transformed.flatten(0, 1).to(weight.dtype).contiguous()
 
 
-def config_for(target: Target) -> WinogradConfig:
+def config_for(dtype: torch.dtype, target: Target) -> WinogradConfig:
     """The largest tile that is free of spills."""
     if target.backend == "interpreter":
         return WinogradConfig(32, 32, 32, 4)
     if target.backend == "hip":
-        return WinogradConfig(32, 64, 32, 8)
+        return WinogradConfig(32, 64, 32 if dtype.itemsize == 2 else 16, 8)
     # NVIDIA's threads have half the registers of AMD's; Hopper's warp group instruction takes 64 rows.
-    return WinogradConfig(64, 16, 16, 8) if target.capability >= (9, 0) else WinogradConfig(16, 64, 16, 8)
+    return WinogradConfig(64, 16, 16, 8) if has_warp_groups(target) else WinogradConfig(16, 64, 16, 8)
 
 
 def supports(
@@ -223,7 +223,7 @@ def plan(
     _, channels, height, width = x.shape
     batch, out_channels, out_height, out_width = y.shape
     shape = {"pixels": batch * out_height * out_width, "channels": channels, "out_channels": out_channels}
-    config = config or tuned("winograd_conv2d", config_for(target), x, target, **shape)
+    config = config or tuned("winograd_conv2d", config_for(x.dtype, target), x, target, **shape)
     arguments = {
         "x": x,
         "weight": weight,

@@ -77,9 +77,9 @@ _SM80_TILES = (
     (32, 64, 64, 2),
     (32, 32, 64, 2),
 )
-# Hopper's warp group instruction takes 64 rows and 4 warps. A 128 x 256 tile spills in its tail (GELU, residual): its
-# accumulator takes half of all registers.
+# Hopper's warp group instruction takes 64 rows and 4 warps; the widest tile's accumulator takes half of all registers.
 _SM90_TILES = (
+    (128, 256, 64, 8),
     (128, 128, 64, 8),
     (128, 64, 64, 4),
     (64, 128, 64, 4),
@@ -94,16 +94,16 @@ _CUDA_FMA_TILES = ((64, 64, 16, 8), (64, 32, 16, 4), (32, 32, 16, 2))
 _LOAD_BYTES_PER_CLOCK = 64  # L2 to one compute unit, both vendors, to within a factor of two
 _STEP_CLOCKS = 200  # below this a step is bound by latency, not by its products or loads
 _TILE_CLOCKS = 1500  # index arithmetic, first loads, tail
-_ARRIVAL_CLOCKS = (
-    1500  # a part's stores to L2, its counter, and the last one's first loads, one after another
-)
+_ARRIVAL_CLOCKS = 1500  # a part's stores to L2, its counter, the last one's first loads, one after another
 _SPLITS = (1, 2, 4, 8)
+_MOST_STAGES = 3  # of a pipeline on NVIDIA
 
 
 def _macs_per_clock(dtype: torch.dtype, target: Target) -> int:
     """Matrix throughput of one compute unit, in multiply-adds."""
     if target.backend == "cuda":
-        full = 2048 if target.capability >= (9, 0) else 1024
+        # Data centres' cards by generation; all others' tensor cores are an eighth of Hopper's.
+        full = {(8, 0): 1024, (9, 0): 2048, (10, 0): 4096, (10, 3): 4096}.get(target.capability, 256)
         return full if dtype is not torch.float32 else 128
     full = 1024 if target.arch == "gfx942" else 512
     if dtype is torch.float32:
@@ -116,7 +116,16 @@ def _tiles(dtype: torch.dtype, target: Target) -> tuple[tuple[int, int, int, int
         return _GFX908_TILES if target.arch == "gfx908" else _HIP_TILES
     if dtype is torch.float32:
         return _CUDA_FMA_TILES
-    return _SM90_TILES if target.capability >= (9, 0) else _SM80_TILES
+    return tuple(
+        tile
+        for tile in (_SM90_TILES if has_warp_groups(target) else _SM80_TILES)
+        if (tile[0] + tile[1]) * tile[2] * dtype.itemsize * _MOST_STAGES <= target.shared_bytes
+    )
+
+
+def has_warp_groups(target: Target) -> bool:
+    """Whether four warps multiply together: Hopper and the data centre's Blackwell do, the desktop's does not."""
+    return target.backend == "cuda" and (9, 0) <= target.capability < (12, 0)
 
 
 @functools.cache
@@ -161,7 +170,7 @@ def gemm_config(
         kpack = 2 if dtype.itemsize == 2 else 1
         return GemmConfig(block_m, block_n, block_k, 8, num_warps, 2, splits, nonkdim, kpack, REORDERED)
     # A single step has nothing to load ahead, and its addresses are many.
-    num_stages = 3 if dtype.itemsize == 2 and taps * ceil_div(k, block_k) > 1 else 2
+    num_stages = _MOST_STAGES if dtype.itemsize == 2 and taps * ceil_div(k, block_k) > 1 else 2
     return GemmConfig(block_m, block_n, block_k, 8, num_warps, num_stages, splits)
 
 

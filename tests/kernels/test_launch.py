@@ -5,7 +5,7 @@ import torch
 
 from depthfuse.kernels import launch, linear, winograd
 from depthfuse.kernels.arguments import Tail
-from depthfuse.kernels.device.tile import gemm_config
+from depthfuse.kernels.device.tile import _tiles, gemm_config
 from depthfuse.kernels.launch import (
     DRAINED,
     IN_FLIGHT,
@@ -16,7 +16,9 @@ from depthfuse.kernels.launch import (
     compiler_options,
     needs_wide_offsets,
 )
+from depthfuse.kernels.tuning.space import stages_in_flight
 
+HALF = torch.float16
 BLACKWELL = Target("cuda", "sm_100", 148, 232448)
 
 
@@ -30,13 +32,24 @@ def test_capabilities_are_numbers():
 
 def test_what_holds_from_hopper_on_holds_for_a_capability_of_two_digits():
     """As words "sm_100" comes before "sm_90"."""
-    hopper = Target("cuda", "sm_90", BLACKWELL.compute_units, BLACKWELL.shared_bytes)
+    hopper, ampere, desktop = TARGETS["sm_90"], TARGETS["sm_80"], TARGETS["sm_120"]
     assert (
-        winograd.config_for(BLACKWELL) == winograd.config_for(hopper) != winograd.config_for(TARGETS["sm_80"])
+        winograd.config_for(HALF, BLACKWELL)
+        == winograd.config_for(HALF, hopper)
+        != winograd.config_for(HALF, ampere)
     )
-    for m, n, k in ((49, 512, 4608), (3136, 32, 64), (128 * 784, 128, 1152)):
-        shape = (m, n, k, 1, torch.float16)
-        assert gemm_config(*shape, BLACKWELL) == gemm_config(*shape, hopper)
+    assert winograd.config_for(HALF, desktop) == winograd.config_for(HALF, ampere)
+    assert _tiles(HALF, BLACKWELL) == _tiles(HALF, hopper)
+    assert set(_tiles(HALF, desktop)) <= set(_tiles(HALF, ampere))
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_stages_fit_the_shared_memory(target):
+    for m, n, k in ((49, 512, 4608), (3136, 32, 64), (128 * 784, 128, 1152), (128 * 784, 1024, 1024)):
+        for dtype in (torch.float16, torch.float32):
+            config = gemm_config(m, n, k, 1, dtype, target)
+            stage = (config.block_m + config.block_n) * config.block_k * dtype.itemsize
+            assert stage * stages_in_flight(config.num_stages, target) <= target.shared_bytes
 
 
 def strided(shape, stride):

@@ -54,7 +54,7 @@ def test_loops_of_convolutions_are_read(rows):
         assert "narrow_loads" in row["worries"].split()
         if row["target"] == "gfx908":
             assert "buffer_load_ushort x" in row["global_loads"]
-            assert int(row["barriers"]) >= int(row["drained_barriers"]) > 0  # as LLVM has it without back-off
+            assert int(row["barriers"]) > int(row["drained_barriers"])  # loads stay in flight across most
             assert int(row["matrix_clocks"]) > 0 and int(row["vector_clocks"]) > 0
         else:
             assert "LDG.E.U16 x" in row["global_loads"]

@@ -43,7 +43,7 @@ from depthfuse.kernels.tuning.lookup import tuned
 # Image sizes and batch change nothing in the code: one compilation serves them all.
 @triton.jit(do_not_specialize=["pixels", "height", "width", "out_height", "out_width"])
 def conv2d_kernel(
-    x,  # [N, H, W, GROUPS * CHANNELS]
+    x,  # [N, H, W, GROUPS * CHANNELS], or with PLANES [N, GROUPS * CHANNELS, H, W]
     weight,  # [GROUPS * OUT_CHANNELS, R, S, CHANNELS], filters W_STRIDE apart
     bias,  # [GROUPS * OUT_CHANNELS] or None
     residual,  # like y, or None
@@ -72,6 +72,7 @@ def conv2d_kernel(
     ACTIVATION: tl.constexpr,
     WIDE: tl.constexpr,  # 64-bit offsets
     FLAT: tl.constexpr,  # walk the reduction as one axis, not tap by tap
+    PLANES: tl.constexpr,  # x lies channel by channel; only with FLAT
     INTERLEAVE: tl.constexpr,  # neighbours of a flat step that a thread loads one by one
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -97,10 +98,13 @@ def conv2d_kernel(
     within = source_pixel % (out_height * out_width)
     top = (within // out_width) * STRIDE_H - PADDING_H
     left = (within % out_width) * STRIDE_W - PADDING_W
-    x_row = ((image * height + top) * width + left) * (GROUPS * CHANNELS) + group * CHANNELS
+    if PLANES:
+        x_row = ((image * GROUPS + group) * CHANNELS * height + top) * width + left
+    else:
+        x_row = ((image * height + top) * width + left) * (GROUPS * CHANNELS) + group * CHANNELS
     w_row = (group * OUT_CHANNELS + source_channel) * W_STRIDE
 
-    PIXEL: tl.constexpr = GROUPS * CHANNELS
+    PIXEL: tl.constexpr = 1 if PLANES else GROUPS * CHANNELS
     PADDED: tl.constexpr = PADDING_H > 0 or PADDING_W > 0
     if FLAT:
         acc = flat_product(
@@ -112,6 +116,7 @@ def conv2d_kernel(
             left,
             height,
             width,
+            height * width,
             split,
             PIXEL,
             CHANNELS,
@@ -121,6 +126,7 @@ def conv2d_kernel(
             DILATION_H,
             DILATION_W,
             PADDED,
+            PLANES,
             INTERLEAVE,
             BLOCK_M,
             BLOCK_N,
@@ -190,7 +196,7 @@ def config_for(
     if target.backend == "hip":
         # As below, with 64 a step they leave room for one wave only; and fewer rows come out of LDS 16 bits at a time.
         rows = {} if config.block_m >= 64 else {"block_m": 64, "num_warps": 4}
-        return replace(config, block_k=32, **rows)
+        return replace(config, block_k=32, nonkdim=16, **rows)
     if target.backend == "cuda" and config.block_m * config.block_n >= 128 * 64:
         # Every element of a flat step has an address of its own: on 4 warps they do not fit the registers.
         return replace(config, num_warps=8)
@@ -199,6 +205,15 @@ def config_for(
 
 # Below this many channels a tap-by-tap step of 32 would be more than half empty.
 FLAT_BELOW = 32
+
+
+def is_readable(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernel reads x [N, C, H, W] as it lies: channels_last; contiguous too, as images come, where it loads
+    their few channels one by one in any case.
+    """
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return True
+    return x.is_contiguous() and weight.shape[1] < FLAT_BELOW and weight.shape[2:] != (1, 1)
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -235,7 +250,7 @@ def _filter_stride(weight: torch.Tensor) -> int:
 
 
 def plan(
-    x: torch.Tensor,  # [N, C, H, W] channels_last
+    x: torch.Tensor,  # [N, C, H, W], see is_readable
     weight: torch.Tensor,  # [K, C / groups, R, S] channels_last, or from pack_weight
     tail: Tail,  # residual [N, K, P, Q] channels_last
     y: torch.Tensor,  # [N, K, P, Q] channels_last
@@ -288,6 +303,7 @@ def plan(
         "ACTIVATION": tail.act,
         "WIDE": needs_wide_offsets(x, weight, y),
         "FLAT": group_channels < FLAT_BELOW,
+        "PLANES": not x.is_contiguous(memory_format=torch.channels_last),
         "INTERLEAVE": 4 if target.backend != "cuda" and group_channels % 4 else 1,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -298,7 +314,7 @@ def plan(
 
 
 def conv2d(
-    x: torch.Tensor,  # [N, C, H, W] channels_last
+    x: torch.Tensor,  # [N, C, H, W], see is_readable
     weight: torch.Tensor,  # [K, C / groups, R, S] channels_last, or from pack_weight
     tail: Tail = NO_TAIL,  # residual [N, K, P, Q] channels_last
     window: Window = POINTWISE,
@@ -312,10 +328,12 @@ def conv2d(
     `depthfuse.ops.conv2d` does.
 
     Raises:
-        ValueError: a layout other than channels_last.
+        ValueError: a layout other than the above.
     """
     target = target_of(x)
-    require_channels_last(x=x, weight=None if is_packed(weight) else weight)
+    require_channels_last(
+        x=None if is_readable(x, weight) else x, weight=None if is_packed(weight) else weight
+    )
     require_tail(tail, require_channels_last)
     size = window.output_size(x.shape[2:], weight.shape[2:])
     y = empty_image((x.shape[0], weight.shape[0], *size), x)

@@ -63,6 +63,9 @@ def random(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     )
 
 
+COLOURS = 3  # a network's image, which comes channel by channel
+
+
 def channels_last(x: Tensor) -> Tensor:
     """[N, C, H, W] stored as [N, H, W, C]."""
     return x.contiguous(memory_format=torch.channels_last)
@@ -95,9 +98,9 @@ class Conv2dCase(Case):
         from depthfuse.kernels.conv2d import pack_weight
 
         weight = (k, 1 if self.op == "depthwise_conv2d" else self.channels, self.kernel, self.kernel)
-        x = (self.batch, self.channels, self.size, self.size)
+        x = random((self.batch, self.channels, self.size, self.size), dtype, device)
         return {
-            "x": channels_last(random(x, dtype, device)),
+            "x": x if self.channels == COLOURS else channels_last(x),
             "weight": pack_weight(random(weight, dtype, device)),
             "bias": random((k,), dtype, device),
             "residual": channels_last(random((self.batch, k, out, out), dtype, device))

@@ -171,9 +171,10 @@ def _triton(x: Tensor, weight: Tensor, tail: Tail, window: Window, norm_eps: flo
 
         return depthwise_conv2d(nhwc(x), depthwise_weight(weight), tail, window, norm_eps=norm_eps)
     from depthfuse.kernels.conv2d import conv2d as triton_conv2d
-    from depthfuse.kernels.conv2d import is_packed
+    from depthfuse.kernels.conv2d import is_packed, is_readable
 
-    return triton_conv2d(nhwc(x), weight if is_packed(weight) else nhwc(weight), tail, window)
+    x = x if is_readable(x, weight) else nhwc(x)
+    return triton_conv2d(x, weight if is_packed(weight) else nhwc(weight), tail, window)
 
 
 def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:

@@ -21,6 +21,7 @@ def gather_flat(
     height,
     width,
     start,  # of the step on the flat axis
+    plane,  # elements from one channel to the next; not read where CHANNELS lie side by side
     PIXEL: tl.constexpr,  # elements from one pixel to the next
     CHANNELS: tl.constexpr,
     R: tl.constexpr,
@@ -28,6 +29,7 @@ def gather_flat(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     PADDED: tl.constexpr,
+    PLANES: tl.constexpr,  # whether channels lie `plane` apart
     INTERLEAVE: tl.constexpr,  # neighbours of a step that a thread loads one by one
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -48,8 +50,12 @@ def gather_flat(
             ih = top[:, None] + row[None, :]
             iw = left[:, None] + column[None, :]
             x_mask = x_mask & (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width)
+        if PLANES:
+            c = c * plane
         x_offset = x_row[:, None] + ((row * width + column) * PIXEL + c)[None, :]
-        if CHANNELS % 8 == 0:  # eight neighbours of the flat axis are one pixel's; older compilers miss it
+        if (
+            CHANNELS % 8 == 0 and not PLANES
+        ):  # eight neighbours of the flat axis are one pixel's; older compilers miss it
             x_offset = tl.max_contiguous(tl.multiple_of(x_offset, [1, 8]), [1, 8])
             x_mask = tl.max_constancy(x_mask, [1, 8])
         parts = parts + (tl.load(x + x_offset, mask=x_mask, other=0.0),)  # noqa: RUF005  no starred expressions
@@ -69,6 +75,7 @@ def flat_product(
     left,  # [BLOCK_M]
     height,
     width,
+    plane,
     split,
     PIXEL: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -78,6 +85,7 @@ def flat_product(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     PADDED: tl.constexpr,
+    PLANES: tl.constexpr,
     INTERLEAVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -96,6 +104,7 @@ def flat_product(
             height,
             width,
             i * BLOCK_K,
+            plane,
             PIXEL,
             CHANNELS,
             R,
@@ -103,6 +112,7 @@ def flat_product(
             DILATION_H,
             DILATION_W,
             PADDED,
+            PLANES,
             INTERLEAVE,
             BLOCK_M,
             BLOCK_K,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from depthfuse.kernels import conv2d as module
 from depthfuse.kernels.arguments import Tail, Window
-from depthfuse.kernels.conv2d import conv2d, is_packed, pack_weight
+from depthfuse.kernels.conv2d import conv2d, is_packed, is_readable, pack_weight
 from depthfuse.kernels.launch import INTERPRETED
 from depthfuse.selftest import oracle
 from depthfuse.selftest.oracle import ACT, assert_within, guarded
@@ -55,6 +55,41 @@ def operands(case, dtype, device, integers, seed=0):
     tensors = (x, weight, sample(k), residual, sample(k), sample(k))
     x, weight, *tail = (guarded(t) for t in tensors)
     return x, weight, tail, window
+
+
+FEW_CHANNELS = (
+    "stem_7x7_s2",
+    "stem_3x3_s2",
+    "patch_4x4_s4",
+    "3x3_few_channels",
+    "even_kernel",
+    "grouped_narrow",
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FEW_CHANNELS)
+def test_images_are_read_channel_by_channel_as_they_come(name, dtype, device):
+    x, weight, tail, window = operands(CASES[name], dtype, device, integers=True)
+    tail = Tail(*tail, "relu")
+    planes = guarded(x.contiguous())
+    assert planes.stride() != x.stride()
+    assert is_readable(planes, weight)
+    y = conv2d(planes, weight, tail, window)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, oracle.conv2d(x, weight, tail, window).value.to(dtype))
+
+
+def test_what_is_read_as_it_lies():
+    few, many = torch.ones(2, 3, 8, 8), torch.ones(2, 64, 8, 8)
+    kernel, pointwise, wide = torch.ones(8, 3, 3, 3), torch.ones(8, 3, 1, 1), torch.ones(8, 64, 3, 3)
+    assert is_readable(few, kernel)
+    assert not is_readable(few, pointwise)
+    assert not is_readable(many, wide)
+    assert is_readable(many.to(memory_format=torch.channels_last), wide)
+    assert not is_readable(few[:, :, ::2], kernel)
+    with pytest.raises(ValueError, match="channels_last"):
+        conv2d(many, wide, window=Window(padding=(1, 1)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -133,11 +168,11 @@ def test_packed_weight_gives_the_same_bits(case, device):
 
 def test_a_bad_layout_is_named(device):
     """What would be read from the wrong place; all else is checked once, in the op."""
-    x = torch.zeros(1, 4, 5, 5, device=device).contiguous(memory_format=torch.channels_last)
-    weight = torch.zeros(6, 4, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
-    with pytest.raises(ValueError, match=r"x \[1, 4, 5, 5\] has strides .* expected channels_last"):
+    x = torch.zeros(1, 32, 5, 5, device=device).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(6, 32, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"x \[1, 32, 5, 5\] has strides .* expected channels_last"):
         conv2d(x.contiguous(), weight)
-    with pytest.raises(ValueError, match=r"weight \[6, 4, 3, 3\] has strides .* expected channels_last"):
+    with pytest.raises(ValueError, match=r"weight \[6, 32, 3, 3\] has strides .* expected channels_last"):
         conv2d(x, weight.contiguous())
     with pytest.raises(ValueError, match=r"residual \[1, 6, 3, 3\] has strides .* expected channels_last"):
         conv2d(x, weight, Tail(residual=torch.zeros(1, 6, 3, 3, device=device)))

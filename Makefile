@@ -6,7 +6,7 @@ BIN := .venv/bin
 # For Triton's interpreter; installed only where torch brings no Triton itself, as CPU builds do not.
 TRITON := triton==3.9.0
 
-.PHONY: help venv demo test lint format test-gpu bench-gpu gpu-proof clean
+.PHONY: help venv native demo test lint format test-gpu bench-gpu gpu-proof clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,10 +22,16 @@ venv: .venv/.installed ## build the virtual environment .venv from requirements.
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-demo: venv ## prune, merge and accelerate a CNN and a ViT on the embedded images, into runs/demo
+depthfuse/native/built/.done: .venv/.installed $(wildcard csrc/cpu/*)
+	$(BIN)/python -m depthfuse.native
+	mkdir -p $(@D) && touch $@
+
+native: depthfuse/native/built/.done ## build the native CPU engine, where there is a g++
+
+demo: venv native ## prune, merge and accelerate a CNN and a ViT on the embedded images, into runs/demo
 	$(BIN)/depthfuse demo --out runs/demo
 
-test: venv ## run the test suite
+test: venv native ## run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 lint: venv ## check style and formatting
@@ -48,4 +54,4 @@ bench-gpu: ## time operators and whole models on the GPU, in the environment of 
 	$(PYTHON) -m benchmarks.models --device cuda --dtype fp16 --batch 1 128 && exit $$operators
 
 clean: ## remove .venv, builds and caches; runs/ stays
-	rm -rf .venv build dist depthfuse.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv depthfuse/native/built build dist depthfuse.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

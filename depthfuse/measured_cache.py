@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "depthfuse.measured/2"
 # Folders of the package, whole, so that no file can be forgotten: all that decides how fast a plan runs.
-PLAN_SOURCES = ("acceleration", "fused", "kernels", "measuring", "ops")
+PLAN_SOURCES = ("acceleration", "csrc", "fused", "kernels", "measuring", "native", "ops")
+_SUFFIXES = (".py", ".h", ".inc", ".cc")
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -77,8 +78,8 @@ def source_digest(sources: tuple[str, ...]) -> str:
     """Of every file below these folders of the package: what was measured for one version says nothing of the next."""
     digest = hashlib.sha256()
     for folder in sources:
-        root = (PACKAGE / folder).resolve()  # kernels is a link in a checkout
-        for path in sorted(root.rglob("*.py")):
+        root = (PACKAGE / folder).resolve()  # kernels and csrc are links in a checkout
+        for path in sorted(p for p in root.rglob("*") if p.suffix in _SUFFIXES):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 

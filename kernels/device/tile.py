@@ -165,13 +165,19 @@ def gemm_config(
     block_m, block_n, _, num_warps = tile
     block_k = _block_k(k, tile, dtype)
     if target.backend == "hip":
-        # On gfx908 the small instruction copies accumulators in the loop, too.
-        nonkdim = 32 if block_m * block_n >= 64 * 64 or target.arch == "gfx908" else 16
+        nonkdim = 32 if block_m * block_n >= 64 * 64 or _only_wide_products(dtype, target) else 16
         kpack = 2 if dtype.itemsize == 2 else 1
         return GemmConfig(block_m, block_n, block_k, 8, num_warps, 2, splits, nonkdim, kpack, REORDERED)
     # A single step has nothing to load ahead, and its addresses are many.
     num_stages = _MOST_STAGES if dtype.itemsize == 2 and taps * ceil_div(k, block_k) > 1 else 2
     return GemmConfig(block_m, block_n, block_k, 8, num_warps, num_stages, splits)
+
+
+def _only_wide_products(dtype: torch.dtype, target: Target) -> bool:
+    """Whether matrix instructions of 16 rows copy accumulators in the loop, which those of 32 do not: on gfx908, of
+    16-bit types. Of float32 those of 32 leave no registers for a second wave.
+    """
+    return target.arch == "gfx908" and dtype.itemsize == 2
 
 
 def _block_k(k: int, tile: tuple[int, int, int, int], dtype: torch.dtype) -> int:

@@ -135,7 +135,7 @@ def _gemm_space(request: Request, rows: int, columns: int, depth: int, products:
                 continue
             config = GemmConfig(block_m, block_n, block_k, 8, num_warps, num_stages, splits)
             if target.backend == "hip":
-                nonkdim = 32 if block_m * block_n >= 64 * 64 or target.arch == "gfx908" else 16
+                nonkdim = 32 if block_m * block_n >= 64 * 64 else request.heuristic.nonkdim
                 config = replace(config, nonkdim=nonkdim, kpack=2 if dtype.itemsize == 2 else 1)
             overlaps = (
                 (DRAINED, IN_FLIGHT, REORDERED) if target.arch == "gfx908" else (request.heuristic.overlap,)

@@ -1,4 +1,5 @@
-"""Choose how a plan runs as a whole: op by op, through oneDNN Graph, a few images at a time, or not at all.
+"""Choose how a plan runs as a whole: op by op, through oneDNN Graph, a few images at a time, in one call of the native
+engine, or not at all.
 
 The last one is the promise that the result is never slower: where the model itself was measured to be faster than its
 plan, a copy of the model runs.
@@ -22,7 +23,7 @@ from depthfuse.acceleration.planning.plan import Plan
 from depthfuse.acceleration.planning.program import Call
 from depthfuse.acceleration.planning.trees import flatten
 from depthfuse.acceleration.running.cuda_graphs import GraphCache
-from depthfuse.acceleration.running.execution import EAGER, Execution, Executor
+from depthfuse.acceleration.running.execution import EAGER, NATIVE, ONEDNN, Execution, Executor
 from depthfuse.acceleration.running.implementations import (
     bind_implementations,
     choose_chunk,
@@ -31,10 +32,13 @@ from depthfuse.acceleration.running.implementations import (
     images_are_independent,
     least_ms,
 )
+from depthfuse.acceleration.running.native_engine import compile_plan as compile_natively
 from depthfuse.acceleration.running.onednn_graph import compile_plan
 from depthfuse.fused.layers import FusedModule
 from depthfuse.measured_cache import MeasuredCache
+from depthfuse.measuring.accuracy import TOLERANCE, relative_error
 from depthfuse.measuring.timing import Timing, time_interleaved
+from depthfuse.native.library import isa, why_missing
 from depthfuse.untrusted import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -88,13 +92,18 @@ def restore(
     """
     part = execution.part(call)
     bind_implementations(plan, part, implementations)
-    compiled = _compile(plan, part, measure=False) if execution.compiled else None
+    compiled = None
+    if execution.compiled == NATIVE:
+        compiled = _native(plan, part)
+    elif execution.compiled == ONEDNN:
+        compiled = _compile(plan, part, measure=False)
     graphs = _graphs(plan, call) if execution.graphs else None
     eager = None
     if execution.eager is not None and model is not None:
         eager = _own(model, execution.eager, plan.dtype).__call__
     chosen = execution.eager if eager is not None else None
-    execution = replace(execution, compiled=compiled is not None, graphs=graphs is not None, eager=chosen)
+    name = None if compiled is None else execution.compiled
+    execution = replace(execution, compiled=name, graphs=graphs is not None, eager=chosen)
     return Executor(plan, execution, compiled, part.shapes(), eager, graphs)
 
 
@@ -107,6 +116,7 @@ def _choose_by_measurement(
         "inputs": [[list(x.shape), str(x.dtype)] for x in call.tensors],
         "call": str(call),
         "compared": model is not None,
+        "native": why_missing() or isa(),
     }
     known = Execution.from_document(cache.get(question))
     on_cpu = plan.device.type == "cpu"
@@ -119,10 +129,14 @@ def _choose_by_measurement(
     choose_implementations(plan, part, "measure", cache)
     graphs = _graphs(plan, call)
     compiled = None
-    if on_cpu and (known is None or known.compiled):
+    if on_cpu and (known is None or known.compiled == ONEDNN):
         compiled = _compile(plan, part, measure=known is None)
-    execution = replace(execution, compiled=compiled is not None, graphs=graphs is not None)
+    name = None if compiled is None else ONEDNN
+    execution = replace(execution, compiled=name, graphs=graphs is not None)
     executor = Executor(plan, execution, compiled, part.shapes(), graphs=graphs)
+    if on_cpu and (known is None or known.compiled == NATIVE):
+        executor = _native_if_faster(executor, call, measure=known is None)
+        execution = executor.execution
     if known is not None:
         execution = known
     else:
@@ -157,6 +171,39 @@ def _compile(plan: Plan, part: Call, measure: bool) -> Callable[..., object] | N
         if not clearly_faster("compiled", "plan", latency_ms):
             return None
     return compiled
+
+
+def _native(plan: Plan, part: Call) -> Callable[..., object] | None:
+    """The native engine's run of the plan; None where it has none."""
+    if plan.form is None or plan.writes_inputs:
+        return None
+    return compile_natively(plan.module, part.tensors)
+
+
+def _native_if_faster(executor: Executor, call: Call, measure: bool) -> Executor:
+    """The plan by the native engine, all images at once, with `measure` only where that is faster than `executor`.
+
+    It must also agree with the plan: its algorithms round differently, and who measures is who checks.
+    """
+    compiled = _native(executor.plan, call)
+    if compiled is None:
+        return executor
+    execution = replace(executor.execution, chunk=None, compiled=NATIVE)
+    native = Executor(executor.plan, execution, compiled, call.shapes())
+    if measure:
+        given, wanted = (flatten(run(call), once=True)[0] for run in (native, executor))
+        errors = [
+            relative_error(g, w) for g, w in zip(given, wanted, strict=True) if isinstance(w, torch.Tensor)
+        ]
+        if max(errors, default=0.0) > TOLERANCE[executor.plan.dtype]:
+            logger.warning(
+                "the native engine is off by %.1e of the largest value: it is not used", max(errors)
+            )
+            return executor
+        latency_ms = least_ms({"plan": lambda: executor(call), "native": lambda: native(call)})
+        if not clearly_faster("native", "plan", latency_ms):
+            return executor
+    return native
 
 
 def _compare(

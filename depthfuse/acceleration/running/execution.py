@@ -19,6 +19,7 @@ from depthfuse.fused.layers import plain_ops
 from depthfuse.untrusted import is_out_of_memory
 
 EAGER = ("eager", "eager channels_last")
+ONEDNN, NATIVE = "oneDNN Graph", "native engine"  # what may run a whole plan on a CPU, for one shape
 # Beyond this a value may overflow inside the net, and what then turns into NaN has to come out as NaN.
 _LARGE = 1e6
 
@@ -27,16 +28,17 @@ _LARGE = 1e6
 class Execution:
     """The choice and what it rests on.
 
-    chunk: how many images run at a time, None for all. compiled: whether oneDNN Graph runs the plan for the example's
-    shapes. eager: "eager" or "eager channels_last" where the model itself runs. graphs: whether launches are replayed
-    as graphs (on a GPU). latency_ms: of the plan and of the model in each layout, on the example input; empty where
-    nothing was compared. ratios: each layout's time over the plan's, medians of interleaved rounds.
+    chunk: how many images run at a time, None for all. compiled: ONEDNN or NATIVE where that runs the plan for the
+    example's shapes. eager: "eager" or "eager channels_last" where the model itself runs. graphs: whether launches
+    are replayed as graphs (on a GPU). latency_ms: of the plan and of the model in each layout, on the example
+    input; empty where nothing was compared. ratios: each layout's time over the plan's, medians of interleaved
+    rounds.
 
     Raises TypeError or ValueError for values that make no sense, as a damaged or crafted file may hold them.
     """
 
     chunk: int | None = None
-    compiled: bool = False
+    compiled: str | None = None
     eager: str | None = None
     graphs: bool = False
     latency_ms: dict[str, float] = field(default_factory=dict)
@@ -45,9 +47,10 @@ class Execution:
     def __post_init__(self) -> None:
         if self.chunk is not None and (type(self.chunk) is not int or self.chunk < 1):
             raise ValueError(f"chunk is {self.chunk!r}, expected a number of images of at least 1, or none")
-        for name in ("compiled", "graphs"):
-            if type(getattr(self, name)) is not bool:
-                raise TypeError(f"{name} is {getattr(self, name)!r}, expected true or false")
+        if self.compiled not in (None, ONEDNN, NATIVE):
+            raise ValueError(f"compiled is {self.compiled!r}, expected {ONEDNN!r}, {NATIVE!r} or none")
+        if type(self.graphs) is not bool:
+            raise TypeError(f"graphs is {self.graphs!r}, expected true or false")
         if self.eager is not None and self.eager not in EAGER:
             raise ValueError(f"eager is {self.eager!r}, expected one of {', '.join(EAGER)}, or none")
         for name in ("latency_ms", "ratios"):
@@ -98,8 +101,9 @@ class Executor:
     What it holds beside the plan's module has weights of its own (`compiled`, `eager`) or is bound to where the
     module's weights lie (`graphs`): `alone` is what is left when these are moved, cast, loaded or copied.
 
-    compiled: a copy of the plan's graph for inputs of exactly the shapes `compiled_for`; like oneDNN's, its ReLU may
-    turn NaN into a number. eager: the model itself, for all calls. graphs: replays, on a GPU.
+    compiled: a copy of the plan's graph for inputs of exactly the shapes `compiled_for`; oneDNN's ReLU may turn NaN
+    into a number, and the engine's Winograd spreads it to neighbours. eager: the model itself, for all calls.
+    graphs: replays, on a GPU.
     """
 
     plan: Plan
@@ -122,7 +126,7 @@ class Executor:
         text = "op by op" if self.graphs is None else "one graph for each input shape"
         if self.compiled is not None:
             shapes = " and ".join(str(list(shape)) for shape in self.compiled_for)
-            text = f"oneDNN Graph for {shapes}, op by op for other shapes"
+            text = f"{choice.compiled} for {shapes}, op by op for other shapes"
         return text if choice.chunk is None else f"{text}, {choice.chunk} images at a time"
 
     @torch.no_grad()

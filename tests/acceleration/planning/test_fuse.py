@@ -17,7 +17,7 @@ from depthfuse.acceleration import AcceleratedModel, AccelerationError, accelera
 from depthfuse.acceleration.planning import aten
 from depthfuse.acceleration.planning.build import build_plan
 from depthfuse.acceleration.planning.program import Call, capture
-from depthfuse.acceleration.running.execution import Execution, Executor
+from depthfuse.acceleration.running.execution import ONEDNN, Execution, Executor
 from depthfuse.acceleration.running.implementations import choose_chunk, clearly_faster, least_ms
 from depthfuse.acceleration.running.onednn_graph import compile_plan
 from depthfuse.fused.layers import FusedConv2d, FusedLinear
@@ -328,7 +328,7 @@ def test_onednn_graph_runs_only_its_own_shape(monkeypatch):
         calls.append(given.shape)
         return compiled(given)
 
-    fast = running(fast, Executor(fast.made, Execution(compiled=True), counted, (tuple(x.shape),)))
+    fast = running(fast, Executor(fast.made, Execution(compiled=ONEDNN), counted, (tuple(x.shape),)))
     for batch in (2, 3, 2):
         z = torch.randn(batch, WIDTH, 9, 9)
         with torch.no_grad():

@@ -1,0 +1,90 @@
+// The loops over numbers, compiled once for each instruction set (kernels_*.cc) from one source (kernels.inc).
+//
+// Everything that crosses this border is plain data: code that those files share with others, such as the standard
+// library's templates, could end up in the binary with instructions that the processor does not have.
+#pragma once
+#include <cstdint>
+
+namespace depthfuse {
+
+// A float32 tensor [n, h, w, c] in memory: `data` is pixel (0, 0) of image 0, strides count floats.
+struct View {
+  float* data;
+  int n, h, w, c;
+  int64_t image, row, pixel;
+};
+
+// y = scale * act(sum + bias + residual) + shift. Vectors are padded to whole panels of output channels.
+struct Tail {
+  const float* bias;
+  const float* scale;
+  const float* shift;
+  View residual;  // data nullptr: none
+  int act;
+};
+
+struct Window {
+  int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+};
+
+// A dense convolution: rows are output pixels (n, p, q) in order, columns are output channels in panels.
+struct ConvTask {
+  View x, y;  // x has a border as wide as the padding
+  Tail tail;
+  Window window;
+  const float* weights;  // [panels][kernel_h][kernel_w][c_in][panel]
+  const int64_t* segments;  // where each run of `length` floats of a pixel's window starts, relative to its first
+  int segment_count, length;
+};
+
+// The same by Winograd's minimal filtering, F(tile x tile, 3x3): weights [panels][(tile + 2)^2][c_in][panel].
+struct WinogradTask {
+  View x, y;
+  Tail tail;
+  int tile, padding;
+  int tiles_h, tiles_w;
+  const float* weights;
+};
+
+struct DepthwiseTask {
+  View x, y;
+  Tail tail;
+  Window window;
+  const float* weights;  // [kernel_h][kernel_w][c]
+};
+
+struct AttentionTask {
+  View x, y;  // x [n, 1, t, 3 * heads * d], y [n, 1, t, heads * d]
+  int heads, d;
+  float scale;
+};
+
+struct Kernels {
+  const char* name;
+  int panel;      // output channels of a panel
+  int tile_rows;  // output pixels that a tile of accumulators holds, at most
+
+  // Output pixels [first, last) of panels [first_panel, last_panel).
+  void (*conv)(const ConvTask&, int first, int last, int first_panel, int last_panel);
+  // Tiles [first, last) of panels [first_panel, last_panel); `scratch` holds winograd_scratch(task, last - first) floats.
+  void (*winograd)(const WinogradTask&, int first, int last, int first_panel, int last_panel, float* scratch);
+  int64_t (*winograd_scratch)(const WinogradTask&, int tiles);
+  // weights [c_out][3][3][c_in] -> as WinogradTask has them
+  void (*winograd_weights)(const float* weights, int c_out, int c_in, int tile, float* packed);
+  // Output rows [first, last) of n * h.
+  void (*depthwise)(const DepthwiseTask&, int first, int last);
+  void (*max_pool)(const View& x, const View& y, const Window&, int first, int last);
+  // Pixels [first, last) of all pixels.
+  void (*add)(const View& x, const View& x2, const View& y, int act, int first, int last);
+  void (*layer_norm)(const View& x, const View& y, const float* weight, const float* bias, float epsilon, int first,
+                     int last);
+  // Image n's mean over its pixels.
+  void (*mean)(const View& x, const View& y, int n);
+  // Head `head` of image n; queries [first, last); `scratch` holds attention_scratch(task) floats.
+  void (*attention)(const AttentionTask&, int n, int head, int first, int last, float* scratch);
+  int64_t (*attention_scratch)(const AttentionTask&);
+};
+
+extern const Kernels kBaseline, kAvx2, kAvx512;
+
+}  // namespace depthfuse

@@ -1,0 +1,16 @@
+// What every processor of the kind has (SSE2, NEON): registers of 4 floats, 16 of them at least.
+#include <cmath>
+#include <cstring>
+
+#include "abi.h"
+#include "kernels.h"
+
+#define VECTOR 4
+#define ROWS 6
+#define COLUMNS 2
+#include "kernels.inc"
+
+namespace depthfuse {
+extern const Kernels kBaseline = {"baseline", PANEL, ROWS, conv, winograd, winograd_scratch, winograd_weights, depthwise,
+                              max_pool, add, layer_norm, mean, attention, attention_scratch};
+}

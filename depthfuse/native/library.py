@@ -1,0 +1,151 @@
+"""Find or build the engine's shared library, and speak to it.
+
+It is plain C at the border, so one binary serves every version of PyTorch. It is built from the sources that the
+package brings by the machine's g++: by `python -m depthfuse.native` into the package, as `make` does, or else at
+first use, once, into the user's cache. Where there is no compiler there is no engine, and nothing else changes.
+`DEPTHFUSE_NATIVE=0` does without it, `DEPTHFUSE_ISA=avx2` or `baseline` with narrower vectors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from depthfuse.measured_cache import cache_folder
+
+logger = logging.getLogger(__name__)
+
+ABI_VERSION = 1
+SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cpu"
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fvisibility=hidden")
+_NAME = "libdepthfuse_cpu.so"
+BUILT = Path(__file__).resolve().parent / "built"
+
+
+class TensorSpec(ctypes.Structure):
+    """df_tensor of csrc/cpu/abi.h."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("place", "index", "n", "h", "w", "c", "border")]
+
+
+class NodeSpec(ctypes.Structure):
+    """df_node of csrc/cpu/abi.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("op", "x", "x2", "y", "act", "algorithm")),
+        ("p", ctypes.c_int32 * 10),
+        ("f", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("weight", "bias", "scale", "shift")),
+    ]
+
+
+class Missing(Exception):
+    """Why there is no engine, in words."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The engine's functions.
+
+    Raises Missing: it is switched off, there is no compiler or no place to keep what it makes, or that does not load.
+    """
+    if os.environ.get("DEPTHFUSE_NATIVE", "1") == "0":
+        raise Missing("DEPTHFUSE_NATIVE is 0")
+    try:
+        loaded = ctypes.CDLL(str(_built()))
+    except OSError as error:
+        raise Missing(f"the engine's library does not load: {error}") from error
+    pointer = ctypes.c_void_p
+    loaded.df_isa.restype = ctypes.c_char_p
+    loaded.df_plan_create.restype = pointer
+    loaded.df_plan_create.argtypes = [
+        ctypes.POINTER(TensorSpec), ctypes.c_int32, ctypes.POINTER(NodeSpec), ctypes.c_int32,
+        pointer, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64,
+    ]  # fmt: skip
+    loaded.df_plan_run.restype = None
+    loaded.df_plan_run.argtypes = [pointer, pointer, pointer, ctypes.c_int32]
+    loaded.df_plan_bytes.restype = ctypes.c_int64
+    loaded.df_plan_bytes.argtypes = [pointer]
+    loaded.df_plan_destroy.restype = None
+    loaded.df_plan_destroy.argtypes = [pointer]
+    if loaded.df_abi_version() != ABI_VERSION:
+        raise Missing(f"the engine speaks version {loaded.df_abi_version()}, expected {ABI_VERSION}")
+    return loaded
+
+
+def why_missing() -> str | None:
+    """Why there is no engine here, or None where there is one."""
+    try:
+        library()
+    except Missing as reason:
+        return str(reason)
+    return None
+
+
+def isa() -> str:
+    """The instruction set that runs: "avx512", "avx2" or "baseline". Raises Missing."""
+    return library().df_isa().decode()
+
+
+def _built() -> Path:
+    if (BUILT / digest() / _NAME).exists():
+        return BUILT / digest() / _NAME
+    folder = cache_folder()
+    if folder is None:
+        raise Missing("this user has no home to keep the engine in; set DEPTHFUSE_CACHE_DIR to a folder")
+    target = folder / "native" / digest() / _NAME
+    if not target.exists():
+        build(target.parent)
+    return target
+
+
+@functools.cache
+def digest() -> str:
+    """Of the sources and of what compiles them: names the folder that holds the result. Raises Missing."""
+    if not SOURCES.is_dir():
+        raise Missing("this installation has no sources of the engine")
+    digest = hashlib.sha256(repr((FLAGS, platform.machine())).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build(folder: Path) -> None:
+    """Compile the engine into `folder`, where it is whole or not at all. Raises Missing."""
+    target = folder / _NAME
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        raise Missing("there is no g++ to build the engine with (or set CXX)")
+    logger.warning("building the native CPU engine, once: about half a minute of %s", compiler)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            sources = sorted(SOURCES.glob("*.cc"))
+            objects = [Path(scratch, source.stem + ".o") for source in sources]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                commands = [
+                    [compiler, *FLAGS, "-c", str(source), "-o", str(result)]
+                    for source, result in zip(sources, objects, strict=True)
+                ]
+                list(pool.map(_run, commands))
+            made = Path(scratch, _NAME)
+            _run([compiler, "-shared", *map(str, objects), "-o", str(made), "-pthread"])
+            os.replace(made, target)
+    except OSError as error:
+        raise Missing(f"the engine cannot be built: {error}") from error
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+        raise Missing(f"{command[0]} fails on the engine: {reason}")

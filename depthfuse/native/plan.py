@@ -1,0 +1,140 @@
+"""A plan for the engine: tensors and nodes are collected, then checked and packed by it once, and run in one call."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from depthfuse.native.library import NodeSpec, TensorSpec, library
+
+ARENA, INPUT, OUTPUT = range(3)
+(
+    CONV,
+    DEPTHWISE,
+    MAX_POOL,
+    MEAN,
+    ADD,
+    LAYER_NORM,
+    ATTENTION,
+    COPY,
+    FROM_PLANES,
+    TO_PLANES,
+    SELECT,
+    CONSTANT,
+) = range(12)
+ACTIVATIONS = ("none", "relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish")  # by their number in abi.h
+DIRECT, WINOGRAD_2, WINOGRAD_4 = 0, 2, 4
+_ERROR_BYTES = 256
+
+
+@dataclass
+class Node:
+    """One operation, see df_node of csrc/cpu/abi.h; tensors of weights in the place of offsets."""
+
+    op: int
+    x: int
+    y: int
+    x2: int = -1
+    act: str = "none"
+    algorithm: int = DIRECT
+    numbers: Sequence[int] = ()
+    f: float = 0.0
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+
+@dataclass
+class Builder:
+    """Collects a plan. Tensors are float32 [n, h, w, c], named by their number."""
+
+    tensors: list[TensorSpec] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+
+    def tensor(self, shape: Sequence[int], place: int = ARENA) -> int:
+        """A tensor [n, h, w, c]; inputs and outputs are numbered in the order in which they are made."""
+        index = sum(t.place == place for t in self.tensors) if place != ARENA else 0
+        self.tensors.append(TensorSpec(place, index, *shape, 0))
+        return len(self.tensors) - 1
+
+    def shape(self, tensor: int) -> tuple[int, int, int, int]:
+        t = self.tensors[tensor]
+        return t.n, t.h, t.w, t.c
+
+    def pad(self, tensor: int, border: int) -> None:
+        """Let at least `border` pixels of zeros lie around the images of a tensor in the arena."""
+        self.tensors[tensor].border = max(self.tensors[tensor].border, border)
+
+    def build(self) -> NativePlan:
+        """Raises ValueError where the engine refuses the plan, saying why. Missing: there is no engine."""
+        return NativePlan(self)
+
+
+class NativePlan:
+    """A plan that the engine has taken."""
+
+    def __init__(self, builder: Builder) -> None:
+        functions = library()
+        parts: list[Tensor] = []
+        count = 0
+
+        def offset(values: Tensor | None) -> int:
+            nonlocal count
+            if values is None:
+                return -1
+            parts.append(values.detach().to("cpu", torch.float32).reshape(-1))
+            count += parts[-1].numel()
+            return count - parts[-1].numel()
+
+        specs = (NodeSpec * len(builder.nodes))()
+        for spec, node in zip(specs, builder.nodes, strict=True):
+            spec.op, spec.x, spec.x2, spec.y = node.op, node.x, node.x2, node.y
+            spec.act, spec.algorithm, spec.f = ACTIVATIONS.index(node.act), node.algorithm, node.f
+            spec.p[: len(node.numbers)] = list(node.numbers)
+            for name in ("weight", "bias", "scale", "shift"):
+                setattr(spec, name, offset(getattr(node, name)))
+        weights = torch.cat(parts) if parts else torch.empty(0)
+        error = ctypes.create_string_buffer(_ERROR_BYTES)
+        tensors = (TensorSpec * len(builder.tensors))(*builder.tensors)
+        handle = functions.df_plan_create(
+            tensors, len(tensors), specs, len(specs), weights.data_ptr(), weights.numel(), error, _ERROR_BYTES
+        )
+        if not handle:
+            raise ValueError(f"the native engine refuses the plan: {error.value.decode(errors='replace')}")
+        self._handle, self._run = handle, functions.df_plan_run
+        self._bytes = functions.df_plan_bytes
+        places = [[t for t in tensors if t.place == place] for place in (INPUT, OUTPUT)]
+        self._counts = [[t.n * t.h * t.w * t.c for t in found] for found in places]
+        weakref.finalize(self, functions.df_plan_destroy, handle)
+
+    @property
+    def bytes(self) -> int:
+        """Of its own memory: packed weights, and what lies between its nodes."""
+        return self._bytes(self._handle)
+
+    def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], threads: int | None = None) -> None:
+        """Compute `outputs` from `inputs`: float32 on the CPU, dense, as many values each as the plan's tensors.
+
+        threads: at most so many; None for `torch.get_num_threads()`.
+
+        Raises ValueError for anything else: the engine would read or write where it must not.
+        """
+        for given, counts in zip((inputs, outputs), self._counts, strict=True):
+            if len(given) != len(counts):
+                raise ValueError(f"{len(given)} tensors given, expected {len(counts)}")
+            for x, count in zip(given, counts, strict=True):
+                if x.dtype is not torch.float32 or x.device.type != "cpu" or x.numel() != count:
+                    raise ValueError(
+                        f"given {list(x.shape)} {x.dtype} on {x.device}, expected {count} float32 on the cpu"
+                    )
+        pointers = [
+            (ctypes.c_void_p * max(1, len(given)))(*(x.data_ptr() for x in given))
+            for given in (inputs, outputs)
+        ]
+        self._run(self._handle, *pointers, threads or torch.get_num_threads())

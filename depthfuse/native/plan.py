@@ -129,9 +129,12 @@ class NativePlan:
             if len(given) != len(counts):
                 raise ValueError(f"{len(given)} tensors given, expected {len(counts)}")
             for x, count in zip(given, counts, strict=True):
-                if x.dtype is not torch.float32 or x.device.type != "cpu" or x.numel() != count:
+                fits = x.dtype is torch.float32 and x.device.type == "cpu" and x.is_contiguous()
+                if not fits or x.numel() != count:
+                    layout = "dense" if x.is_contiguous() else f"strides {list(x.stride())}"
                     raise ValueError(
-                        f"given {list(x.shape)} {x.dtype} on {x.device}, expected {count} float32 on the cpu"
+                        f"given {list(x.shape)} {x.dtype} on {x.device}, {layout}; "
+                        f"expected {count} float32 on the cpu, dense"
                     )
         pointers = [
             (ctypes.c_void_p * max(1, len(given)))(*(x.data_ptr() for x in given))

@@ -1,0 +1,138 @@
+"""Whole nets by the native engine: what `accelerate` chooses by default, saves, and falls back from."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from nets import randomise_norms
+from torch import nn
+
+from depthfuse import accelerate, load_accelerated
+from depthfuse.acceleration.running import choose
+from depthfuse.acceleration.running.execution import NATIVE, Execution, Executor
+from depthfuse.acceleration.running.native_engine import ALGORITHMS, compile_plan
+from depthfuse.measuring.accuracy import relative_error
+from depthfuse.native.library import why_missing
+
+import timm  # isort: skip
+
+NETS = {
+    "resnet18": 64,
+    "mobilenetv2_100": 64,
+    "convnext_atto": 64,
+    "vit_tiny_patch16_224": 224,
+    "mobilenetv1_100": 64,
+}
+pytestmark = pytest.mark.skipif(why_missing() is not None, reason=f"no native engine: {why_missing()}")
+
+
+def net(name):
+    torch.manual_seed(0)
+    size = {"img_size": 224} if name.startswith("vit") else {}
+    model = randomise_norms(timm.create_model(name, num_classes=10, **size)).eval()
+    return model, torch.randn(2, 3, NETS[name], NETS[name])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("name", NETS)
+def test_whole_nets(name, algorithm):
+    model, x = net(name)
+    fast = accelerate(model, x, tune="off")
+    run = compile_plan(fast.plan, (x,), lambda *_: algorithm)
+    assert run is not None
+    with torch.no_grad():
+        wanted = copy.deepcopy(model).double()(x.double())
+        eager = model(x)
+    assert relative_error(run(x), wanted) < max(2e-6, 6 * relative_error(eager, wanted))
+    nchw = x.to(memory_format=torch.channels_last)
+    assert torch.equal(run(nchw), run(x))
+
+
+def small():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Hardswish(), nn.Conv2d(16, 24, 1), nn.MaxPool2d(2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5),
+    )  # fmt: skip
+    return randomise_norms(model).eval(), torch.randn(2, 3, 12, 12)
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """The engine is taken for faster, whatever this machine measures."""
+    usual = choose.clearly_faster
+    monkeypatch.setattr(choose, "clearly_faster", lambda a, b, ms: a == "native" or usual(a, b, ms))
+    monkeypatch.setattr(choose, "judge", lambda execution, timings: execution)
+
+
+def test_the_default_measures_it_and_says_so(always, tmp_path):
+    model, x = small()
+    fast = accelerate(model, x)
+    assert fast.report().executor.startswith("native engine for [2, 3, 12, 12]")
+    with torch.no_grad():
+        wanted = model(x)
+        assert relative_error(fast(x), wanted) < 1e-5
+        other = torch.randn(3, 3, 9, 14)
+        assert relative_error(fast(other), model(other)) < 1e-5
+    fast.save(tmp_path / "fast")
+    loaded = load_accelerated(tmp_path / "fast")
+    assert loaded.report().executor == fast.report().executor
+    assert torch.equal(loaded(x), fast(x))
+    assert relative_error(copy.deepcopy(fast)(x), wanted) < 1e-5
+
+
+def test_nan_is_seen(always):
+    model, x = small()
+    fast = accelerate(model, x)
+    x[1, 0, 3, 3] = float("nan")
+    with torch.no_grad():
+        assert torch.equal(fast(x).isnan(), model(x).isnan())
+
+
+def test_what_disagrees_is_not_used(always, monkeypatch, caplog):
+    model, x = small()
+    honest = choose.compile_natively
+    monkeypatch.setattr(choose, "compile_natively", lambda *args: lambda x: 1.001 * honest(*args)(x))
+    with caplog.at_level(logging.WARNING):
+        fast = accelerate(model, x)
+    assert "native engine is off by" in caplog.text
+    assert "native" not in fast.report().executor
+    with torch.no_grad():
+        assert relative_error(fast(x), model(x)) < 1e-5
+
+
+def test_changed_weights_are_not_forgotten(always):
+    """What the engine packed belongs to the weights that it was made from."""
+    model, x = small()
+    fast = accelerate(model, x)
+    with torch.no_grad():
+        before = fast(x)
+        moved = copy.deepcopy(fast).double()
+        assert moved(x.double()).dtype is torch.float64
+        assert relative_error(moved(x.double()), before) < 1e-5
+
+
+def test_what_the_engine_does_not_have_runs_as_before(always):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            return torch.cumsum(self.conv(x).relu(), 1)
+
+    model, x = Odd().eval(), torch.randn(1, 3, 8, 8)
+    fast = accelerate(model, x)
+    assert "native" not in fast.report().executor
+    with torch.no_grad():
+        assert relative_error(fast(x), model(x)) < 1e-5
+
+
+def test_executions_know_what_may_run():
+    assert Execution(compiled=NATIVE).document()["compiled"] == NATIVE
+    assert Execution.from_document(Execution(compiled=NATIVE).document()) == Execution(compiled=NATIVE)
+    with pytest.raises(ValueError, match="compiled is True"):
+        Execution(compiled=True)
+    assert "native engine" in Executor(None, Execution(compiled=NATIVE), print, ((1,),)).in_words()

@@ -1,0 +1,67 @@
+"""Finding and building the engine: without a compiler, or without leave, nothing else changes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from depthfuse.native import library as module
+from depthfuse.native.library import Missing, why_missing
+
+CODE = """
+import torch
+from torch import nn
+import depthfuse
+from depthfuse.native.library import why_missing
+model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()).eval()
+x = torch.randn(1, 3, 8, 8)
+fast = depthfuse.accelerate(model, x)
+assert torch.allclose(fast(x), model(x), atol=1e-5)
+print(why_missing())
+"""
+
+
+def accelerate_with(tmp_path, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", CODE],
+        env=os.environ | {"DEPTHFUSE_CACHE_DIR": str(tmp_path / "cache")} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_without_leave_all_runs_as_before(tmp_path):
+    assert accelerate_with(tmp_path, DEPTHFUSE_NATIVE="0") == "DEPTHFUSE_NATIVE is 0"
+
+
+def test_without_a_compiler_all_runs_as_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BUILT", tmp_path / "nothing")
+    monkeypatch.setenv("DEPTHFUSE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(Missing, match="no g\\+\\+"):
+        module._built()
+    monkeypatch.setenv("CXX", sys.executable)  # a compiler that fails
+    with pytest.raises(Missing, match="fails on the engine"):
+        module._built()
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_without_a_place_to_keep_it_the_reason_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BUILT", tmp_path / "nothing")
+    monkeypatch.setattr(module, "cache_folder", lambda: None)
+    with pytest.raises(Missing, match="DEPTHFUSE_CACHE_DIR"):
+        module._built()
+
+
+@pytest.mark.skipif(why_missing() is not None, reason="no native engine here")
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_narrower_vectors_can_be_asked_for(isa, tmp_path):
+    code = "from depthfuse.native.library import isa; print(isa())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"DEPTHFUSE_ISA": isa}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() in (isa, "baseline"), done.stderr

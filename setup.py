@@ -1,6 +1,5 @@
-"""What pyproject.toml cannot say: dependencies that respect an installed torch, and the native extension."""
+"""What pyproject.toml cannot say: dependencies that respect an installed torch."""
 
-import os
 import site
 import sys
 import sysconfig
@@ -8,8 +7,6 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from setuptools import setup
-
-SWITCH = "DEPTHFUSE_BUILD_EXT"
 
 # No triton: CUDA wheels of torch bring it, ROCm wheels bring their own distribution of the same module, and a
 # second one would overwrite that. No torchvision: timm asks for it.
@@ -47,31 +44,4 @@ def installed_torch() -> list[str]:
     return []
 
 
-def native_extension() -> dict:
-    """Arguments to `setup` that build `depthfuse._C` from csrc/; exits with the reason if it cannot.
-
-    torch is imported only here, because a plain `pip install .` needs none at build time.
-    """
-    root = Path(__file__).parent
-    host_sources = sorted(str(path.relative_to(root)) for path in (root / "csrc").rglob("*.cpp"))
-    device_sources = sorted(str(path.relative_to(root)) for path in (root / "csrc").rglob("*.cu"))
-    if not host_sources:
-        raise SystemExit(f"{SWITCH}=1 was given, but csrc/ holds no sources yet: install without it.")
-    try:
-        from torch.utils import cpp_extension
-    except ImportError as error:
-        raise SystemExit(
-            f"{SWITCH}=1 builds against the torch of this environment, which cannot be imported ({error}). "
-            "Install torch first and pass --no-build-isolation to pip."
-        ) from error
-    if device_sources and (cpp_extension.CUDA_HOME or cpp_extension.ROCM_HOME):
-        extension = cpp_extension.CUDAExtension("depthfuse._C", host_sources + device_sources)
-    else:
-        extension = cpp_extension.CppExtension("depthfuse._C", host_sources)
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
-
-
-setup(
-    install_requires=DEPENDENCIES + installed_torch(),
-    **(native_extension() if os.environ.get(SWITCH) == "1" else {}),
-)
+setup(install_requires=DEPENDENCIES + installed_torch())

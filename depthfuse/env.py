@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from depthfuse.devices import capability_of, cpu_name
+from depthfuse.native.library import isa, why_missing
 from depthfuse.ops import onednn, resolve_backend
 
 _PACKAGES = (
@@ -70,6 +71,7 @@ def _cpu() -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "native_engine": why_missing() or isa(),
         "onednn_fused_dtypes": [_name(dtype) for dtype in _DTYPES if onednn.available(dtype)],
     }
 
@@ -106,6 +108,7 @@ def render() -> str:
     lines.append(
         f"{'cpu':<12} {cpu['name']}, {cpu['capability']}, {cpu['cores']} cores, {cpu['threads']} threads"
     )
+    lines.append(f"{'engine':<12} native: {cpu['native_engine']}")
     for index, gpu in enumerate(facts["gpus"]):
         lines.append(
             f"{f'cuda:{index}':<12} {gpu['name']}, {gpu['architecture']}, {gpu['memory_gib']} GiB, "

@@ -20,7 +20,7 @@ FLOORS = (
     ("acceleration", "training"),
     ("measuring", "merging", "selftest"),
     ("fused", "config", "env"),
-    ("data", "ops"),
+    ("data", "ops", "native"),
     ("kernels",),
     ("spec", "measured_cache"),
     ("checkpoint", "architecture", "log"),

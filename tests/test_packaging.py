@@ -67,7 +67,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     }
     # rglob does not follow the symlinks
     source |= {f"depthfuse/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
-    source |= {f"depthfuse/{path.relative_to(ROOT)}" for path in (ROOT / "csrc" / "cpu").iterdir()}
+    source |= {f"depthfuse/{path.relative_to(ROOT)}" for path in (ROOT / "csrc").glob("*pu/*")}
     data = {f"depthfuse/data/fashion_mnist/{name}" for name in ("subset.xz", "LICENSE", "README.md")}
     assert names == source | data
 

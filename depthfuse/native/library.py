@@ -25,7 +25,8 @@ from depthfuse.measured_cache import cache_folder
 logger = logging.getLogger(__name__)
 
 ABI_VERSION = 1
-SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cpu"
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+SOURCES = CSRC / "cpu"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fvisibility=hidden")
 _NAME = "libdepthfuse_cpu.so"
 BUILT = Path(__file__).resolve().parent / "built"
@@ -136,16 +137,18 @@ def build(folder: Path) -> None:
                     [compiler, *FLAGS, "-c", str(source), "-o", str(result)]
                     for source, result in zip(sources, objects, strict=True)
                 ]
-                list(pool.map(_run, commands))
+                list(pool.map(run_compiler, commands))
             made = Path(scratch, _NAME)
-            _run([compiler, "-shared", *map(str, objects), "-o", str(made), "-pthread"])
+            run_compiler([compiler, "-shared", *map(str, objects), "-o", str(made), "-pthread"])
             os.replace(made, target)
     except OSError as error:
         raise Missing(f"the engine cannot be built: {error}") from error
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+def run_compiler(command: list[str], **environment: str) -> str:
+    """What it says. Raises Missing where it fails, with its first error."""
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:
         reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
-        raise Missing(f"{command[0]} fails on the engine: {reason}")
+        raise Missing(f"{command[0]} fails: {reason}")
+    return done.stderr

@@ -45,7 +45,7 @@ def test_without_a_compiler_all_runs_as_before(tmp_path, monkeypatch):
     with pytest.raises(Missing, match="no g\\+\\+"):
         module._built()
     monkeypatch.setenv("CXX", sys.executable)  # a compiler that fails
-    with pytest.raises(Missing, match="fails on the engine"):
+    with pytest.raises(Missing, match="fails: "):
         module._built()
     assert not list((tmp_path / "cache").rglob("*.so"))
 

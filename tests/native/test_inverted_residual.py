@@ -1,0 +1,129 @@
+"""The native inverted residual, on the CPU: the source that HIP and CUDA compile, its threads one after another."""
+
+import shutil
+
+import pytest
+import torch
+
+from depthfuse.kernels.arguments import NO_TAIL, Tail, ThreeLayers
+from depthfuse.native.gpu import SOURCE, compiler_of, inverted_residual
+from depthfuse.native.library import run_compiler
+from depthfuse.selftest import oracle
+from depthfuse.selftest.oracle import ACT, assert_within, guarded
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to build it with")
+
+# batch, channels, (height, width), hidden, outputs, stride
+CASES = {
+    "skip": (2, 24, (9, 13), 144, 24, 1),
+    "stride_2": (2, 16, (15, 8), 96, 24, 2),
+    "stride_2_wide": (1, 32, (17, 18), 50, 64, 2),
+    "odd_channels": (1, 7, (7, 7), 33, 9, 1),
+    "wide": (1, 64, (8, 8), 40, 64, 1),
+    "1x1_image": (3, 3, (1, 1), 16, 8, 2),
+    "one_of_all": (1, 1, (2, 1), 1, 1, 1),
+    "many_blocks": (2, 20, (33, 25), 70, 40, 1),
+}  # fmt: skip
+
+
+def operands(case, dtype, integers):
+    n, c, image, hidden, k, stride = case
+    torch.manual_seed(0)
+
+    def sample(*shape):
+        if integers:  # sparse, so that sums stay exact in bfloat16 between the layers
+            return (torch.randint(-1, 2, shape) * (torch.rand(shape) < 0.2)).to(dtype)
+        return torch.randn(shape).to(dtype)
+
+    def images(*shape):
+        return guarded(sample(*shape).contiguous(memory_format=torch.channels_last))
+
+    inner = [
+        sample(hidden, c, 1, 1),
+        sample(hidden),
+        sample(hidden, 1, 3, 3),
+        sample(hidden),
+        sample(k, hidden, 1, 1),
+    ]
+    size = [(extent - 1) // stride + 1 for extent in image]
+    tail = Tail(guarded(sample(k)), images(n, k, *size), guarded(sample(k)), guarded(sample(k)), "relu")
+    return images(n, c, *image), ThreeLayers(*map(guarded, inner)), tail
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    """Outputs start as NaN, so that an element which no block writes is seen."""
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *args: empty(x, *args).fill_(float("nan")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_exact_on_integers(case, dtype):
+    x, weights, tail = operands(case, dtype, integers=True)
+    wanted = oracle.inverted_residual(x, weights, tail, case[-1])
+    if dtype is torch.bfloat16 and wanted.value.abs().max() > 256:
+        pytest.skip("its sums do not fit eight bits")
+    y = inverted_residual(x, weights, tail, stride=case[-1])
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    if dtype is torch.float32:
+        assert torch.equal(y.double(), wanted.value)
+    else:
+        assert_within(y, *wanted)
+
+
+@pytest.mark.parametrize("act", ACT)
+def test_error_bound_with_each_activation(act):
+    for case in ("skip", "stride_2"):
+        x, weights, tail = operands(CASES[case], torch.float32, integers=False)
+        tail, stride = tail._replace(act=act), CASES[case][-1]
+        y = inverted_residual(x, weights, tail, stride=stride, act_inner=act)
+        assert_within(y, *oracle.inverted_residual(x, weights, tail, stride, act, sums=torch.float32))
+
+
+@pytest.mark.parametrize("missing", ["bias", "residual", "scale", "shift"])
+def test_each_part_of_the_tail_may_be_absent(missing):
+    x, weights, tail = operands(CASES["skip"], torch.float32, integers=True)
+    for part in (tail._replace(**{missing: None}), NO_TAIL):
+        y = inverted_residual(x, weights, part)
+        assert torch.equal(y.double(), oracle.inverted_residual(x, weights, part).value)
+
+
+def test_nan_stays_within_reach():
+    """Of 3 x 3 outputs around it: not across tiles, and not into the padding of channels."""
+    x, weights, _ = operands(CASES["many_blocks"], torch.float32, integers=False)
+    x[0, 5, 8, 16] = float("nan")
+    seen = inverted_residual(x, weights, act_inner="silu").isnan().any(1)
+    assert seen.sum() == 9
+    assert seen[0, 7:10, 15:18].all()
+
+
+def test_what_it_does_not_take_is_refused():
+    x, weights, tail = operands(CASES["skip"], torch.float32, integers=True)
+    with pytest.raises(ValueError, match=r"x is .* expected .* channels_last"):
+        inverted_residual(x.contiguous(), weights)
+    with pytest.raises(ValueError, match=r"residual is .* expected \[2, 24, 5, 7\]"):
+        inverted_residual(x, weights, tail, stride=2)
+    with pytest.raises(ValueError, match="no native inverted residual"):
+        inverted_residual(x, weights, stride=3)
+    wide = (1, 65, (4, 4), 8, 8, 1)
+    with pytest.raises(ValueError, match="of 65 to 8 channels"):
+        inverted_residual(*operands(wide, torch.float32, True)[:2])
+    with pytest.raises(ValueError, match="float16 on cpu"):
+        inverted_residual(*operands(CASES["skip"], torch.float16, True)[:2])
+
+
+@pytest.mark.parametrize("arch", ["gfx908", "gfx90a", "sm_80", "sm_90"])
+def test_it_compiles_for_gpus(arch, tmp_path):
+    name = "hipcc" if arch.startswith("gfx") else "nvcc"
+    if shutil.which(name) is None:
+        pytest.skip(f"there is no {name}")
+    only_one = tmp_path / "one.cu"
+    only_one.write_text(
+        f'#include "{SOURCE.resolve()}"\n'
+        "template __global__ void depthfuse::inverted_residual<depthfuse::Half, 32, 32, 1>("
+        "depthfuse::Arguments<depthfuse::Half>);\n"
+    )
+    command = [*compiler_of(arch), "-c", str(only_one), "-o", str(tmp_path / "one.o")]
+    run_compiler(command, HIP_PLATFORM="amd")
+    assert (tmp_path / "one.o").stat().st_size > 1000

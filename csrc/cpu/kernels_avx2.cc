@@ -14,7 +14,7 @@
 #include "kernels.inc"
 
 namespace depthfuse {
-extern const Kernels kAvx2 = {"avx2", PANEL, ROWS, conv, winograd, winograd_scratch, winograd_weights, depthwise,
+extern const Kernels kAvx2 = {"avx2", PANEL, ROWS, conv, winograd, winograd_scratch, winograd_weights, depthwise, depthwise_scratch,
                               max_pool, add, layer_norm, mean, attention, attention_scratch};
 }
 #endif

@@ -373,7 +373,8 @@ void Plan::add_depthwise(const df_node& node, int index) {
     if (residual != -1) t.tail.residual = run.view(residual);
     const int pieces = pieces_for(rows, run.threads, 1);
     parallel_for(pieces, run.threads, [&](int piece, int) {
-      kernels().depthwise(t, cut(rows, pieces, piece), cut(rows, pieces, piece + 1));
+      const int first = cut(rows, pieces, piece), last = cut(rows, pieces, piece + 1);
+      kernels().depthwise(t, first, last, scratch(kernels().depthwise_scratch(t, last - first) + kSlack));
     });
   }, y_index});
 }

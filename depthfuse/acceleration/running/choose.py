@@ -138,7 +138,7 @@ def _choose_by_measurement(
         executor = _native_if_faster(executor, call, measure=known is None)
         execution = executor.execution
     if known is not None:
-        execution = known
+        execution = replace(known, compiled=executor.execution.compiled)
     else:
         if model is not None:
             execution = _compare(execution, plan, model, call, finish(executor))
@@ -183,23 +183,20 @@ def _native(plan: Plan, part: Call) -> Callable[..., object] | None:
 def _native_if_faster(executor: Executor, call: Call, measure: bool) -> Executor:
     """The plan by the native engine, all images at once, with `measure` only where that is faster than `executor`.
 
-    It must also agree with the plan: its algorithms round differently, and who measures is who checks.
+    It must also agree with the plan, each time: its algorithms round differently.
     """
     compiled = _native(executor.plan, call)
     if compiled is None:
         return executor
     execution = replace(executor.execution, chunk=None, compiled=NATIVE)
     native = Executor(executor.plan, execution, compiled, call.shapes())
+    given, wanted = (flatten(run(call), once=True)[0] for run in (native, executor))
+    pairs = zip(given, wanted, strict=True)
+    error = max((relative_error(g, w) for g, w in pairs if isinstance(w, torch.Tensor)), default=0.0)
+    if error > TOLERANCE[executor.plan.dtype]:
+        logger.warning("the native engine is off by %.1e of the largest value: it is not used", error)
+        return executor
     if measure:
-        given, wanted = (flatten(run(call), once=True)[0] for run in (native, executor))
-        errors = [
-            relative_error(g, w) for g, w in zip(given, wanted, strict=True) if isinstance(w, torch.Tensor)
-        ]
-        if max(errors, default=0.0) > TOLERANCE[executor.plan.dtype]:
-            logger.warning(
-                "the native engine is off by %.1e of the largest value: it is not used", max(errors)
-            )
-            return executor
         latency_ms = least_ms({"plan": lambda: executor(call), "native": lambda: native(call)})
         if not clearly_faster("native", "plan", latency_ms):
             return executor

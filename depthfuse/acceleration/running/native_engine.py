@@ -35,6 +35,9 @@ Algorithms = Callable[
 ]  # input [n, h, w, c], filters, padding -> how to convolve
 
 
+_WORTH_MEASURING = 2_000_000  # multiply-adds, some 50 us
+
+
 class Unsupported(Exception):
     """What of a graph the engine does not have."""
 
@@ -71,7 +74,12 @@ def compile_plan(
 
 
 def fastest_algorithm(shape: Sequence[int], filters: int, padding: int) -> int:
-    """Of the ways to compute a 3x3 convolution of stride 1, the one that takes least time here, now or once before."""
+    """Of the ways to compute a 3x3 convolution of stride 1, the one that takes least time here, now or once before.
+
+    A small one is computed directly: to measure it would take longer than it ever will.
+    """
+    if math.prod(shape) * filters * 9 < _WORTH_MEASURING:
+        return native.DIRECT
     cache = MeasuredCache.of(torch.device("cpu"), sources=("csrc", "native"))
     question = {"convolution": [*shape, filters, padding], "isa": isa()}
     known = cache.get(question)

@@ -20,7 +20,7 @@ from depthfuse.native.gpu import SOURCE, compiler_of
 from depthfuse.native.library import Missing, run_compiler
 
 TARGETS = ("gfx908", "gfx90a", "sm_80", "sm_90")
-WAVES = 4  # of a block, see inverted_residual.cu
+BLOCK_THREADS = 256  # see inverted_residual.cu
 _NAME = re.compile(r"inverted_residualINS_\d+(\w+?)ELi(\d+)ELi(\d+)ELi(\d+)")
 
 
@@ -42,15 +42,16 @@ def rows(arch: str) -> Iterator[dict]:
 
 def _row(arch: str, name: str, **numbers: int) -> dict:
     dtype, channels, outputs, stride = _NAME.search(name).groups()
-    shared = shared_bytes(int(channels), int(outputs), int(stride))
+    shared = shared_bytes(int(channels), int(stride))
     device = DEVICES[arch]
     if arch.startswith("gfx"):
         # gfx908: 256 of either kind a SIMD's lane, in blocks of 8. gfx90a: 512 of both together.
         used = max(numbers["registers"], numbers["accumulators"])
         total = 256 if arch == "gfx908" else 512
-        blocks = amd_workgroups(min(8, total // (-(-max(used, 1) // 8) * 8)), WAVES, shared, device)
+        waves_per_simd = min(8, total // (-(-max(used, 1) // 8) * 8))
+        blocks = amd_workgroups(waves_per_simd, BLOCK_THREADS // 64, shared, device)
     else:
-        blocks = nvidia_workgroups(numbers["registers"], WAVES, shared, 0, device)
+        blocks = nvidia_workgroups(numbers["registers"], BLOCK_THREADS // 32, shared, 0, device)
     return {
         "target": arch,
         "dtype": {"Half": "fp16", "Bfloat": "bf16"}[dtype],
@@ -63,13 +64,13 @@ def _row(arch: str, name: str, **numbers: int) -> dict:
     }
 
 
-def shared_bytes(channels: int, outputs: int, stride: int) -> int:
+def shared_bytes(channels: int, stride: int) -> int:
     """Of a block, as `Block` of inverted_residual.cu counts it."""
-    side = 7 * stride + 3
-    pixels = -(-side * side // 16) * 16
-    hidden = 32 if stride == 1 else 16
-    x, e = channels + 8, hidden + 8
-    return 2 * (pixels * (x + e) + 64 * e + hidden * x + outputs * e)
+    height, width = (8, 8) if stride == 1 else (4, 8)
+    pixels = ((height - 1) * stride + 3) * ((width - 1) * stride + 3)
+    pixels = -(-pixels // 16) * 16
+    hidden = 16 if stride == 2 and channels > 32 else 32
+    return 2 * (pixels * (channels + 8 + hidden + 8) + height * width * (hidden + 8))
 
 
 def _amd(arch: str, assembly: str) -> Iterator[dict]:

@@ -1,7 +1,8 @@
-// Products of 16 x 16 tiles by a wave's matrix instructions: acc[16, 16] += a[16, k] b[16, k]^T, float32 sums.
+// Products of 16 x 16 tiles by a wave's matrix instructions: sums[16, 16] += left[16, 16] right[16, 16]^T, in float32.
 //
-// Both operands lie in shared memory with k innermost, rows `stride` values apart. A lane holds 256 / kWave of the sums;
-// `row_of` and `column_of` say which.
+// Operands lie in memory with the summed axis innermost, rows `stride` values apart: `left` in shared memory, `right`
+// (weights) in global memory, from where each wave takes what it needs straight into registers. A lane holds kSums sums, as
+// runs of kRun neighbours of one row: `row_of` and `column_of` say where each run starts.
 #pragma once
 #include "compat.h"
 
@@ -12,87 +13,145 @@ constexpr int kSums = kTile * kTile / kWave;  // of a lane
 
 #if defined(__HIPCC__)
 
+// v_mfma gives each lane four rows of one column. The operands change places, so that it is four columns of one row.
+constexpr int kRun = 4;
+DEVICE int row_of(int lane, int) { return lane % 16; }
+DEVICE int column_of(int lane, int) { return lane / 16 * 4; }
+
 typedef float float4_ __attribute__((ext_vector_type(4)));
 typedef _Float16 half4_ __attribute__((ext_vector_type(4)));
 typedef short short2_ __attribute__((ext_vector_type(2)));
 typedef short short4_ __attribute__((ext_vector_type(4)));
 
-DEVICE int row_of(int lane, int i) { return lane / 16 * 4 + i; }
-DEVICE int column_of(int lane, int) { return lane % 16; }
+template <class T>
+using Left = Pack<T, 4>;
+template <class T>
+using Right = Pack<T, 4>;
 
-DEVICE float4_ step(const Half* a, const Half* b, float4_ acc) {
-  return __builtin_amdgcn_mfma_f32_16x16x16f16(*reinterpret_cast<const half4_*>(a), *reinterpret_cast<const half4_*>(b),
-                                               acc, 0, 0, 0);
+template <class T>
+DEVICE Left<T> load_left(const T* from, int stride, int lane) {
+  return load_shared<4>(from + lane % 16 * stride + lane / 16 * 4);
+}
+template <class T>
+DEVICE Right<T> load_right(const T* from, int stride, int lane) {
+  return load<4>(from + lane % 16 * stride + lane / 16 * 4);
 }
 
-DEVICE float4_ step(const Bfloat* a, const Bfloat* b, float4_ acc) {
+DEVICE float4_ product(Pack<Half, 4> a, Pack<Half, 4> b, float4_ sums) {
+  return __builtin_amdgcn_mfma_f32_16x16x16f16(bits_as<half4_>(a), bits_as<half4_>(b), sums, 0, 0, 0);
+}
+DEVICE float4_ product(Pack<Bfloat, 4> a, Pack<Bfloat, 4> b, float4_ sums) {
+  const short4_ x = bits_as<short4_>(a), y = bits_as<short4_>(b);
 #if defined(__gfx908__)  // 8 deep: the four values that a lane has are the halves of two instructions
-  const short4_ x = *reinterpret_cast<const short4_*>(a), y = *reinterpret_cast<const short4_*>(b);
-  acc = __builtin_amdgcn_mfma_f32_16x16x8bf16(short2_{x.x, x.y}, short2_{y.x, y.y}, acc, 0, 0, 0);
-  return __builtin_amdgcn_mfma_f32_16x16x8bf16(short2_{x.z, x.w}, short2_{y.z, y.w}, acc, 0, 0, 0);
-#elif defined(__gfx90a__)
-  return __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(*reinterpret_cast<const short4_*>(a),
-                                                   *reinterpret_cast<const short4_*>(b), acc, 0, 0, 0);
+  sums = __builtin_amdgcn_mfma_f32_16x16x8bf16(x.xy, y.xy, sums, 0, 0, 0);
+  return __builtin_amdgcn_mfma_f32_16x16x8bf16(x.zw, y.zw, sums, 0, 0, 0);
+#elif defined(__gfx90a__) || defined(__gfx942__)
+  return __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(x, y, sums, 0, 0, 0);
+#elif defined(__HIP_DEVICE_COMPILE__)
+#error "expected gfx908, gfx90a or gfx942: which bfloat16 matrix instruction this target has is not known"
 #else
-  return acc;  // the host's pass
+  return sums;  // the compiler's pass for the host, which runs none of this
 #endif
 }
 
 template <class T>
-DEVICE void multiply_add(const T* a, int a_stride, const T* b, int b_stride, int k, int lane, float* acc) {
-  float4_ sums = {acc[0], acc[1], acc[2], acc[3]};
-  a += lane % 16 * a_stride + lane / 16 * 4;
-  b += lane % 16 * b_stride + lane / 16 * 4;
-  UNROLL for (int i = 0; i < k; i += 16) sums = step(a + i, b + i, sums);
-  UNROLL for (int i = 0; i < 4; ++i) acc[i] = sums[i];
+DEVICE void multiply_add(const Left<T>& left, const Right<T>& right, float* sums) {
+  const float4_ result = product(right, left, float4_{sums[0], sums[1], sums[2], sums[3]});
+  UNROLL for (int i = 0; i < 4; ++i) sums[i] = result[i];
 }
 
 #elif defined(__CUDACC__)
 
-DEVICE int row_of(int lane, int i) { return lane / 4 + (i & 2) * 4; }
-DEVICE int column_of(int lane, int i) { return i / 4 * 8 + lane % 4 * 2 + (i & 1); }
-
-DEVICE void step(const Half*, const uint32_t (&a)[4], const uint32_t (&b)[2], float* c) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-DEVICE void step(const Bfloat*, const uint32_t (&a)[4], const uint32_t (&b)[2], float* c) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+// mma.m16n8k16 twice, for the left and the right eight columns.
+constexpr int kRun = 2;
+DEVICE int row_of(int lane, int run) { return lane / 4 + run % 2 * 8; }
+DEVICE int column_of(int lane, int run) { return run / 2 * 8 + lane % 4 * 2; }
 
 template <class T>
-DEVICE uint32_t pair_at(const T* p) { return *reinterpret_cast<const uint32_t*>(p); }
+struct Left {
+  uint32_t pairs[4];
+};
+template <class T>
+struct Right {
+  uint32_t pairs[2][2];  // [columns' half][depth's half]
+};
 
 template <class T>
-DEVICE void multiply_add(const T* a, int a_stride, const T* b, int b_stride, int k, int lane, float* acc) {
-  a += lane / 4 * a_stride + lane % 4 * 2;
-  b += lane / 4 * b_stride + lane % 4 * 2;
-  UNROLL for (int i = 0; i < k; i += 16) {
-    const uint32_t rows[4] = {pair_at(a + i), pair_at(a + i + 8 * a_stride), pair_at(a + i + 8),
-                              pair_at(a + i + 8 * a_stride + 8)};
-    UNROLL for (int half = 0; half < 2; ++half) {
-      const T* columns = b + i + half * 8 * b_stride;
-      const uint32_t pairs[2] = {pair_at(columns), pair_at(columns + 8)};
-      step(a, rows, pairs, acc + 4 * half);
-    }
-  }
+DEVICE Left<T> load_left(const T* from, int stride, int lane) {
+  Left<T> left;
+  const uint32_t at = uint32_t(__cvta_generic_to_shared(from + lane % 16 * stride + lane / 16 * 8));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(left.pairs[0]), "=r"(left.pairs[1]), "=r"(left.pairs[2]), "=r"(left.pairs[3])
+               : "r"(at)
+               : "memory");
+  return left;
+}
+template <class T>
+DEVICE Right<T> load_right(const T* from, int stride, int lane) {
+  Right<T> right;
+  from += lane / 4 * stride + lane % 4 * 2;
+  UNROLL for (int i = 0; i < 2; ++i)
+    UNROLL for (int j = 0; j < 2; ++j) right.pairs[i][j] = bits_as<uint32_t>(load<2>(from + i * 8 * stride + j * 8));
+  return right;
+}
+
+#define MMA(TYPE)                                                                                                      \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                                 \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+DEVICE void product(Half, const uint32_t (&a)[4], const uint32_t (&b)[2], float* c) { MMA("f16"); }
+DEVICE void product(Bfloat, const uint32_t (&a)[4], const uint32_t (&b)[2], float* c) { MMA("bf16"); }
+#undef MMA
+
+template <class T>
+DEVICE void multiply_add(const Left<T>& left, const Right<T>& right, float* sums) {
+  UNROLL for (int half = 0; half < 2; ++half) product(T{}, left.pairs, right.pairs[half], sums + 4 * half);
 }
 
 #else
 
-DEVICE int row_of(int, int i) { return i / kTile; }
-DEVICE int column_of(int, int i) { return i % kTile; }
+constexpr int kRun = kTile;
+DEVICE int row_of(int, int run) { return run; }
+DEVICE int column_of(int, int) { return 0; }
 
 template <class T>
-void multiply_add(const T* a, int a_stride, const T* b, int b_stride, int k, int, float* acc) {
+struct Left {
+  Pack<T, kTile> rows[kTile];
+};
+template <class T>
+struct Right {
+  Pack<T, kTile> rows[kTile];
+};
+
+template <class T>
+Left<T> load_left(const T* from, int stride, int) {
+  Left<T> left;
   for (int r = 0; r < kTile; ++r)
-    for (int c = 0; c < kTile; ++c)
-      for (int i = 0; i < k; ++i) acc[r * kTile + c] += to_float(a[r * a_stride + i]) * to_float(b[c * b_stride + i]);
+    for (int i = 0; i < kTile; ++i) left.rows[r].values[i] = load_shared<1>(from + r * stride + i).values[0];
+  return left;
+}
+template <class T>
+Right<T> load_right(const T* from, int stride, int) {
+  Right<T> right;
+  for (int r = 0; r < kTile; ++r)
+    for (int i = 0; i < kTile; ++i) right.rows[r].values[i] = from[r * stride + i];
+  return right;
+}
+
+template <class T>
+void multiply_add(const Left<T>& left, const Right<T>& right, float* sums) {
+  float a[kTile][kTile], b[kTile][kTile];
+  for (int i = 0; i < kTile * kTile; ++i) {
+    a[i / kTile][i % kTile] = to_float(left.rows[i / kTile].values[i % kTile]);
+    b[i % kTile][i / kTile] = to_float(right.rows[i / kTile].values[i % kTile]);
+  }
+  for (int r = 0; r < kTile; ++r)
+    for (int i = 0; i < kTile; ++i)
+      for (int c = 0; c < kTile; ++c) sums[r * kTile + c] += a[r][i] * b[i][c];
 }
 
 #endif
+
+constexpr int kRuns = kSums / kRun;
 
 }  // namespace depthfuse

@@ -14,8 +14,10 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from depthfuse.devices import capability_of
@@ -27,6 +29,8 @@ from depthfuse.native.plan import ACTIVATIONS
 logger = logging.getLogger(__name__)
 
 SOURCE = CSRC / "gpu" / "inverted_residual.cu"
+SIZES = ((16, 32), (32, 32), (32, 64), (64, 64))  # channels in and out that there are kernels for
+HIDDEN_MULTIPLE = 32
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
@@ -77,65 +81,112 @@ def library_for(arch: str) -> ctypes.CDLL:
         raise Missing(f"the kernels for {arch} do not load: {error}") from error
 
 
+class Packed(NamedTuple):
+    """The weights of an inverted residual as the kernel reads them: padded with zeros to whole tiles."""
+
+    w1: Tensor  # [hidden, channels]
+    b1: Tensor  # [hidden]
+    w2: Tensor  # [9, hidden]: a tap's channels side by side
+    b2: Tensor  # [hidden]
+    w3: Tensor  # [out_channels, hidden]
+    channels: int  # as given, unpadded
+    out_channels: int
+
+
+def pack(weights: ThreeLayers) -> Packed:
+    """Pack [hidden, C, 1, 1], [hidden], [hidden, 1, 3, 3], [hidden], [K, hidden, 1, 1], once for many calls.
+
+    Raises ValueError: other shapes, or more than 64 channels in or out.
+    """
+    w1, b1, w2, b2, w3 = weights
+    (hidden, channels), k = w1.shape[:2], w3.shape[0]
+    shapes = [(hidden, channels, 1, 1), (hidden,), (hidden, 1, 3, 3), (hidden,), (k, hidden, 1, 1)]
+    for (name, tensor), shape in zip(weights._asdict().items(), shapes, strict=True):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
+    size = next((size for size in SIZES if channels <= size[0] and k <= size[1]), None)
+    if size is None:
+        raise ValueError(
+            f"there is no native inverted residual of {channels} to {k} channels, expected at most 64: "
+            "use depthfuse.ops.inverted_residual"
+        )
+    more = -hidden % HIDDEN_MULTIPLE
+    return Packed(
+        F.pad(w1.flatten(1), (0, size[0] - channels, 0, more)),
+        F.pad(b1, (0, more)),
+        F.pad(w2.flatten(1).T, (0, more)).contiguous(),
+        F.pad(b2, (0, more)),
+        F.pad(w3.flatten(1), (0, more, 0, size[1] - k)),
+        channels,
+        k,
+    )
+
+
 def inverted_residual(
     x: Tensor,  # [N, C, H, W] channels_last
-    weights: ThreeLayers,  # [hidden, C, 1, 1], [hidden], [hidden, 1, 3, 3], [hidden], [K, hidden, 1, 1], dense
+    weights: Packed,
     tail: Tail = NO_TAIL,  # residual [N, K, P, Q] channels_last
     *,
     stride: int = 1,
     act_inner: str = "relu6",
 ) -> Tensor:  # [N, K, P, Q] channels_last
-    """`depthfuse.ops.inverted_residual` by the native kernel, in bfloat16, and in float16 on a GPU or float32 on a CPU.
+    """`depthfuse.ops.inverted_residual` by the native kernel, in float16 and bfloat16; on a CPU in float32, too.
 
-    At most 64 channels in and out, at stride 2 at most 32 in. All tensors of one dtype, on one device.
+    Stride 1 or 2. All tensors of one dtype, on one device.
 
     Raises:
-        Missing: there is no compiler for the device. ValueError: a shape, layout or dtype that it does not take.
+        Missing: there is no compiler for the device. ValueError: a shape, layout, dtype or name that it does not take.
         RuntimeError: the driver's error, by its number.
     """
+    if stride not in (1, 2):
+        raise ValueError(f"stride is {stride}, expected 1 or 2: use depthfuse.ops.inverted_residual")
     n, c, h, w = x.shape
-    hidden, k = weights.w1.shape[0], weights.w3.shape[0]
-    size = [(extent - 1) // stride + 1 for extent in (h, w)] if stride in (1, 2) else [0, 0]
+    k = weights.out_channels
+    size = [(extent - 1) // stride + 1 for extent in (h, w)]
     y = x.new_empty((n, k, *size)).contiguous(memory_format=torch.channels_last)
-    shapes = {
-        "x": (x, (n, c, h, w)),
-        "w1": (weights.w1, (hidden, c, 1, 1)),
-        "b1": (weights.b1, (hidden,)),
-        "w2": (weights.w2, (hidden, 1, 3, 3)),
-        "b2": (weights.b2, (hidden,)),
-        "w3": (weights.w3, (k, hidden, 1, 1)),
-        "b3": (tail.bias, (k,)),
-        "residual": (tail.residual, tuple(y.shape)),
-        "scale": (tail.scale, (k,)),
-        "shift": (tail.shift, (k,)),
-    }
-    for name, (tensor, shape) in shapes.items():
-        if tensor is None:
-            continue
-        image = name in ("x", "residual")
-        layout = torch.channels_last if image else torch.contiguous_format
-        same = tensor.dtype == x.dtype and tensor.device == x.device
-        if tuple(tensor.shape) != shape or not same or not tensor.is_contiguous(memory_format=layout):
-            raise ValueError(
-                f"{name} is {list(tensor.shape)} {tensor.dtype} on {tensor.device}, strides {list(tensor.stride())}; "
-                f"expected {list(shape)} {x.dtype} on {x.device}, {'channels_last' if image else 'contiguous'}"
-            )
-    pointers = [tensor.data_ptr() if tensor is not None else None for tensor, _ in shapes.values()]
-    sizes = (n, h, w, c, hidden, k, stride, ACTIVATIONS.index(act_inner), ACTIVATIONS.index(tail.act))
+    _check(x, "x", x, (n, weights.channels, h, w))
+    for name, tensor in list(weights._asdict().items())[:5]:
+        _check(x, name, tensor, tuple(tensor.shape))
+    for name, tensor in tail.tensors("b3").items():
+        if tensor is not None:
+            _check(x, name, tensor, tuple(y.shape) if name == "residual" else (k,))
+    tensors = (x, *weights[:5], *tail[:4], y)
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    sizes = (
+        *(n, h, w, c, weights.w1.shape[0], k, stride),
+        *(_number(act_inner), _number(tail.act)),
+        *(weights.w1.shape[1], weights.w3.shape[0]),
+    )
     functions = library_for("cpu" if x.device.type == "cpu" else capability_of(x.device).split(":")[0])
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
     with torch.cuda.device_of(x):
         error = functions.depthfuse_inverted_residual(
-            (ctypes.c_void_p * 11)(*pointers, y.data_ptr()),
+            (ctypes.c_void_p * len(pointers))(*pointers),
             (ctypes.c_int32 * len(sizes))(*sizes),
             _DTYPES.get(x.dtype, -1),
             ctypes.c_void_p(stream),
         )
     if error == -1:
-        raise ValueError(
-            f"there is no native inverted residual of {c} to {k} channels, stride {stride}, {x.dtype} on "
-            f"{x.device.type}: use depthfuse.ops.inverted_residual"
-        )
+        raise ValueError(f"there is no native inverted residual of {x.dtype} on {x.device.type}")
+    if error == -2:
+        raise RuntimeError("the native inverted residual has a race: a barrier is missing")
     if error:
         raise RuntimeError(f"the native inverted residual failed with the driver's error {error}")
     return y
+
+
+def _number(act: str) -> int:
+    if act not in ACTIVATIONS:
+        raise ValueError(f"there is no activation {act!r}, expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS.index(act)
+
+
+def _check(x: Tensor, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    same = tensor.dtype == x.dtype and tensor.device == x.device
+    if tuple(tensor.shape) != shape or not same or not tensor.is_contiguous(memory_format=layout):
+        raise ValueError(
+            f"{name} is {list(tensor.shape)} {tensor.dtype} on {tensor.device}, strides {list(tensor.stride())}; "
+            f"expected {list(shape)} {x.dtype} on {x.device}, "
+            f"{'channels_last' if layout is torch.channels_last else 'contiguous'}"
+        )

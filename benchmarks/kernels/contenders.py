@@ -123,11 +123,36 @@ def ours(case: Case, sets: list[Operands]) -> list[Call]:
     return [_bound(case, operands, None) for operands in sets]
 
 
+def native(case: Any, sets: list[Operands]) -> list[Call]:
+    """The kernel of csrc/gpu, for HIP and CUDA."""
+    from depthfuse.kernels.arguments import Tail, ThreeLayers
+    from depthfuse.native import gpu
+    from depthfuse.native.library import Missing
+
+    if case.op != "inverted_residual":
+        raise Unavailable("csrc/gpu has no such operator")
+    if _device(sets).type == "cpu":
+        raise Unavailable("on a CPU it is for tests alone")
+
+    def bound(x: Tensor, w1, b1, w2, b2, w3, b3, residual) -> Call:
+        packed = gpu.pack(ThreeLayers(w1, b1, w2, b2, w3))
+        options = {"stride": case.stride, "act_inner": case.act}
+        return functools.partial(gpu.inverted_residual, x, packed, Tail(b3, residual), **options)
+
+    try:
+        calls = [bound(**operands) for operands in sets]
+        calls[0]()
+    except (Missing, ValueError) as reason:
+        raise Unavailable(str(reason)) from reason
+    return calls
+
+
 CONTENDERS: dict[str, Callable[[Case, list[Operands]], list[Call]]] = {
     "ours": ours,
     "eager": eager,
     "compile": compiled,
     "vendor": vendor,
+    "native": native,
 }
 
 

@@ -218,8 +218,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(arguments)
-    # torch.compile takes long on a CPU, so it takes part there only where it is asked for
-    usual = [name for name in CONTENDERS if options.device.startswith("cuda") or name != "compile"]
+    # Only where they are asked for: torch.compile on a CPU takes long, and native code that has run on no GPU yet may
+    # take the process down with it.
+    unusual = {"native"} if options.device.startswith("cuda") else {"native", "compile"}
+    usual = [name for name in CONTENDERS if name not in unusual]
     options.contenders = options.contenders or usual
     if OURS not in options.contenders:
         options.contenders.insert(0, OURS)

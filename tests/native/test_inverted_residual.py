@@ -5,8 +5,9 @@ import shutil
 import pytest
 import torch
 
+from benchmarks.kernels.native import shared_bytes
 from depthfuse.kernels.arguments import NO_TAIL, Tail, ThreeLayers
-from depthfuse.native.gpu import SOURCE, compiler_of, inverted_residual, pack
+from depthfuse.native.gpu import SIZES, SOURCE, compiler_of, inverted_residual, pack
 from depthfuse.native.library import run_compiler
 from depthfuse.selftest import oracle
 from depthfuse.selftest.oracle import ACT, GUARD, assert_within, guarded
@@ -49,7 +50,10 @@ def operands(case, dtype, integers):
         sample(k, hidden, 1, 1),
     ]
     size = [(extent - 1) // stride + 1 for extent in image]
-    tail = Tail(guarded(sample(k)), images(n, k, *size), guarded(sample(k)), guarded(sample(k)), "relu")
+    scale = (
+        torch.randint(1, 3, (k,)).to(dtype) if integers else sample(k)
+    )  # never 0, which would hide all else
+    tail = Tail(guarded(sample(k)), images(n, k, *size), guarded(scale), guarded(sample(k)), "none")
     return images(n, c, *image), ThreeLayers(*inner), tail
 
 
@@ -148,17 +152,24 @@ def test_what_it_does_not_take_is_refused():
         inverted_residual(double, pack(weights))
 
 
-@pytest.mark.parametrize("arch", ["gfx908", "gfx90a", "sm_80", "sm_90"])
+def test_the_proof_counts_shared_memory_as_the_kernel_does(tmp_path):
+    checks = tmp_path / "checks.cc"
+    checks.write_text(
+        f'#include "{SOURCE.resolve()}"\n'
+        + "".join(
+            f"static_assert(depthfuse::Block<{c}, {k}, {stride}>::kShared * 2 == {shared_bytes(c, stride)});\n"
+            for c, k in SIZES
+            for stride in (1, 2)
+        )
+    )
+    run_compiler([*compiler_of("cpu"), "-fsyntax-only", str(checks)])
+
+
+@pytest.mark.parametrize("arch", ["gfx908", "gfx90a", "sm_80"])
 def test_it_compiles_for_gpus(arch, tmp_path):
     name = "hipcc" if arch.startswith("gfx") else "nvcc"
     if shutil.which(name) is None:
         pytest.skip(f"there is no {name}")
-    only_one = tmp_path / "one.cu"
-    only_one.write_text(
-        f'#include "{SOURCE.resolve()}"\n'
-        "template __global__ void depthfuse::inverted_residual<depthfuse::Half, 32, 32, 1>("
-        "depthfuse::Arguments<depthfuse::Half>);\n"
-    )
-    command = [*compiler_of(arch), "-c", str(only_one), "-o", str(tmp_path / "one.o")]
-    run_compiler(command, HIP_PLATFORM="amd")
-    assert (tmp_path / "one.o").stat().st_size > 1000
+    made = tmp_path / "kernels.o"
+    run_compiler([*compiler_of(arch), "-c", str(SOURCE), "-o", str(made)], HIP_PLATFORM="amd")
+    assert made.stat().st_size > 100_000

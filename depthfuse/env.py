@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from depthfuse.devices import capability_of, cpu_name
-from depthfuse.native.library import isa, why_missing
+from depthfuse.native.library import in_words
 from depthfuse.ops import onednn, resolve_backend
 
 _PACKAGES = (
@@ -71,7 +71,7 @@ def _cpu() -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "native_engine": why_missing() or isa(),
+        "native_engine": in_words(),
         "onednn_fused_dtypes": [_name(dtype) for dtype in _DTYPES if onednn.available(dtype)],
     }
 

@@ -1,9 +1,13 @@
 """Single operations of the engine on tensors as PyTorch has them, for the tests."""
 
+import pytest
 import torch
 
 from depthfuse.native import plan as native
+from depthfuse.native.library import why_missing
 from depthfuse.native.plan import Builder, Node
+
+needs_engine = pytest.mark.skipif(why_missing() is not None, reason=f"no native engine: {why_missing()}")
 
 TAIL = ("bias", "scale", "shift")
 

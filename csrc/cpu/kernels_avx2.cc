@@ -14,7 +14,6 @@
 #include "kernels.inc"
 
 namespace depthfuse {
-extern const Kernels kAvx2 = {"avx2", PANEL, ROWS, conv, winograd, winograd_scratch, winograd_weights, depthwise, depthwise_scratch,
-                              max_pool, add, layer_norm, mean, attention, attention_scratch};
-}
+extern const Kernels kAvx2 = kernels_named("avx2");
+}  // namespace depthfuse
 #endif

@@ -11,6 +11,5 @@
 #include "kernels.inc"
 
 namespace depthfuse {
-extern const Kernels kBaseline = {"baseline", PANEL, ROWS, conv, winograd, winograd_scratch, winograd_weights, depthwise, depthwise_scratch,
-                              max_pool, add, layer_norm, mean, attention, attention_scratch};
-}
+extern const Kernels kBaseline = kernels_named("baseline");
+}  // namespace depthfuse

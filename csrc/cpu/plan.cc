@@ -1,31 +1,34 @@
-// A plan: checked, its memory laid out, its weights packed, and run in one call.
+// A plan is checked and its memory laid out once, then run in one call.
+#include "plan.h"
+
 #include <algorithm>
-#include <atomic>
 #include <climits>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <mutex>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
-#include "abi.h"
-#include "kernels.h"
 #include "pool.h"
 
 namespace depthfuse {
 namespace {
 
 constexpr int64_t kMostFloats = int64_t(1) << 33;  // of a tensor, 32 GiB
-constexpr int kMostSize = 1 << 24;                  // of an axis
 constexpr int64_t kAlign = 16;                      // floats: a cache line
-// Floats that a vector may read past the end of a tensor or of weights, and that must be there.
-constexpr int64_t kSlack = 64;
 
-[[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument(why); }
+void zero_border(const Tensor& t, float* base) {
+  const int b = t.shape.border;
+  if (!b) return;
+  const int64_t width = t.shape.w + 2 * b, height = t.shape.h + 2 * b, c = t.shape.c;
+  for (int n = 0; n < t.shape.n; ++n) {
+    float* image = base + n * height * width * c;
+    std::memset(image, 0, sizeof(float) * b * width * c);
+    std::memset(image + (height - b) * width * c, 0, sizeof(float) * b * width * c);
+    for (int64_t row = b; row < height - b; ++row) {
+      std::memset(image + row * width * c, 0, sizeof(float) * b * c);
+      std::memset(image + ((row + 1) * width - b) * c, 0, sizeof(float) * b * c);
+    }
+  }
+}
+
+}  // namespace
 
 const Kernels& kernels() {
   static const Kernels& chosen = [&]() -> const Kernels& {
@@ -44,498 +47,85 @@ const Kernels& kernels() {
   return chosen;
 }
 
-// Memory on cache lines, zero at first.
-class Floats {
- public:
-  explicit Floats(int64_t count = 0) : count_(count) {
-    if (!count) return;
-    const size_t bytes = (size_t(count) * sizeof(float) + 4095) / 4096 * 4096;
-    data_ = static_cast<float*>(std::aligned_alloc(4096, bytes));
-    if (!data_) throw std::bad_alloc();
-    std::memset(data_, 0, bytes);
-  }
-  ~Floats() { std::free(data_); }
-  Floats(Floats&& other) noexcept { *this = std::move(other); }
-  Floats& operator=(Floats&& other) noexcept {
-    std::swap(data_, other.data_), std::swap(count_, other.count_);
-    return *this;
-  }
-  float* data() const { return data_; }
-  int64_t count() const { return count_; }
-
- private:
-  float* data_ = nullptr;
-  int64_t count_ = 0;
-};
-
-struct Tensor {
-  df_tensor shape;
-  int64_t offset = 0;  // in the arena
-  int64_t floats() const {  // with the border
-    return int64_t(shape.n) * (shape.h + 2 * shape.border) * (shape.w + 2 * shape.border) * shape.c;
-  }
-  int64_t pixels() const { return int64_t(shape.n) * shape.h * shape.w; }
-  View view(float* base) const {
-    View v;
-    v.n = shape.n, v.h = shape.h, v.w = shape.w, v.c = shape.c;
-    v.pixel = shape.c;
-    v.row = int64_t(shape.w + 2 * shape.border) * v.pixel;
-    v.image = int64_t(shape.h + 2 * shape.border) * v.row;
-    v.data = base + shape.border * (v.row + v.pixel);
-    return v;
-  }
-};
-
-bool same_shape(const Tensor& a, const Tensor& b) {
-  return a.shape.n == b.shape.n && a.shape.h == b.shape.h && a.shape.w == b.shape.w && a.shape.c == b.shape.c;
-}
-
-struct Run;
-struct Step {
-  std::function<void(Run&)> run;
-  int output;  // tensor, whose border is zeroed first
-};
-
-class Plan {
- public:
-  Plan(const df_tensor* tensors, int tensor_count, const df_node* nodes, int node_count, const float* weights,
-       int64_t weight_count)
-      : weights_(weights), weight_count_(weight_count) {
-    if (tensor_count < 1 || node_count < 1 || weight_count < 0) refuse("no tensors or no nodes");
-    for (int i = 0; i < tensor_count; ++i) add_tensor(tensors[i]);
-    last_use_.assign(tensors_.size(), -1), first_use_.assign(tensors_.size(), INT_MAX);
-    for (int i = 0; i < node_count; ++i) add_node(nodes[i], i);
-    lay_out();
-    weights_ = nullptr;
-  }
-
-  void run(const float* const* inputs, float* const* outputs, int threads);
-  int64_t bytes() const {
-    int64_t floats = arena_.count();
-    for (const Floats& packed : packed_) floats += packed.count();
-    return floats * int64_t(sizeof(float));
-  }
-
- private:
-  friend struct Run;
-
-  void add_tensor(const df_tensor& t) {
-    for (int32_t size : {t.n, t.h, t.w, t.c})
-      if (size < 1 || size > kMostSize) refuse("a tensor's size is " + std::to_string(size));
-    if (t.border < 0 || t.border > 1024) refuse("a border is " + std::to_string(t.border));
-    if (t.place < DF_ARENA || t.place > DF_OUTPUT) refuse("a tensor's place is " + std::to_string(t.place));
-    if (t.place != DF_ARENA && (t.border || t.index < 0 || t.index > 4096)) refuse("an input or output is damaged");
-    double floats = double(t.n) * (t.h + 2.0 * t.border) * (t.w + 2.0 * t.border) * t.c;
-    if (floats > double(kMostFloats)) refuse("a tensor is too large");
-    tensors_.push_back(Tensor{t});
-  }
-
-  const Tensor& tensor(int index) const {
-    if (index < 0 || index >= int(tensors_.size())) refuse("a node's tensor is " + std::to_string(index));
-    return tensors_[index];
-  }
-  const Tensor& read(int index, int node) {
-    const Tensor& t = tensor(index);
-    if (t.shape.place == DF_OUTPUT) refuse("a node reads an output");
-    if (t.shape.place == DF_ARENA && first_use_[index] >= node) refuse("a node reads what no node has written");
-    last_use_[index] = node;
-    return t;
-  }
-  const Tensor& write(int index, int node) {
-    const Tensor& t = tensor(index);
-    if (t.shape.place == DF_INPUT) refuse("a node writes to an input");
-    first_use_[index] = std::min(first_use_[index], node);
-    last_use_[index] = std::max(last_use_[index], node);
-    return t;
-  }
-  const float* floats_at(int64_t offset, int64_t count) const {
-    if (offset < 0 || count < 0 || offset > weight_count_ || count > weight_count_ - offset)
-      refuse("weights lie outside the buffer");
-    return weights_ + offset;
-  }
-  float* packed(int64_t count) {
-    packed_.emplace_back(count + kSlack);
-    return packed_.back().data();
-  }
-  // A copy of `count` floats, zeros up to `padded`; nullptr where offset is -1.
-  const float* vector_at(int64_t offset, int64_t count, int64_t padded) {
-    if (offset == -1) return nullptr;
-    const float* from = floats_at(offset, count);
-    float* copy = packed(padded);
-    std::copy(from, from + count, copy);
-    return copy;
-  }
-
-  void add_node(const df_node& node, int index);
-  void add_conv(const df_node& node, int index);
-  void add_depthwise(const df_node& node, int index);
-  void lay_out();
-
-  Window window_of(const df_node& node, const Tensor& x, const Tensor& y) const;
-  Tail tail_of(const df_node& node, int channels);
-
-  std::vector<Tensor> tensors_;
-  std::vector<int> first_use_, last_use_;
-  std::vector<Step> steps_;
-  std::vector<Floats> packed_;
-  std::vector<std::vector<int64_t>> segments_;
-  Floats arena_;
-  std::mutex mutex_;
-  const float* weights_;
-  int64_t weight_count_;
-};
-
-// What one run of a plan needs at hand.
-struct Run {
-  Plan& plan;
-  const float* const* inputs;
-  float* const* outputs;
-  int threads;
-
-  View view(int index) const {
-    const Tensor& t = plan.tensors_[index];
-    switch (t.shape.place) {
-      case DF_INPUT: return t.view(const_cast<float*>(inputs[t.shape.index]));
-      case DF_OUTPUT: return t.view(outputs[t.shape.index]);
-      default: return t.view(plan.arena_.data() + t.offset);
-    }
-  }
-};
-
-// Scratch memory of this thread, of at least `floats`; not initialised.
-float* scratch(int64_t floats) {
-  static thread_local Floats memory;
-  if (memory.count() < floats) memory = Floats(floats);
-  return memory.data();
-}
-
-// [first, last) of `total`, cut into `pieces` that differ by one at most.
-int cut(int total, int pieces, int piece) { return int(int64_t(total) * piece / pieces); }
-
-void zero_border(const Tensor& t, float* base) {
-  const int b = t.shape.border;
-  if (!b) return;
-  const int64_t width = t.shape.w + 2 * b, height = t.shape.h + 2 * b, c = t.shape.c;
-  for (int n = 0; n < t.shape.n; ++n) {
-    float* image = base + n * height * width * c;
-    std::memset(image, 0, sizeof(float) * b * width * c);
-    std::memset(image + (height - b) * width * c, 0, sizeof(float) * b * width * c);
-    for (int64_t row = b; row < height - b; ++row) {
-      std::memset(image + row * width * c, 0, sizeof(float) * b * c);
-      std::memset(image + ((row + 1) * width - b) * c, 0, sizeof(float) * b * c);
-    }
+View Run::view(int index) const {
+  const Tensor& t = plan.tensors_[index];
+  switch (t.shape.place) {
+    case DF_INPUT: return t.view(const_cast<float*>(inputs[t.shape.index]));
+    case DF_OUTPUT: return t.view(outputs[t.shape.index]);
+    default: return t.view(plan.arena_.data() + t.offset);
   }
 }
 
-Window Plan::window_of(const df_node& node, const Tensor& x, const Tensor& y) const {
-  const int32_t* p = node.p;
-  for (int i = 0; i < 8; ++i) {
-    const int least = i == 4 || i == 5 ? 0 : 1;
-    if (p[i] < least || p[i] > 4096) refuse("a window's size is " + std::to_string(p[i]));
+Plan::Plan(const df_tensor* tensors, int tensor_count, const df_node* nodes, int node_count, const float* weights,
+           int64_t weight_count)
+    : weights_(weights), weight_count_(weight_count) {
+  if (tensor_count < 1 || node_count < 1 || weight_count < 0) refuse("no tensors or no nodes");
+  for (int i = 0; i < tensor_count; ++i) add_tensor(tensors[i]);
+  last_use_.assign(tensors_.size(), -1), first_use_.assign(tensors_.size(), INT_MAX);
+  for (int i = 0; i < node_count; ++i) add_node(nodes[i], i);
+  lay_out();
+  weights_ = nullptr;
+}
+
+int64_t Plan::bytes() const {
+  int64_t floats = arena_.count();
+  for (const Floats& packed : packed_) floats += packed.count();
+  return floats * int64_t(sizeof(float));
+}
+
+void Plan::add_tensor(const df_tensor& t) {
+  for (int32_t size : {t.n, t.h, t.w, t.c})
+    if (size < 1 || size > kMostSize) refuse("a tensor's size is " + std::to_string(size));
+  if (t.border < 0 || t.border > 1024) refuse("a border is " + std::to_string(t.border));
+  if (t.place < DF_ARENA || t.place > DF_OUTPUT) refuse("a tensor's place is " + std::to_string(t.place));
+  if (t.place != DF_ARENA) {  // each has a pointer of its own at every run
+    const auto before = std::count_if(tensors_.begin(), tensors_.end(),
+                                      [&](const Tensor& other) { return other.shape.place == t.place; });
+    if (t.border || t.index != before) refuse("inputs and outputs are not numbered in order, or have a border");
   }
-  const Window w{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
-  auto size = [](int64_t n, int kernel, int stride, int padding, int dilation) {
-    const int64_t room = n + 2 * padding - int64_t(dilation) * (kernel - 1) - 1;
-    return room < 0 ? int64_t(0) : room / stride + 1;
-  };
-  if (y.shape.n != x.shape.n || y.shape.h != size(x.shape.h, w.kernel_h, w.stride_h, w.padding_h, w.dilation_h) ||
-      y.shape.w != size(x.shape.w, w.kernel_w, w.stride_w, w.padding_w, w.dilation_w))
-    refuse("an output's size does not follow from its window");
-  return w;
+  double floats = double(t.n) * (t.h + 2.0 * t.border) * (t.w + 2.0 * t.border) * t.c;
+  if (floats > double(kMostFloats)) refuse("a tensor is too large");
+  tensors_.push_back(Tensor{t});
 }
 
-Tail Plan::tail_of(const df_node& node, int channels) {
-  if (node.act < DF_NONE || node.act > DF_HARDSWISH) refuse("an activation is " + std::to_string(node.act));
-  const int panel = kernels().panel;
-  const int64_t padded = int64_t(channels + panel - 1) / panel * panel;
-  Tail tail;
-  tail.bias = vector_at(node.bias, channels, padded);
-  tail.scale = vector_at(node.scale, channels, padded);
-  tail.shift = vector_at(node.shift, channels, padded);
-  tail.residual = View{};
-  tail.act = node.act;
-  return tail;
+const Tensor& Plan::tensor(int index) const {
+  if (index < 0 || index >= int(tensors_.size())) refuse("a node's tensor is " + std::to_string(index));
+  return tensors_[index];
 }
 
-// The largest number of pixels or tiles that a piece should have so that all threads are busy to the end.
-int pieces_for(int units, int threads, int least_units) {
-  return std::max(1, std::min(4 * threads, units / std::max(1, least_units)));
+const Tensor& Plan::read(int index, int node) {
+  const Tensor& t = tensor(index);
+  if (t.shape.place == DF_OUTPUT) refuse("a node reads an output");
+  if (t.shape.place == DF_ARENA && first_use_[index] >= node) refuse("a node reads what no node has written");
+  last_use_[index] = node;
+  return t;
 }
 
-void Plan::add_conv(const df_node& node, int index) {
-  const Tensor &x = read(node.x, index), &y = write(node.y, index);
-  const Window w = window_of(node, x, y);
-  if (node.x == node.y) refuse("a convolution writes over what it reads");
-  if (w.padding_h > x.shape.border || w.padding_w > x.shape.border) refuse("a convolution reads past a border");
-  const int c_in = x.shape.c, c_out = y.shape.c, taps = w.kernel_h * w.kernel_w;
-  const Kernels& k = kernels();
-  const int panels = (c_out + k.panel - 1) / k.panel;
-  const float* raw = floats_at(node.weight, int64_t(c_out) * taps * c_in);
-  Tail tail = tail_of(node, c_out);
-  const int residual = node.x2;
-  if (residual != -1 && !same_shape(read(residual, index), y)) refuse("a residual has another shape");
-  if (residual == node.y) refuse("a residual is written over");
-  const int x_index = node.x, y_index = node.y;
-  const bool winograd = node.algorithm != DF_DIRECT;
-  if (winograd) {
-    const int tile = node.algorithm;
-    if (tile != DF_WINOGRAD2 && tile != DF_WINOGRAD4) refuse("an algorithm is " + std::to_string(tile));
-    if (taps != 9 || w.kernel_h != 3 || w.stride_h != 1 || w.stride_w != 1 || w.dilation_h != 1 || w.dilation_w != 1 ||
-        w.padding_h != w.padding_w)
-      refuse("Winograd is for 3x3 of stride 1");
-    const int64_t positions = int64_t(tile + 2) * (tile + 2);
-    float* weights = packed(panels * positions * c_in * k.panel);
-    k.winograd_weights(raw, c_out, c_in, tile, weights);
-    WinogradTask task{};
-    task.tail = tail, task.tile = tile, task.padding = w.padding_h, task.weights = weights;
-    task.tiles_h = (y.shape.h + tile - 1) / tile, task.tiles_w = (y.shape.w + tile - 1) / tile;
-    const int tiles = y.shape.n * task.tiles_h * task.tiles_w;
-    steps_.push_back({[=](Run& run) {
-      const Kernels& k = kernels();
-      WinogradTask t = task;
-      t.x = run.view(x_index), t.y = run.view(y_index);
-      if (residual != -1) t.tail.residual = run.view(residual);
-      // As many tiles at a time as let their transforms stay in a core's cache, and are whole tiles of accumulators.
-      const int64_t cached = 96000 / (positions * t.x.c);
-      const int block = int(std::max<int64_t>(2 * k.tile_rows, cached / k.tile_rows * k.tile_rows));
-      int blocks = std::max(1, (tiles + block - 1) / block);
-      int panel_groups = 1;
-      if (blocks < 2 * run.threads) {
-        if (tiles >= 2 * k.tile_rows * run.threads)
-          blocks = (blocks + run.threads - 1) / run.threads * run.threads;
-        else  // too few tiles: threads share the output channels, and transform the same tiles
-          panel_groups = std::min(panels, run.threads);
-      }
-      parallel_for(blocks * panel_groups, run.threads, [&](int piece, int) {
-        const int b = piece / panel_groups, g = piece % panel_groups;
-        const int first = cut(tiles, blocks, b), last = cut(tiles, blocks, b + 1);
-        float* memory = scratch(k.winograd_scratch(t, last - first) + kSlack);
-        k.winograd(t, first, last, cut(panels, panel_groups, g), cut(panels, panel_groups, g + 1), memory);
-      });
-    }, y_index});
-    return;
-  }
-  float* weights = packed(int64_t(panels) * taps * c_in * k.panel);
-  for (int out = 0; out < c_out; ++out)
-    for (int64_t i = 0; i < int64_t(taps) * c_in; ++i)
-      weights[(int64_t(out / k.panel) * taps * c_in + i) * k.panel + out % k.panel] = raw[int64_t(out) * taps * c_in + i];
-  ConvTask task{};
-  task.tail = tail, task.window = w, task.weights = weights;
-  // Neighbouring taps of a row are neighbours in memory.
-  const View sample = x.view(nullptr);
-  const bool whole_rows = w.dilation_w == 1;
-  task.length = whole_rows ? w.kernel_w * c_in : c_in;
-  segments_.emplace_back();
-  for (int r = 0; r < w.kernel_h; ++r)
-    for (int s = 0; s < (whole_rows ? 1 : w.kernel_w); ++s)
-      segments_.back().push_back(int64_t(r) * w.dilation_h * sample.row + int64_t(s) * w.dilation_w * sample.pixel);
-  const std::vector<int64_t> segments = segments_.back();
-  task.segment_count = int(segments.size());
-  const int pixels = int(y.pixels());
-  if (y.pixels() > INT_MAX / 2) refuse("a convolution has too many pixels");
-  steps_.push_back({[=](Run& run) {
-    const Kernels& k = kernels();
-    ConvTask t = task;
-    t.segments = segments.data();
-    t.x = run.view(x_index), t.y = run.view(y_index);
-    if (residual != -1) t.tail.residual = run.view(residual);
-    const double work = double(pixels) * t.segment_count * t.length * t.y.c;
-    const int wanted = work < 200000 ? 1 : int(std::min<double>(4.0 * run.threads, work / 100000));
-    // Pixels first: pieces of them share no weights but read each input once. Where there are few, panels too.
-    const int pixel_pieces = std::max(1, std::min(wanted, pixels / (2 * k.tile_rows)));
-    const int panel_pieces = std::max(1, std::min(panels, wanted / pixel_pieces));
-    parallel_for(pixel_pieces * panel_pieces, run.threads, [&](int piece, int) {
-      const int a = piece / panel_pieces, b = piece % panel_pieces;
-      k.conv(t, cut(pixels, pixel_pieces, a), cut(pixels, pixel_pieces, a + 1), cut(panels, panel_pieces, b),
-             cut(panels, panel_pieces, b + 1));
-    });
-  }, y_index});
+const Tensor& Plan::write(int index, int node) {
+  const Tensor& t = tensor(index);
+  if (t.shape.place == DF_INPUT) refuse("a node writes to an input");
+  first_use_[index] = std::min(first_use_[index], node);
+  last_use_[index] = std::max(last_use_[index], node);
+  return t;
 }
 
-void Plan::add_depthwise(const df_node& node, int index) {
-  const Tensor &x = read(node.x, index), &y = write(node.y, index);
-  const Window w = window_of(node, x, y);
-  if (node.x == node.y) refuse("a convolution writes over what it reads");
-  if (x.shape.c != y.shape.c) refuse("a depthwise convolution changes the number of channels");
-  if (w.padding_h > x.shape.border || w.padding_w > x.shape.border) refuse("a convolution reads past a border");
-  const int64_t count = int64_t(w.kernel_h) * w.kernel_w * x.shape.c;
-  DepthwiseTask task{};
-  task.tail = tail_of(node, y.shape.c), task.window = w;
-  task.weights = vector_at(node.weight, count, count);
-  if (!task.weights) refuse("a convolution has no weights");
-  const int residual = node.x2, x_index = node.x, y_index = node.y;
-  if (residual != -1 && !same_shape(read(residual, index), y)) refuse("a residual has another shape");
-  if (residual == node.y) refuse("a residual is written over");
-  const int rows = y.shape.n * y.shape.h;
-  steps_.push_back({[=](Run& run) {
-    DepthwiseTask t = task;
-    t.x = run.view(x_index), t.y = run.view(y_index);
-    if (residual != -1) t.tail.residual = run.view(residual);
-    const int pieces = pieces_for(rows, run.threads, 1);
-    parallel_for(pieces, run.threads, [&](int piece, int) {
-      const int first = cut(rows, pieces, piece), last = cut(rows, pieces, piece + 1);
-      kernels().depthwise(t, first, last, scratch(kernels().depthwise_scratch(t, last - first) + kSlack));
-    });
-  }, y_index});
+const float* Plan::floats_at(int64_t offset, int64_t count) const {
+  if (offset < 0 || count < 0 || offset > weight_count_ || count > weight_count_ - offset)
+    refuse("weights lie outside the buffer");
+  return weights_ + offset;
 }
 
-void Plan::add_node(const df_node& node, int index) {
-  if (node.op == DF_CONV) return add_conv(node, index);
-  if (node.op == DF_DEPTHWISE) return add_depthwise(node, index);
-  const int x = node.x, y = node.y, x2 = node.x2;
-  if (node.op != DF_CONSTANT) {
-    read(x, index);
-    if (x == y) refuse("a node writes over what it reads");
-  }
-  const Tensor& out = write(y, index);
-  if (out.pixels() > INT_MAX / 2) refuse("a tensor has too many pixels");
-  const int pixels = int(out.pixels());
-  switch (node.op) {
-    case DF_MAX_POOL: {
-      const Window w = window_of(node, tensor(x), out);
-      if (tensor(x).shape.c != out.shape.c) refuse("a pool changes the number of channels");
-      const int rows = out.shape.n * out.shape.h;
-      steps_.push_back({[=](Run& run) {
-        const View from = run.view(x), to = run.view(y);
-        const int pieces = pieces_for(rows, run.threads, 4);
-        parallel_for(pieces, run.threads, [&](int piece, int) {
-          kernels().max_pool(from, to, w, cut(rows, pieces, piece), cut(rows, pieces, piece + 1));
-        });
-      }, y});
-      return;
-    }
-    case DF_MEAN: {
-      const df_tensor& s = tensor(x).shape;
-      if (s.n != out.shape.n || s.c != out.shape.c || out.shape.h != 1 || out.shape.w != 1) refuse("a mean's shape");
-      steps_.push_back({[=](Run& run) {
-        const View from = run.view(x), to = run.view(y);
-        parallel_for(from.n, from.n > 3 ? run.threads : 1, [&](int n, int) { kernels().mean(from, to, n); });
-      }, y});
-      return;
-    }
-    case DF_ADD: {
-      if (!same_shape(tensor(x), out) || !same_shape(read(x2, index), out) || x2 == y) refuse("a sum's shapes");
-      if (node.act < DF_NONE || node.act > DF_HARDSWISH) refuse("an activation is " + std::to_string(node.act));
-      const int act = node.act;
-      steps_.push_back({[=](Run& run) {
-        const View a = run.view(x), b = run.view(x2), to = run.view(y);
-        const int pieces = pieces_for(pixels, run.threads, 64);
-        parallel_for(pieces, run.threads, [&](int piece, int) {
-          kernels().add(a, b, to, act, cut(pixels, pieces, piece), cut(pixels, pieces, piece + 1));
-        });
-      }, y});
-      return;
-    }
-    case DF_LAYER_NORM: {
-      if (!same_shape(tensor(x), out)) refuse("a norm's shapes");
-      const float* weight = vector_at(node.weight, out.shape.c, out.shape.c);
-      const float* bias = vector_at(node.bias, out.shape.c, out.shape.c);
-      const float epsilon = node.f;
-      steps_.push_back({[=](Run& run) {
-        const View from = run.view(x), to = run.view(y);
-        const int pieces = pieces_for(pixels, run.threads, 16);
-        parallel_for(pieces, run.threads, [&](int piece, int) {
-          kernels().layer_norm(from, to, weight, bias, epsilon, cut(pixels, pieces, piece),
-                               cut(pixels, pieces, piece + 1));
-        });
-      }, y});
-      return;
-    }
-    case DF_ATTENTION: {
-      const df_tensor& s = tensor(x).shape;
-      const int heads = node.p[0];
-      if (heads < 1 || s.h != out.shape.h || s.w != out.shape.w || s.n != out.shape.n || s.border || out.shape.border ||
-          int64_t(s.c) != 3 * int64_t(out.shape.c) || out.shape.c % heads || pixels > kMostSize)
-        refuse("an attention's shapes");
-      AttentionTask task{};
-      task.heads = heads, task.d = out.shape.c / heads, task.scale = node.f;
-      steps_.push_back({[=](Run& run) {
-        AttentionTask t = task;
-        t.x = run.view(x), t.y = run.view(y);
-        const int groups = t.x.n * t.heads, tokens = t.x.h * t.x.w;
-        t.x.h = t.y.h = 1, t.x.w = t.y.w = tokens;
-        const int parts = groups % run.threads == 0 && groups >= run.threads ? 1 : std::min(run.threads, tokens);
-        parallel_for(groups * parts, run.threads, [&](int piece, int) {
-          const int group = piece / parts, part = piece % parts;
-          float* memory = scratch(kernels().attention_scratch(t) + kSlack);
-          kernels().attention(t, group / t.heads, group % t.heads, cut(tokens, parts, part), cut(tokens, parts, part + 1),
-                              memory);
-        });
-      }, y});
-      return;
-    }
-    case DF_COPY: {
-      const df_tensor& s = tensor(x).shape;
-      const int64_t first = node.p[0], count = int64_t(s.h) * s.w;
-      if (s.n != out.shape.n || s.c != out.shape.c || first < 0 ||
-          first + count > int64_t(out.shape.h) * out.shape.w)
-        refuse("a copy's shapes");
-      steps_.push_back({[=](Run& run) {
-        const View from = run.view(x), to = run.view(y);
-        for (int n = 0; n < from.n; ++n)
-          for (int64_t i = 0; i < count; ++i)
-            std::memcpy(to.data + n * to.image + (first + i) / to.w * to.row + (first + i) % to.w * to.pixel,
-                        from.data + n * from.image + i / from.w * from.row + i % from.w * from.pixel,
-                        sizeof(float) * from.c);
-      }, y});
-      return;
-    }
-    case DF_FROM_PLANES:
-    case DF_TO_PLANES: {
-      const bool reading = node.op == DF_FROM_PLANES;
-      if (!same_shape(tensor(x), out)) refuse("a change of layout changes the shape");
-      if (tensor(reading ? x : y).shape.place != (reading ? DF_INPUT : DF_OUTPUT)) refuse("planes lie in the arena");
-      const int rows = out.shape.n * out.shape.h;
-      steps_.push_back({[=](Run& run) {
-        const View from = run.view(x), to = run.view(y);
-        const int64_t plane = int64_t(from.h) * from.w;
-        const int pieces = pieces_for(rows, run.threads, 16);
-        parallel_for(pieces, run.threads, [&](int piece, int) {
-          for (int row = cut(rows, pieces, piece); row < cut(rows, pieces, piece + 1); ++row) {
-            const int n = row / from.h, p = row % from.h;
-            for (int c = 0; c < from.c; ++c) {
-              const int64_t at = (int64_t(n) * from.c + c) * plane + int64_t(p) * from.w;
-              if (reading)
-                for (int q = 0; q < from.w; ++q)
-                  to.data[n * to.image + p * to.row + q * to.pixel + c] = from.data[at + q];
-              else
-                for (int q = 0; q < from.w; ++q)
-                  to.data[at + q] = from.data[n * from.image + p * from.row + q * from.pixel + c];
-            }
-          }
-        });
-      }, y});
-      return;
-    }
-    case DF_SELECT: {
-      const df_tensor& s = tensor(x).shape;
-      const int pixel = node.p[0];
-      if (s.n != out.shape.n || s.c != out.shape.c || out.shape.h != 1 || out.shape.w != 1 || pixel < 0 ||
-          pixel >= int64_t(s.h) * s.w)
-        refuse("a selection's shapes");
-      steps_.push_back({[=](Run& run) {
-        const View from = run.view(x), to = run.view(y);
-        for (int n = 0; n < from.n; ++n)
-          std::memcpy(to.data + n * to.image,
-                      from.data + n * from.image + pixel / from.w * from.row + pixel % from.w * from.pixel,
-                      sizeof(float) * from.c);
-      }, y});
-      return;
-    }
-    case DF_CONSTANT: {
-      const int64_t row_floats = int64_t(out.shape.w) * out.shape.c, count = row_floats * out.shape.h;
-      const float* values = vector_at(node.weight, count, count);
-      if (!values) refuse("a constant has no values");
-      steps_.push_back({[=](Run& run) {
-        const View to = run.view(y);
-        for (int n = 0; n < to.n; ++n)
-          for (int p = 0; p < to.h; ++p)
-            std::memcpy(to.data + n * to.image + p * to.row, values + p * row_floats, sizeof(float) * row_floats);
-      }, y});
-      return;
-    }
-    default: refuse("an operation is " + std::to_string(node.op));
-  }
+float* Plan::packed(int64_t count) {
+  packed_.emplace_back(count + kSlack);
+  return packed_.back().data();
+}
+
+const float* Plan::vector_at(int64_t offset, int64_t count, int64_t padded) {
+  if (offset == -1) return nullptr;
+  const float* from = floats_at(offset, count);
+  float* copy = packed(padded);
+  std::copy(from, from + count, copy);
+  return copy;
 }
 
 // Each tensor gets memory from its first to its last use, the largest first, at the lowest place that is free then.
@@ -580,7 +170,6 @@ void Plan::run(const float* const* inputs, float* const* outputs, int threads) {
   }
 }
 
-}  // namespace
 }  // namespace depthfuse
 
 extern "C" {

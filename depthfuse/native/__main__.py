@@ -3,18 +3,18 @@
 import shutil
 import sys
 
-from depthfuse.native.library import BUILT, Missing, build, digest, isa
+from depthfuse.native.library import BUILT, NAME, Missing, compile_engine, digest, in_words, made
 
 
 def main() -> int:
     try:
-        folder = BUILT / digest()
-        if not folder.exists():
+        target = BUILT / digest() / NAME
+        if not target.exists():
             shutil.rmtree(BUILT, ignore_errors=True)
-            build(folder)
-        print(f"the native CPU engine runs with {isa()}")
-    except Missing as reason:
-        print(f"there is no native CPU engine, and all runs as without it: {reason}")
+            made(target, compile_engine)
+    except Missing:
+        pass  # which the next line says
+    print(f"native CPU engine: {in_words()}")
     return 0
 
 

@@ -10,9 +10,7 @@ import ctypes
 import functools
 import hashlib
 import logging
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +20,7 @@ from torch import Tensor
 
 from depthfuse.devices import capability_of
 from depthfuse.kernels.arguments import NO_TAIL, Tail, ThreeLayers
-from depthfuse.measured_cache import cache_folder
-from depthfuse.native.library import CSRC, Missing, run_compiler
+from depthfuse.native.library import CSRC, Missing, cached, made, run_compiler
 from depthfuse.native.plan import ACTIVATIONS
 
 logger = logging.getLogger(__name__)
@@ -60,23 +57,17 @@ def compiler_of(arch: str) -> list[str]:
 @functools.cache
 def library_for(arch: str) -> ctypes.CDLL:
     """The kernels for an architecture, built once into the user's cache. Raises Missing."""
-    folder = cache_folder()
-    if folder is None:
-        raise Missing("this user has no home to keep kernels in; set DEPTHFUSE_CACHE_DIR to a folder")
     command = compiler_of(arch)
     digest = hashlib.sha256(repr(command).encode())
     for source in sorted(SOURCE.parent.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
-    target = folder / "native" / digest.hexdigest()[:16] / f"libdepthfuse_{arch}.so"
-    if not target.exists():
+
+    def make(target: Path) -> None:
         logger.warning("building the native kernels for %s, once", arch)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            made = Path(scratch, target.name)
-            run_compiler([*command, "-shared", str(SOURCE), "-o", str(made)], HIP_PLATFORM="amd")
-            os.replace(made, target)
+        run_compiler([*command, "-shared", str(SOURCE), "-o", str(target)], HIP_PLATFORM="amd")
+
     try:
-        return ctypes.CDLL(str(target))
+        return ctypes.CDLL(str(made(cached(f"libdepthfuse_{arch}.so", digest.hexdigest()[:16]), make)))
     except OSError as error:
         raise Missing(f"the kernels for {arch} do not load: {error}") from error
 
@@ -145,17 +136,19 @@ def inverted_residual(
     size = [(extent - 1) // stride + 1 for extent in (h, w)]
     y = x.new_empty((n, k, *size)).contiguous(memory_format=torch.channels_last)
     _check(x, "x", x, (n, weights.channels, h, w))
-    for name, tensor in list(weights._asdict().items())[:5]:
-        _check(x, name, tensor, tuple(tensor.shape))
+    (hidden, padded_c), padded_k = weights.w1.shape, weights.w3.shape[0]
+    shapes = ((hidden, padded_c), (hidden,), (9, hidden), (hidden,), (padded_k, hidden))
+    for name, tensor, shape in zip(weights._fields, weights, shapes, strict=False):  # and two numbers
+        _check(x, name, tensor, shape)
     for name, tensor in tail.tensors("b3").items():
         if tensor is not None:
             _check(x, name, tensor, tuple(y.shape) if name == "residual" else (k,))
     tensors = (x, *weights[:5], *tail[:4], y)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     sizes = (
-        *(n, h, w, c, weights.w1.shape[0], k, stride),
+        *(n, h, w, c, hidden, k, stride),
         *(_number(act_inner), _number(tail.act)),
-        *(weights.w1.shape[1], weights.w3.shape[0]),
+        *(padded_c, padded_k),
     )
     functions = library_for("cpu" if x.device.type == "cpu" else capability_of(x.device).split(":")[0])
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None

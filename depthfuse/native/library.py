@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,7 +29,7 @@ ABI_VERSION = 1
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 SOURCES = CSRC / "cpu"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fvisibility=hidden")
-_NAME = "libdepthfuse_cpu.so"
+NAME = "libdepthfuse_cpu.so"
 BUILT = Path(__file__).resolve().parent / "built"
 
 
@@ -53,18 +54,28 @@ class Missing(Exception):
     """Why there is no engine, in words."""
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
     """The engine's functions.
 
     Raises Missing: it is switched off, there is no compiler or no place to keep what it makes, or that does not load.
     """
+    loaded = _loaded()
+    if isinstance(loaded, str):
+        raise Missing(loaded)
+    return loaded
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL | str:
+    """The functions, or why there are none: a compiler that fails is not asked twice."""
     if os.environ.get("DEPTHFUSE_NATIVE", "1") == "0":
-        raise Missing("DEPTHFUSE_NATIVE is 0")
+        return "DEPTHFUSE_NATIVE is 0"
     try:
         loaded = ctypes.CDLL(str(_built()))
+    except Missing as reason:
+        return str(reason)
     except OSError as error:
-        raise Missing(f"the engine's library does not load: {error}") from error
+        return f"the engine's library does not load: {error}"
     pointer = ctypes.c_void_p
     loaded.df_isa.restype = ctypes.c_char_p
     loaded.df_plan_create.restype = pointer
@@ -79,7 +90,7 @@ def library() -> ctypes.CDLL:
     loaded.df_plan_destroy.restype = None
     loaded.df_plan_destroy.argtypes = [pointer]
     if loaded.df_abi_version() != ABI_VERSION:
-        raise Missing(f"the engine speaks version {loaded.df_abi_version()}, expected {ABI_VERSION}")
+        return f"the engine speaks version {loaded.df_abi_version()}, expected {ABI_VERSION}"
     return loaded
 
 
@@ -97,15 +108,45 @@ def isa() -> str:
     return library().df_isa().decode()
 
 
+def in_words() -> str:
+    """What runs, and why; nothing is built for that."""
+    try:
+        places = (BUILT / digest() / NAME, cached(NAME, digest()))
+        if os.environ.get("DEPTHFUSE_NATIVE", "1") != "0" and not any(place.exists() for place in places):
+            return f"built at first use, by {_compiler()}"
+        asked = os.environ.get("DEPTHFUSE_ISA")
+        return f"{isa()} ({f'DEPTHFUSE_ISA is {asked}' if asked else 'the widest that this processor has'})"
+    except Missing as reason:
+        return f"none: {reason}"
+
+
 def _built() -> Path:
-    if (BUILT / digest() / _NAME).exists():
-        return BUILT / digest() / _NAME
+    built = BUILT / digest() / NAME
+    return built if built.exists() else made(cached(NAME, digest()), compile_engine)
+
+
+def cached(name: str, digest: str) -> Path:
+    """Where the user's cache keeps a library. Raises Missing: this user has no cache."""
     folder = cache_folder()
     if folder is None:
-        raise Missing("this user has no home to keep the engine in; set DEPTHFUSE_CACHE_DIR to a folder")
-    target = folder / "native" / digest() / _NAME
-    if not target.exists():
-        build(target.parent)
+        raise Missing("this user has no home to keep native code in; set DEPTHFUSE_CACHE_DIR to a folder")
+    return folder / "native" / digest / name
+
+
+def made(target: Path, make: Callable[[Path], None]) -> Path:
+    """`target`, made if it is not there: whole or not at all, by one process or by several at once.
+
+    Raises Missing: there is no place for it, or whatever `make` raises.
+    """
+    if target.exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            make(Path(scratch, target.name))
+            os.replace(Path(scratch, target.name), target)
+    except OSError as error:
+        raise Missing(f"{target} cannot be built: {error}") from error
     return target
 
 
@@ -120,29 +161,26 @@ def digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def build(folder: Path) -> None:
-    """Compile the engine into `folder`, where it is whole or not at all. Raises Missing."""
-    target = folder / _NAME
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if compiler is None:
+def _compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("g++")
+    if found is None:
         raise Missing("there is no g++ to build the engine with (or set CXX)")
+    return found
+
+
+def compile_engine(target: Path) -> None:
+    """Compile the engine into `target`, with its objects beside it. Raises Missing."""
+    compiler = _compiler()
     logger.warning("building the native CPU engine, once: about half a minute of %s", compiler)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            sources = sorted(SOURCES.glob("*.cc"))
-            objects = [Path(scratch, source.stem + ".o") for source in sources]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                commands = [
-                    [compiler, *FLAGS, "-c", str(source), "-o", str(result)]
-                    for source, result in zip(sources, objects, strict=True)
-                ]
-                list(pool.map(run_compiler, commands))
-            made = Path(scratch, _NAME)
-            run_compiler([compiler, "-shared", *map(str, objects), "-o", str(made), "-pthread"])
-            os.replace(made, target)
-    except OSError as error:
-        raise Missing(f"the engine cannot be built: {error}") from error
+    sources = sorted(SOURCES.glob("*.cc"))
+    objects = [target.with_name(f"{source.stem}.o") for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        commands = [
+            [compiler, *FLAGS, "-c", str(source), "-o", str(result)]
+            for source, result in zip(sources, objects, strict=True)
+        ]
+        list(pool.map(run_compiler, commands))
+    run_compiler([compiler, "-shared", *map(str, objects), "-o", str(target), "-pthread"])
 
 
 def run_compiler(command: list[str], **environment: str) -> str:

@@ -227,6 +227,10 @@ def test_refusals():
         accelerate(model, "image.jpg")
     with pytest.raises(AccelerationError, match=r"no weights"):
         accelerate(nn.ReLU().eval(), x)
+    unused = nn.ReLU().eval()
+    unused.table = nn.Parameter(torch.ones(3))
+    with pytest.raises(AccelerationError, match=r"ReLU uses none of its weights"):
+        accelerate(unused, x)
     with pytest.raises(AccelerationError, match=r"pass example_inputs"):
         accelerate(nn.Conv2d(3, 4, 1).eval())
     with pytest.raises(AccelerationError, match=r"dtype is torch.int32"):

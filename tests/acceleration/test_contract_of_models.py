@@ -181,7 +181,7 @@ def check(run_it, name, model, calls, expected, may_refuse=False):
         assert shared(outputs, given) == shared(wanted, wanted_given), f"call {number}"
 
 
-# What users get is tried in every run, what nothing was chosen for in long ones: it is a part of the former.
+# Users get the default. A plan for which nothing was chosen is tried in long runs: the default starts from one.
 TUNES = ["default", "off"] if os.environ.get("DEPTHFUSE_LONG") == "1" else ["default"]
 
 

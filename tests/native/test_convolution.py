@@ -8,12 +8,14 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from native_ops import convolve
+from native_ops import convolve, needs_engine
 
 from depthfuse.kernels.arguments import Tail, Window
 from depthfuse.native import plan as native
 from depthfuse.selftest import oracle
 from depthfuse.selftest.oracle import ACT, assert_within
+
+pytestmark = needs_engine
 
 ACTS = list(ACT)
 # batch, channels, (height, width), filters, kernel, stride, padding, dilation, groups

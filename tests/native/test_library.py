@@ -1,10 +1,12 @@
 """Finding and building the engine: without a compiler, or without leave, nothing else changes."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+from native_ops import needs_engine
 
 from depthfuse.native import library as module
 from depthfuse.native.library import Missing, why_missing
@@ -57,7 +59,39 @@ def test_without_a_place_to_keep_it_the_reason_is_said(tmp_path, monkeypatch):
         module._built()
 
 
-@pytest.mark.skipif(why_missing() is not None, reason="no native engine here")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_where_there_is_a_compiler_there_is_an_engine():
+    """Without this, an engine that does not build would only skip its tests."""
+    assert why_missing() is None
+
+
+def test_what_runs_is_said_and_nothing_built_for_that(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BUILT", tmp_path / "nothing")
+    monkeypatch.setenv("DEPTHFUSE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", sys.executable)
+    assert module.in_words() == f"built at first use, by {sys.executable}"
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert module.in_words().startswith("none: there is no g++")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_compiler_that_fails_is_asked_once(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        module, "_built", lambda: asked.append(1) or module.run_compiler([sys.executable, "-c", "1/0"])
+    )
+    module._loaded.cache_clear()
+    try:
+        for _ in range(2):
+            with pytest.raises(Missing, match="fails: "):
+                module.library()
+        assert len(asked) == 1
+    finally:
+        module._loaded.cache_clear()
+
+
+@needs_engine
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_narrower_vectors_can_be_asked_for(isa, tmp_path):
     code = "from depthfuse.native.library import isa; print(isa())"

@@ -3,12 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from native_ops import nhwc, padded_input, run
+from native_ops import needs_engine, nhwc, padded_input, run
 
 from depthfuse.native import plan as native
 from depthfuse.native.plan import Builder, Node
 from depthfuse.selftest import oracle
 from depthfuse.selftest.oracle import assert_within
+
+pytestmark = needs_engine
 
 
 def image(*shape, integers=False):

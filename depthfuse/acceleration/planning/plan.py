@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +14,7 @@ from depthfuse.acceleration.planning.part import PlannedPart
 from depthfuse.acceleration.planning.program import Call, Form
 from depthfuse.acceleration.planning.signature import Signature
 from depthfuse.acceleration.planning.trees import Tree
+from depthfuse.errors import AccelerationError
 from depthfuse.fused.layers import FusedModule
 from depthfuse.spec import ModelSource
 
@@ -110,7 +112,10 @@ class Plan:
 
     @property
     def device(self) -> torch.device:
-        return next(t.device for t in [*self.module.parameters(), *self.module.buffers()])
+        weight = next(itertools.chain(self.module.parameters(), self.module.buffers()), None)
+        if weight is None:
+            raise AccelerationError(f"{self.model} uses none of its weights: there is nothing to accelerate")
+        return weight.device
 
     @functools.cached_property
     def makes_nan(self) -> bool:

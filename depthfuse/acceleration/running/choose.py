@@ -92,19 +92,17 @@ def restore(
     """
     part = execution.part(call)
     bind_implementations(plan, part, implementations)
-    compiled = None
-    if execution.compiled == NATIVE:
-        compiled = _native(plan, part)
-    elif execution.compiled == ONEDNN:
-        compiled = _compile(plan, part, measure=False)
+    compiled = _compile(plan, part, measure=False) if execution.compiled == ONEDNN else None
     graphs = _graphs(plan, call) if execution.graphs else None
     eager = None
     if execution.eager is not None and model is not None:
         eager = _own(model, execution.eager, plan.dtype).__call__
     chosen = execution.eager if eager is not None else None
-    name = None if compiled is None else execution.compiled
+    name = None if compiled is None else ONEDNN
+    wants_native = execution.compiled == NATIVE
     execution = replace(execution, compiled=name, graphs=graphs is not None, eager=chosen)
-    return Executor(plan, execution, compiled, part.shapes(), eager, graphs)
+    executor = Executor(plan, execution, compiled, part.shapes(), eager, graphs)
+    return _native_if_faster(executor, call, measure=False) if wants_native else executor
 
 
 def _choose_by_measurement(
@@ -116,7 +114,7 @@ def _choose_by_measurement(
         "inputs": [[list(x.shape), str(x.dtype)] for x in call.tensors],
         "call": str(call),
         "compared": model is not None,
-        "native": why_missing() or isa(),
+        "native": (why_missing() or isa()) if _suits_native(plan) else None,
     }
     known = Execution.from_document(cache.get(question))
     on_cpu = plan.device.type == "cpu"
@@ -134,7 +132,7 @@ def _choose_by_measurement(
     name = None if compiled is None else ONEDNN
     execution = replace(execution, compiled=name, graphs=graphs is not None)
     executor = Executor(plan, execution, compiled, part.shapes(), graphs=graphs)
-    if on_cpu and (known is None or known.compiled == NATIVE):
+    if _suits_native(plan) and (known is None or known.compiled == NATIVE):
         executor = _native_if_faster(executor, call, measure=known is None)
         execution = executor.execution
     if known is not None:
@@ -173,11 +171,10 @@ def _compile(plan: Plan, part: Call, measure: bool) -> Callable[..., object] | N
     return compiled
 
 
-def _native(plan: Plan, part: Call) -> Callable[..., object] | None:
-    """The native engine's run of the plan; None where it has none."""
-    if plan.form is None or plan.writes_inputs:
-        return None
-    return compile_natively(plan.module, part.tensors)
+def _suits_native(plan: Plan) -> bool:
+    """Whether the native engine may run the plan at all: elsewhere nobody should wait for it to be built."""
+    on_cpu = plan.device.type == "cpu" and plan.dtype is torch.float32
+    return on_cpu and plan.form is not None and not plan.writes_inputs
 
 
 def _native_if_faster(executor: Executor, call: Call, measure: bool) -> Executor:
@@ -185,12 +182,16 @@ def _native_if_faster(executor: Executor, call: Call, measure: bool) -> Executor
 
     It must also agree with the plan, each time: its algorithms round differently.
     """
-    compiled = _native(executor.plan, call)
+    compiled = compile_natively(executor.plan.module, call.tensors) if _suits_native(executor.plan) else None
     if compiled is None:
         return executor
     execution = replace(executor.execution, chunk=None, compiled=NATIVE)
-    native = Executor(executor.plan, execution, compiled, call.shapes())
-    given, wanted = (flatten(run(call), once=True)[0] for run in (native, executor))
+    native = replace(executor, execution=execution, compiled=compiled, compiled_for=call.shapes())
+    plan = replace(executor, eager=None, execution=replace(executor.execution, eager=None))
+    given, wanted = (flatten(run(call), once=True)[0] for run in (replace(native, eager=None), plan))
+    if any(_stride(g) != _stride(w) for g, w in zip(given, wanted, strict=True)):
+        logger.info("the native engine's outputs would lie otherwise in memory: it is not used")
+        return executor
     pairs = zip(given, wanted, strict=True)
     error = max((relative_error(g, w) for g, w in pairs if isinstance(w, torch.Tensor)), default=0.0)
     if error > TOLERANCE[executor.plan.dtype]:

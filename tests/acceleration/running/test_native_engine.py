@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from native_ops import needs_engine
 from nets import randomise_norms
 from torch import nn
 
@@ -13,7 +14,6 @@ from depthfuse.acceleration.running import choose
 from depthfuse.acceleration.running.execution import NATIVE, Execution, Executor
 from depthfuse.acceleration.running.native_engine import ALGORITHMS, compile_plan
 from depthfuse.measuring.accuracy import relative_error
-from depthfuse.native.library import why_missing
 
 import timm  # isort: skip
 
@@ -24,7 +24,7 @@ NETS = {
     "vit_tiny_patch16_224": 224,
     "mobilenetv1_100": 64,
 }
-pytestmark = pytest.mark.skipif(why_missing() is not None, reason=f"no native engine: {why_missing()}")
+pytestmark = needs_engine
 
 
 def net(name):
@@ -111,6 +111,45 @@ def test_changed_weights_are_not_forgotten(always):
         moved = copy.deepcopy(fast).double()
         assert moved(x.double()).dtype is torch.float64
         assert relative_error(moved(x.double()), before) < 1e-5
+
+
+def graph_of(function, *inputs):
+    """What a function of tensors computes, as a graph of aten's operations, with a convolution before it."""
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.table = nn.Conv2d(3, 4, 1), nn.Parameter(torch.randn(2, 4, 5, 5))
+
+        def forward(self, x):
+            return function(self, x)
+
+    return accelerate(Around().eval(), *inputs, tune="off").plan
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: (m.conv(x).relu(), x),
+        lambda m, x: (y := m.conv(x).relu(), y.flatten(1)),
+        lambda m, x: m.conv(x) + m.table,
+        lambda m, x: m.conv(x).flatten(2) @ x.flatten(2).mT,
+        lambda m, x: nn.functional.layer_norm(m.conv(x), (5,), x[0, 0, 0]),
+        lambda m, x: m.conv(x).mean((0, 2)),
+    ],
+    ids=["input", "shared", "constant", "product", "affine", "mean"],
+)
+def test_what_it_would_do_wrong_it_leaves(function):
+    """Outputs that share memory, constants that are broadcast the other way, values where constants are expected."""
+    x = torch.randn(2, 3, 5, 5)
+    assert compile_plan(graph_of(function, x), (x,)) is None
+
+
+def test_outputs_lie_in_memory_as_before(always):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert accelerate(model, x)(x).stride() == model(x).stride()
 
 
 def test_what_the_engine_does_not_have_runs_as_before(always):

@@ -11,7 +11,7 @@ import torch
 from depthfuse.kernels.arguments import Tail, Window
 from depthfuse.kernels.conv2d import conv2d
 from depthfuse.kernels.counters import Counters
-from depthfuse.kernels.device.tile import GemmConfig, gemm_config
+from depthfuse.kernels.device.tile import GemmConfig, _tiles, gemm_config
 from depthfuse.kernels.launch import INTERPRETED, TARGETS
 from depthfuse.kernels.linear import linear
 from depthfuse.selftest import oracle
@@ -112,6 +112,19 @@ def test_grouped_convolution(device):
     window = Window(padding=(1, 1), groups=2)
     y = conv2d(x, weight, window=window, config=config(4))
     assert torch.equal(y.double(), oracle.conv2d(x, weight, window=window).value)
+
+
+@pytest.mark.parametrize(
+    "tile", sorted({tile[:3] for t in TARGETS.values() for tile in _tiles(torch.float16, t)})
+)
+def test_every_tile_that_a_target_may_choose_is_exact(tile, device):
+    """Those of 256 columns are finished half by half. Rows, columns and depth that the tile does not divide."""
+    kind = {"dtype": torch.float16, "device": device}
+    x, weight = integers(tile[0] + 5, 72, **kind), integers(tile[1] + 3, 72, **kind)
+    tail = Tail(integers(tile[1] + 3, **kind), integers(tile[0] + 5, tile[1] + 3, **kind), act="relu")
+    for splits in (1, 2):
+        y = linear(x, weight, tail, config=GemmConfig(*tile, num_warps=4, splits=splits))
+        assert torch.equal(y, oracle.linear(x, weight, tail).value.half())
 
 
 def test_only_grids_smaller_than_the_chip_are_split():

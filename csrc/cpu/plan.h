@@ -1,0 +1,128 @@
+// A plan in memory: what plan.cc lays out and runs, and nodes.cc fills with steps.
+#pragma once
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "abi.h"
+#include "kernels.h"
+
+namespace depthfuse {
+
+constexpr int kMostSize = 1 << 24;  // of an axis
+// Floats that a vector may read past the end of a tensor or of weights, and that must be there.
+constexpr int64_t kSlack = 64;
+
+[[noreturn]] inline void refuse(const std::string& why) { throw std::invalid_argument(why); }
+
+// Of the widest instruction set that this processor has and DEPTHFUSE_ISA allows.
+const Kernels& kernels();
+
+// Memory on cache lines, zero at first.
+class Floats {
+ public:
+  explicit Floats(int64_t count = 0) : count_(count) {
+    if (!count) return;
+    const size_t bytes = (size_t(count) * sizeof(float) + 4095) / 4096 * 4096;
+    data_ = static_cast<float*>(std::aligned_alloc(4096, bytes));
+    if (!data_) throw std::bad_alloc();
+    std::memset(data_, 0, bytes);
+  }
+  ~Floats() { std::free(data_); }
+  Floats(Floats&& other) noexcept { *this = std::move(other); }
+  Floats& operator=(Floats&& other) noexcept {
+    std::swap(data_, other.data_), std::swap(count_, other.count_);
+    return *this;
+  }
+  float* data() const { return data_; }
+  int64_t count() const { return count_; }
+
+ private:
+  float* data_ = nullptr;
+  int64_t count_ = 0;
+};
+
+struct Tensor {
+  df_tensor shape;
+  int64_t offset = 0;  // in the arena
+  int64_t floats() const {  // with the border
+    return int64_t(shape.n) * (shape.h + 2 * shape.border) * (shape.w + 2 * shape.border) * shape.c;
+  }
+  int64_t pixels() const { return int64_t(shape.n) * shape.h * shape.w; }
+  View view(float* base) const {
+    View v;
+    v.n = shape.n, v.h = shape.h, v.w = shape.w, v.c = shape.c;
+    v.pixel = shape.c;
+    v.row = int64_t(shape.w + 2 * shape.border) * v.pixel;
+    v.image = int64_t(shape.h + 2 * shape.border) * v.row;
+    v.data = base + shape.border * (v.row + v.pixel);
+    return v;
+  }
+};
+
+class Plan;
+
+// What one run of a plan needs at hand.
+struct Run {
+  Plan& plan;
+  const float* const* inputs;
+  float* const* outputs;
+  int threads;
+
+  View view(int index) const;
+};
+
+struct Step {
+  std::function<void(Run&)> run;
+  int output;  // tensor, whose border is zeroed first
+};
+
+// A plan: checked, its memory laid out, its weights packed; runs in one call.
+class Plan {
+ public:
+  // Throws std::invalid_argument, with the reason, for a plan that would read or write where it must not.
+  Plan(const df_tensor* tensors, int tensor_count, const df_node* nodes, int node_count, const float* weights,
+       int64_t weight_count);
+  void run(const float* const* inputs, float* const* outputs, int threads);
+  int64_t bytes() const;
+
+ private:
+  friend struct Run;
+
+  // plan.cc: what nodes may touch, and where it lies.
+  void add_tensor(const df_tensor& t);
+  const Tensor& tensor(int index) const;
+  const Tensor& read(int index, int node);
+  const Tensor& write(int index, int node);
+  const float* floats_at(int64_t offset, int64_t count) const;
+  float* packed(int64_t count);
+  // A copy of `count` floats, zeros up to `padded`; nullptr where offset is -1.
+  const float* vector_at(int64_t offset, int64_t count, int64_t padded);
+  void lay_out();
+
+  // nodes.cc: each operation, checked, as a step.
+  void add_node(const df_node& node, int index);
+  void add_conv(const df_node& node, int index);
+  void add_depthwise(const df_node& node, int index);
+  Window window_of(const df_node& node, const Tensor& x, const Tensor& y) const;
+  Tail tail_of(const df_node& node, int channels);
+  // The node's residual, shaped like y; -1 where it has none.
+  int residual_of(const df_node& node, const Tensor& y, int index);
+
+  std::vector<Tensor> tensors_;
+  std::vector<int> first_use_, last_use_;  // nodes
+  std::vector<Step> steps_;
+  std::vector<Floats> packed_;
+  Floats arena_;
+  std::mutex mutex_;
+  const float* weights_;  // while the plan is made
+  int64_t weight_count_;
+};
+
+}  // namespace depthfuse

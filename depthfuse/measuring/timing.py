@@ -55,6 +55,7 @@ def time_interleaved(
     warmup: int = 3,
     *,
     device: torch.device,
+    settle_ms: float = 0.0,
 ) -> dict[str, Timing]:
     """Time each call once a round, in turn, each repeated until a round lasts `min_round_ms`.
 
@@ -64,11 +65,21 @@ def time_interleaved(
     Args:
         device: where the calls compute. A GPU is synchronised around each round, as a call only launches its work;
             which is why there is no default: without the right one the launches alone would be timed.
+        settle_ms: for how long each turn's calls go untimed, on a CPU. Threads of OpenMP spin for some 5 ms after
+            their work and keep the cores from a call that has threads of its own.
     """
 
     def sync() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+
+    def settle(call: Callable[[], object]) -> None:
+        call()
+        if not settle_ms:
+            return
+        start = time.perf_counter()
+        while (time.perf_counter() - start) * 1e3 < settle_ms:
+            call()
 
     def run_ms(call: Callable[[], object], repeats: int) -> float:
         sync()
@@ -86,6 +97,6 @@ def time_interleaved(
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            call()
+            settle(call)
             times[name].append(run_ms(call, repeats[name]))
     return {name: Timing(tuple(values)) for name, values in times.items()}

@@ -59,6 +59,16 @@ def test_rounds_are_interleaved(events):
     ]  # warm-up and estimate; then untimed and timed in each turn
 
 
+def test_a_turn_starts_with_calls_that_are_not_timed_until_others_threads_sleep(events):
+    def slow():
+        events.append("slow")
+        timing.time.perf_counter()  # takes a second
+
+    time_interleaved({"slow": slow, "other": lambda: None}, rounds=1, warmup=1, device=CPU, settle_ms=3500.0)
+    # One to warm up, one to count the repeats, one, two (of two seconds) until 3.5 s have passed, and the timed one.
+    assert events.count("slow") == 1 + 1 + 1 + 2 + 1
+
+
 def test_ratios_go_round_by_round():
     slowing, half = Timing((1.0, 2.0, 4.0)), Timing((0.5, 1.0, 2.0))
     assert half.ratios_to(slowing) == (0.5, 0.5, 0.5) and half.speedup_over(slowing) == 2.0

@@ -47,6 +47,7 @@ ACCELERATED = "accelerated"
 _ROUNDS, _ROUNDS_IF_CLOSE = 5, 15
 _CLOSE = 1.1  # within this ratio a few rounds decide by chance
 _ROUND_MS = 20.0
+_SETTLE_MS = 10.0  # between PyTorch's threads and the native engine's
 
 Finish = Callable[[Executor], Callable[..., object]]
 
@@ -198,7 +199,8 @@ def _native_if_faster(executor: Executor, call: Call, measure: bool) -> Executor
         logger.warning("the native engine is off by %.1e of the largest value: it is not used", error)
         return executor
     if measure:
-        latency_ms = least_ms({"plan": lambda: executor(call), "native": lambda: native(call)})
+        runs = {"plan": lambda: executor(call), "native": lambda: native(call)}
+        latency_ms = least_ms(runs, settle_ms=_SETTLE_MS)
         if not clearly_faster("native", "plan", latency_ms):
             return executor
     return native
@@ -220,10 +222,15 @@ def _compare(
         ):
             continue
         runs[name] = functools.partial(candidate, *args, **kwargs)
-    device = plan.device
-    judged = judge(execution, time_interleaved(runs, _ROUNDS, _ROUND_MS, warmup=1, device=device))
+    settle_ms = _SETTLE_MS if execution.compiled == NATIVE else 0.0
+
+    def judged_by(rounds: int) -> Execution:
+        timings = time_interleaved(runs, rounds, _ROUND_MS, warmup=1, device=plan.device, settle_ms=settle_ms)
+        return judge(execution, timings)
+
+    judged = judged_by(_ROUNDS)
     if judged.ratios and 1 / _CLOSE < min(judged.ratios.values()) < _CLOSE:
-        return judge(execution, time_interleaved(runs, _ROUNDS_IF_CLOSE, _ROUND_MS, warmup=1, device=device))
+        return judged_by(_ROUNDS_IF_CLOSE)
     return judged
 
 

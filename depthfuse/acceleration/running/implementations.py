@@ -180,7 +180,13 @@ def clearly_faster(name: Hashable, usual: Hashable, latency_ms: dict) -> bool:
     return latency_ms[name] * _LEAST_GAIN < latency_ms[usual]
 
 
-def least_ms(runs: Mapping[Any, Callable[[], object]], rounds: int = _ROUNDS) -> dict[Any, float]:
-    """The least time in ms of each of `runs` on a CPU, in turns: {name: ms}. Disturbances only add to it."""
-    timings = time_interleaved(runs, rounds, _ROUND_MS, warmup=1, device=torch.device("cpu"))
+def least_ms(
+    runs: Mapping[Any, Callable[[], object]], rounds: int = _ROUNDS, settle_ms: float = 0.0
+) -> dict[Any, float]:
+    """The least time in ms of each of `runs` on a CPU, in turns: {name: ms}. Disturbances only add to it.
+
+    settle_ms: as of `time_interleaved`, for runs by different threads.
+    """
+    on = torch.device("cpu")
+    timings = time_interleaved(runs, rounds, _ROUND_MS, warmup=1, device=on, settle_ms=settle_ms)
     return {name: timing.least_ms for name, timing in timings.items()}

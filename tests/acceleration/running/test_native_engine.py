@@ -8,6 +8,7 @@ import torch
 from native_ops import needs_engine
 from nets import randomise_norms
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthfuse import accelerate, load_accelerated
 from depthfuse.acceleration.running import choose
@@ -143,6 +144,23 @@ def test_what_it_would_do_wrong_it_leaves(function):
     """Outputs that share memory, constants that are broadcast the other way, values where constants are expected."""
     x = torch.randn(2, 3, 5, 5)
     assert compile_plan(graph_of(function, x), (x,)) is None
+
+
+def test_no_operation_of_pytorch_computes_beside_the_engine(always):
+    """Its threads spin for milliseconds after each operation, on the cores that the engine's threads need."""
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            computed.add(function)
+            return function(*args, **(kwargs or {}))
+
+    computed = set()
+    model, x = small()
+    fast = accelerate(model, x)
+    assert "native engine" in fast.report().executor
+    with Recorded():
+        fast(x)
+    assert computed <= {torch.ops.aten.empty.memory_format, torch.ops.aten.detach.default}
 
 
 def test_outputs_lie_in_memory_as_before(always):

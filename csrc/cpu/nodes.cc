@@ -22,9 +22,12 @@ float* scratch(int64_t floats) {
 // [first, last) of `total`, cut into `pieces` that differ by one at most.
 int cut(int total, int pieces, int piece) { return int(int64_t(total) * piece / pieces); }
 
+// As many pieces or fewer, the same number for each thread: with 7 pieces one of two threads would wait a seventh.
+int even(int pieces, int threads) { return pieces > threads ? pieces / threads * threads : std::max(1, pieces); }
+
 // As many pieces as keep all threads busy to the end, of `least_units` at least.
 int pieces_for(int units, int threads, int least_units) {
-  return std::max(1, std::min(4 * threads, units / std::max(1, least_units)));
+  return even(std::min(4 * threads, units / std::max(1, least_units)), threads);
 }
 
 }  // namespace
@@ -101,12 +104,10 @@ void Plan::add_conv(const df_node& node, int index) {
       const int block = int(std::max<int64_t>(2 * k.tile_rows, cached / k.tile_rows * k.tile_rows));
       int blocks = std::max(1, (tiles + block - 1) / block);
       int panel_groups = 1;
-      if (blocks < 2 * run.threads) {
-        if (tiles >= 2 * k.tile_rows * run.threads)
-          blocks = (blocks + run.threads - 1) / run.threads * run.threads;
-        else  // too few tiles: threads share the output channels, and transform the same tiles
-          panel_groups = std::min(panels, run.threads);
-      }
+      if (tiles >= 2 * k.tile_rows * run.threads)
+        blocks = (blocks + run.threads - 1) / run.threads * run.threads;
+      else if (blocks < 2 * run.threads)  // too few tiles: threads share the output channels, and transform the same
+        panel_groups = std::min(panels, run.threads);
       parallel_for(blocks * panel_groups, run.threads, [&](int piece, int) {
         const int b = piece / panel_groups, g = piece % panel_groups;
         const int first = cut(tiles, blocks, b), last = cut(tiles, blocks, b + 1);
@@ -142,7 +143,7 @@ void Plan::add_conv(const df_node& node, int index) {
     const double work = double(pixels) * t.segment_count * t.length * t.y.c;
     const int wanted = work < 200000 ? 1 : int(std::min<double>(4.0 * run.threads, work / 100000));
     // Pixels first: pieces of them share no weights but read each input once. Where there are few, panels too.
-    const int pixel_pieces = std::max(1, std::min(wanted, pixels / (2 * k.tile_rows)));
+    const int pixel_pieces = even(std::min(wanted, pixels / (2 * k.tile_rows)), run.threads);
     const int panel_pieces = std::max(1, std::min(panels, wanted / pixel_pieces));
     parallel_for(pixel_pieces * panel_pieces, run.threads, [&](int piece, int) {
       const int a = piece / panel_pieces, b = piece % panel_pieces;

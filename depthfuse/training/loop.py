@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import csv
 import functools
 import io
@@ -53,7 +54,16 @@ def make_accelerator(amp: str = "no", cpu: bool = False) -> Accelerator:
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     # the others wait while the first process measures latencies and searches
     patient = InitProcessGroupKwargs(timeout=timedelta(days=2))
-    return Accelerator(mixed_precision=amp, cpu=cpu, kwargs_handlers=[unused, patient])
+    accelerator = Accelerator(mixed_precision=amp, cpu=cpu, kwargs_handlers=[unused, patient])
+    if accelerator.num_processes > 1:
+        atexit.register(_leave_the_others)
+    return accelerator
+
+
+def _leave_the_others() -> None:
+    """Ends the process group. Left to the end of the interpreter, its threads may abort a process that is done."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def seed_iteration(seed: int, iteration: int, rank: int = 0) -> None:

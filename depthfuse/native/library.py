@@ -111,8 +111,8 @@ def isa() -> str:
 def in_words() -> str:
     """What runs, and why; nothing is built for that."""
     try:
-        places = (BUILT / digest() / NAME, cached(NAME, digest()))
-        if os.environ.get("DEPTHFUSE_NATIVE", "1") != "0" and not any(place.exists() for place in places):
+        is_wanted = os.environ.get("DEPTHFUSE_NATIVE", "1") != "0"
+        if is_wanted and not (BUILT / digest() / NAME).exists() and not cached(NAME, digest()).exists():
             return f"built at first use, by {_compiler()}"
         asked = os.environ.get("DEPTHFUSE_ISA")
         return f"{isa()} ({f'DEPTHFUSE_ISA is {asked}' if asked else 'the widest that this processor has'})"

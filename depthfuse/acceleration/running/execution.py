@@ -139,6 +139,9 @@ class Executor:
                 # In channels_last a `view` may not take what it took at the example's sizes; the plan has no views.
                 if self.execution.eager != EAGER[1] or self.plan.writes_inputs or is_out_of_memory(error):
                     raise
+        # Kernels read memory, where the sign of these is not; who writes to one must have the tensor itself.
+        if not self.plan.writes_inputs and any(x.is_neg() for x in call.tensors):
+            call = replace(call, tensors=tuple(x.resolve_neg() for x in call.tensors))
         # On a CPU only: nothing there swallows NaN on a GPU, and looking would wait for it.
         on_cpu = self.plan.device.type == "cpu"
         if on_cpu and self._swallows_nan() and (self.plan.makes_nan or not all(map(_is_tame, call.tensors))):
@@ -179,5 +182,5 @@ def _is_tame(x: Tensor) -> bool:
         low, high = torch.aminmax(x)
         return bool((low > -_LARGE) & (high < _LARGE))
     # PyTorch's threads would spin for some 5 ms afterwards, on the cores that the native engine's need.
-    values = x.detach().numpy()
+    values = x.numpy(force=True)
     return bool(values.min() > -_LARGE and values.max() < _LARGE)

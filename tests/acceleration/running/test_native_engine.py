@@ -163,6 +163,16 @@ def test_no_operation_of_pytorch_computes_beside_the_engine(always):
     assert computed <= {torch.ops.aten.empty.memory_format, torch.ops.aten.detach.default}
 
 
+def test_a_sign_that_is_not_in_memory_is_seen(always):
+    model, x = small()
+    fast = accelerate(model, x)
+    assert "native engine" in fast.report().executor
+    negated = torch.view_as_complex(torch.stack([x, x], -1)).conj().imag
+    assert negated.is_neg()
+    with torch.no_grad():
+        assert relative_error(fast(negated), model(negated)) < 1e-5
+
+
 def test_outputs_lie_in_memory_as_before(always):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval().to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)

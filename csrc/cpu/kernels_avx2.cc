@@ -1,5 +1,7 @@
 // AVX2 and FMA: 16 registers of 8 floats. 6 x 2 accumulators, 2 weights and a value.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstring>
 

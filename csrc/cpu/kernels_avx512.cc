@@ -1,5 +1,7 @@
 // AVX-512: 32 registers of 16 floats. 14 x 2 accumulators, 2 weights and a value; 14 divides 112, 56, 28 and 14.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstring>
 

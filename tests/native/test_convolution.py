@@ -8,10 +8,11 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from native_ops import convolve, needs_engine
+from native_ops import convolve, needs_engine, padded_input, run
 
 from depthfuse.kernels.arguments import Tail, Window
 from depthfuse.native import plan as native
+from depthfuse.native.plan import Builder, Node
 from depthfuse.selftest import oracle
 from depthfuse.selftest.oracle import ACT, assert_within
 
@@ -69,6 +70,50 @@ def test_exact_on_integers(case, threads):
     x, weight, tail, window = operands(case, integers=True)
     y = convolve(x, weight, window, tail, threads=threads)
     assert torch.equal(y.double(), oracle.conv2d(x, weight, tail, window).value)
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_exact_without_an_affine(case, act):
+    """These tails are added to the sums while they are in registers."""
+    x, weight, tail, window = operands(case, integers=True)
+    for residual in (None, tail.residual):
+        plain = Tail(tail.bias, residual, None, None, act)
+        y = convolve(x, weight, window, plain, threads=3)
+        assert torch.equal(y.double(), oracle.conv2d(x, weight, plain, window).value)
+
+
+@pytest.mark.parametrize("filters", range(1, 67))
+def test_writes_its_own_channels_only(filters):
+    """A second convolution reads all of the first one's output, and the zeros around it."""
+    generator = torch.Generator().manual_seed(filters)
+    x, first = (
+        torch.randint(-3, 4, shape, generator=generator).float() for shape in ((2, 9, 5, 6), (filters, 9))
+    )
+    second = torch.randint(-3, 4, (3, filters, 3, 3), generator=generator).float()
+    builder = Builder()
+    source = padded_input(builder, x, 0)
+    middle, y = builder.tensor((2, 5, 6, filters)), builder.tensor((2, 5, 6, 3))
+    builder.pad(middle, 1)
+    builder.nodes.append(Node(native.CONV, source, middle, numbers=(1, 1, 1, 1, 0, 0, 1, 1), weight=first))
+    taps = second.permute(0, 2, 3, 1)
+    builder.nodes.append(Node(native.CONV, middle, y, numbers=(3, 3, 1, 1, 1, 1, 1, 1), weight=taps))
+    out = builder.tensor((2, 5, 6, 3), native.OUTPUT)
+    builder.nodes.append(Node(native.COPY, y, out, numbers=(0,)))
+    wanted = F.conv2d(F.conv2d(x.double(), first[..., None, None].double()), second.double(), padding=1)
+    for threads in (1, 3):
+        assert torch.equal(run(builder, [x], out, threads).double(), wanted.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("filters", [5, 16, 24, 32])
+def test_nan_and_infinity_come_through_a_clamp(filters, act):
+    x = torch.ones(1, 4, 3, 3)
+    x[0, 0, 0, 0], x[0, 1, 1, 1], x[0, 2, 2, 2] = float("nan"), float("inf"), -float("inf")
+    weight, window = torch.ones(filters, 4, 1, 1), Window((1, 1), (0, 0), (1, 1))
+    y = convolve(x, weight, window, Tail(None, None, None, None, act))
+    assert torch.equal(y.isnan(), ACT[act](F.conv2d(x, weight)).isnan())
+    assert torch.equal(y.nan_to_num(7.0), ACT[act](F.conv2d(x, weight)).nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("act", ACTS)

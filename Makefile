@@ -6,7 +6,7 @@ BIN := .venv/bin
 # For Triton's interpreter; installed only where torch brings no Triton itself, as CPU builds do not.
 TRITON := triton==3.9.0
 
-.PHONY: help venv native demo test lint format test-gpu bench-gpu gpu-proof clean
+.PHONY: help venv native demo test lint format sanitize test-gpu bench-gpu gpu-proof clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ lint: venv ## check style and formatting
 format: venv ## apply the formatter and the safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+sanitize: venv ## run the engine's tests under the address, undefined-behaviour and thread sanitizers (10 minutes)
+	$(BIN)/python tests/native/sanitize.py
 
 # A GPU machine has its own torch and Triton: these two use that Python, not .venv.
 test-gpu: ## run the tests that need a GPU, in the environment of $(PYTHON)

@@ -3,7 +3,8 @@
 It is plain C at the border, so one binary serves every version of PyTorch. It is built from the sources that the
 package brings by the machine's g++: by `python -m depthfuse.native` into the package, as `make` does, or else at
 first use, once, into the user's cache. Where there is no compiler there is no engine, and nothing else changes.
-`DEPTHFUSE_NATIVE=0` does without it, `DEPTHFUSE_ISA=avx2` or `baseline` with narrower vectors.
+`DEPTHFUSE_NATIVE=0` does without it, `DEPTHFUSE_ISA=avx2` or `baseline` with narrower vectors. `DEPTHFUSE_CXXFLAGS`
+gives the compiler more flags, such as a sanitizer's; each set of flags has a binary of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -114,8 +116,11 @@ def in_words() -> str:
         is_wanted = os.environ.get("DEPTHFUSE_NATIVE", "1") != "0"
         if is_wanted and not (BUILT / digest() / NAME).exists() and not cached(NAME, digest()).exists():
             return f"built at first use, by {_compiler()}"
-        asked = os.environ.get("DEPTHFUSE_ISA")
-        return f"{isa()} ({f'DEPTHFUSE_ISA is {asked}' if asked else 'the widest that this processor has'})"
+        asked, runs = os.environ.get("DEPTHFUSE_ISA"), isa()
+        if asked == runs:
+            return f"{runs} (DEPTHFUSE_ISA is {asked})"
+        ignored = f"; DEPTHFUSE_ISA is {asked}" if asked else ""
+        return f"{runs} (the widest that this processor has{ignored})"
     except Missing as reason:
         return f"none: {reason}"
 
@@ -155,10 +160,14 @@ def digest() -> str:
     """Of the sources and of what compiles them: names the folder that holds the result. Raises Missing."""
     if not SOURCES.is_dir():
         raise Missing("this installation has no sources of the engine")
-    digest = hashlib.sha256(repr((FLAGS, platform.machine())).encode())
+    digest = hashlib.sha256(repr((_flags(), platform.machine())).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _flags() -> tuple[str, ...]:
+    return (*FLAGS, *shlex.split(os.environ.get("DEPTHFUSE_CXXFLAGS", "")))
 
 
 def _compiler() -> str:
@@ -176,11 +185,11 @@ def compile_engine(target: Path) -> None:
     objects = [target.with_name(f"{source.stem}.o") for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         commands = [
-            [compiler, *FLAGS, "-c", str(source), "-o", str(result)]
+            [compiler, *_flags(), "-c", str(source), "-o", str(result)]
             for source, result in zip(sources, objects, strict=True)
         ]
         list(pool.map(run_compiler, commands))
-    run_compiler([compiler, "-shared", *map(str, objects), "-o", str(target), "-pthread"])
+    run_compiler([compiler, *_flags(), "-shared", *map(str, objects), "-o", str(target), "-pthread"])
 
 
 def run_compiler(command: list[str], **environment: str) -> str:

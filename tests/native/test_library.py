@@ -99,3 +99,20 @@ def test_narrower_vectors_can_be_asked_for(isa, tmp_path):
         [sys.executable, "-c", code], env=os.environ | {"DEPTHFUSE_ISA": isa}, capture_output=True, text=True
     )
     assert done.stdout.strip() in (isa, "baseline"), done.stderr
+
+
+def test_each_set_of_flags_has_a_binary_of_its_own(monkeypatch):
+    monkeypatch.delenv("DEPTHFUSE_CXXFLAGS", raising=False)
+    plain = module.digest.__wrapped__()
+    monkeypatch.setenv("DEPTHFUSE_CXXFLAGS", "-g -fsanitize=thread")
+    assert module.digest.__wrapped__() != plain
+    assert module._flags()[-2:] == ("-g", "-fsanitize=thread")
+
+
+@needs_engine
+def test_an_instruction_set_that_does_not_run_is_not_called_the_reason(monkeypatch):
+    monkeypatch.setattr(module, "isa", lambda: "avx2")
+    monkeypatch.setenv("DEPTHFUSE_ISA", "avx512")
+    assert module.in_words() == "avx2 (the widest that this processor has; DEPTHFUSE_ISA is avx512)"
+    monkeypatch.setenv("DEPTHFUSE_ISA", "avx2")
+    assert module.in_words() == "avx2 (DEPTHFUSE_ISA is avx2)"

@@ -1,0 +1,51 @@
+"""`python tests/native/sanitize.py [ARGUMENTS OF PYTEST]`: the engine's tests under GCC's sanitizers.
+
+The engine is built once for each, which takes minutes, beside the one that is used. What a sanitizer finds ends the
+tests with its report. Leaks are not looked for: Python itself never gives back all of its memory.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+# flags, the libraries that must be loaded before all others, settings
+SANITIZERS = {
+    "address and undefined behaviour": (
+        "-g -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+        ("libasan.so", "libubsan.so"),
+        {"ASAN_OPTIONS": "detect_leaks=0"},
+    ),
+    # PyTorch and Python are not built for it: only what the engine itself does is judged.
+    "threads": (
+        "-g -fsanitize=thread",
+        ("libtsan.so",),
+        {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1 halt_on_error=1"},
+    ),
+}
+BUILD = """
+from depthfuse.native.library import BUILT, NAME, compile_engine, digest, made
+made(BUILT / digest() / NAME, compile_engine)
+"""
+
+
+def main() -> int:
+    compiler = os.environ.get("CXX", "g++")
+    for name, (flags, libraries, settings) in SANITIZERS.items():
+        print(f"== {name}", flush=True)
+        environment = os.environ | settings | {"DEPTHFUSE_CXXFLAGS": flags}
+        subprocess.run([sys.executable, "-c", BUILD], env=environment, check=True)
+        found = [
+            subprocess.check_output([compiler, f"-print-file-name={library}"], text=True).strip()
+            for library in libraries
+        ]
+        environment["LD_PRELOAD"] = " ".join(found)
+        tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS), *sys.argv[1:]]
+        if code := subprocess.run(tests, env=environment).returncode:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -162,10 +162,11 @@ class AcceleratedModel(nn.Module):
 
     def _call(self, args: tuple, kwargs: dict[str, Any]) -> Call:
         call = Call.of(*self._made.signature.bind(args, kwargs))
+        device = self.device  # looked for among the weights
         for x in call.tensors:
-            if x.device != self.device:
+            if x.device != device:
                 raise ValueError(
-                    f"input is on {x.device}, expected {self.device}: move it there, or the accelerated model to it"
+                    f"input is on {x.device}, expected {device}: move it there, or the accelerated model to it"
                 )
         return self._made.cast(call)
 

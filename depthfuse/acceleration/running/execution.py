@@ -143,7 +143,7 @@ class Executor:
         if not self.plan.writes_inputs and any(x.is_neg() for x in call.tensors):
             call = replace(call, tensors=tuple(x.resolve_neg() for x in call.tensors))
         # On a CPU only: nothing there swallows NaN on a GPU, and looking would wait for it.
-        on_cpu = self.plan.device.type == "cpu"
+        on_cpu = not any(x.is_cuda for x in call.tensors)
         if on_cpu and self._swallows_nan() and (self.plan.makes_nan or not all(map(_is_tame, call.tensors))):
             with plain_ops():
                 return run_plan(self.plan, call)
@@ -170,8 +170,8 @@ class Executor:
         return self.plan.module(*tensors) if self.graphs is None else self.graphs(*tensors)
 
     def _swallows_nan(self) -> bool:
-        fused = self.plan.fused_modules().values()
-        return self.compiled is not None or any(m.swallows_nan() for m in fused)
+        # A plan has hundreds of modules: to walk through them at each call takes longer than a small net's layers.
+        return self.compiled is not None or any(m.swallows_nan() for m in self.plan.fused_modules().values())
 
 
 def _is_tame(x: Tensor) -> bool:

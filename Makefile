@@ -42,7 +42,7 @@ format: venv ## apply the formatter and the safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-sanitize: venv ## run the engine's tests under the address, undefined-behaviour and thread sanitizers (10 minutes)
+sanitize: venv ## run the engine's tests under the address, undefined-behaviour and thread sanitizers (some minutes)
 	$(BIN)/python tests/native/sanitize.py
 
 # A GPU machine has its own torch and Triton: these two use that Python, not .venv.

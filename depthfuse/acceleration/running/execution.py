@@ -143,7 +143,7 @@ class Executor:
         if not self.plan.writes_inputs and any(x.is_neg() for x in call.tensors):
             call = replace(call, tensors=tuple(x.resolve_neg() for x in call.tensors))
         # On a CPU only: nothing there swallows NaN on a GPU, and looking would wait for it.
-        on_cpu = not any(x.is_cuda for x in call.tensors)
+        on_cpu = all(x.device.type == "cpu" for x in call.tensors)
         if on_cpu and self._swallows_nan() and (self.plan.makes_nan or not all(map(_is_tame, call.tensors))):
             with plain_ops():
                 return run_plan(self.plan, call)
@@ -170,7 +170,7 @@ class Executor:
         return self.plan.module(*tensors) if self.graphs is None else self.graphs(*tensors)
 
     def _swallows_nan(self) -> bool:
-        # A plan has hundreds of modules: to walk through them at each call takes longer than a small net's layers.
+        # The modules last: a plan may have hundreds, and this is asked at each call.
         return self.compiled is not None or any(m.swallows_nan() for m in self.plan.fused_modules().values())
 
 

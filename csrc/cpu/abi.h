@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 2;
 
 #define DF_API __attribute__((visibility("default")))
 
@@ -58,8 +58,9 @@ DF_API const char* df_isa();
 DF_API void* df_plan_create(const df_tensor* tensors, int32_t tensor_count, const df_node* nodes, int32_t node_count,
                      const float* weights, int64_t weight_count, char* error, int64_t error_size);
 // Inputs and outputs by `index`; as many as the plan has, each of its tensor's size. One run of a plan at a time: a
-// second caller waits.
-DF_API void df_plan_run(void* plan, const float* const* inputs, float* const* outputs, int32_t threads);
+// second caller waits. `milliseconds`, where it is not nullptr, is given what each node took.
+DF_API void df_plan_run(void* plan, const float* const* inputs, float* const* outputs, int32_t threads,
+                        double* milliseconds);
 // Bytes of the plan's own memory: what lies between its nodes, and the packed weights.
 DF_API int64_t df_plan_bytes(const void* plan);
 DF_API void df_plan_destroy(void* plan);

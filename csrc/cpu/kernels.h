@@ -71,9 +71,8 @@ struct Kernels {
   int64_t (*winograd_scratch)(const WinogradTask&, int tiles);
   // weights [c_out][3][3][c_in] -> as WinogradTask has them
   void (*winograd_weights)(const float* weights, int c_out, int c_in, int tile, float* packed);
-  // Output rows [first, last) of n * h; `scratch` holds depthwise_scratch(task, last - first) floats.
-  void (*depthwise)(const DepthwiseTask&, int first, int last, float* scratch);
-  int64_t (*depthwise_scratch)(const DepthwiseTask&, int rows);
+  // Output rows [first, last) of n * h.
+  void (*depthwise)(const DepthwiseTask&, int first, int last);
   void (*max_pool)(const View& x, const View& y, const Window&, int first, int last);
   // Pixels [first, last) of all pixels.
   void (*add)(const View& x, const View& x2, const View& y, int act, int first, int last);

@@ -143,7 +143,8 @@ void Plan::add_conv(const df_node& node, int index) {
     const double work = double(pixels) * t.segment_count * t.length * t.y.c;
     const int wanted = work < 200000 ? 1 : int(std::min<double>(4.0 * run.threads, work / 100000));
     // Pixels first: pieces of them share no weights but read each input once. Where there are few, panels too.
-    const int pixel_pieces = even(std::min(wanted, pixels / (2 * k.tile_rows)), run.threads);
+    const int least_pixels = int64_t(t.segment_count) * t.length * t.y.c < 400000 ? k.tile_rows : 2 * k.tile_rows;
+    const int pixel_pieces = even(std::min(wanted, pixels / least_pixels), run.threads);
     const int panel_pieces = std::max(1, std::min(panels, wanted / pixel_pieces));
     parallel_for(pixel_pieces * panel_pieces, run.threads, [&](int piece, int) {
       const int a = piece / panel_pieces, b = piece % panel_pieces;
@@ -172,8 +173,7 @@ void Plan::add_depthwise(const df_node& node, int index) {
     if (residual != -1) t.tail.residual = run.view(residual);
     const int pieces = pieces_for(rows, run.threads, 1);
     parallel_for(pieces, run.threads, [&](int piece, int) {
-      const int first = cut(rows, pieces, piece), last = cut(rows, pieces, piece + 1);
-      kernels().depthwise(t, first, last, scratch(kernels().depthwise_scratch(t, last - first) + kSlack));
+      kernels().depthwise(t, cut(rows, pieces, piece), cut(rows, pieces, piece + 1));
     });
   }, y_index});
 }

@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <chrono>
 #include <climits>
 #include <cstdio>
 
@@ -12,6 +13,13 @@ namespace {
 
 constexpr int64_t kMostFloats = int64_t(1) << 33;  // of a tensor, 32 GiB
 constexpr int64_t kAlign = 16;                      // floats: a cache line
+// Weights lie side by side in large pieces of memory, of which only what is written to is there: in huge pages, which
+// each layer alone might be too small for. An address sanitizer is to see where each ends.
+#ifdef __SANITIZE_ADDRESS__
+constexpr int64_t kPiece = 0;
+#else
+constexpr int64_t kPiece = int64_t(8) << 20;  // floats
+#endif
 
 void zero_border(const Tensor& t, float* base) {
   const int b = t.shape.border;
@@ -68,9 +76,7 @@ Plan::Plan(const df_tensor* tensors, int tensor_count, const df_node* nodes, int
 }
 
 int64_t Plan::bytes() const {
-  int64_t floats = arena_.count();
-  for (const Floats& packed : packed_) floats += packed.count();
-  return floats * int64_t(sizeof(float));
+  return (arena_.count() + packed_floats_) * int64_t(sizeof(float));
 }
 
 void Plan::add_tensor(const df_tensor& t) {
@@ -116,8 +122,14 @@ const float* Plan::floats_at(int64_t offset, int64_t count) const {
 }
 
 float* Plan::packed(int64_t count) {
-  packed_.emplace_back(count + kSlack);
-  return packed_.back().data();
+  count = (count + kSlack + kAlign - 1) / kAlign * kAlign;
+  if (room_ < count) {
+    room_ = std::max(count, kPiece);
+    packed_.emplace_back(room_);
+  }
+  float* start = packed_.back().data() + (packed_.back().count() - room_);
+  room_ -= count, packed_floats_ += count;
+  return start;
 }
 
 const float* Plan::vector_at(int64_t offset, int64_t count, int64_t padded) {
@@ -160,13 +172,16 @@ void Plan::lay_out() {
   arena_ = Floats(total);
 }
 
-void Plan::run(const float* const* inputs, float* const* outputs, int threads) {
+void Plan::run(const float* const* inputs, float* const* outputs, int threads, double* milliseconds) {
   std::lock_guard<std::mutex> lock(mutex_);
   Run run{*this, inputs, outputs, std::max(1, std::min(threads, most_threads()))};
   for (const Step& step : steps_) {
+    const auto start = std::chrono::steady_clock::now();
     if (step.output >= 0 && tensors_[step.output].shape.place == DF_ARENA)
       zero_border(tensors_[step.output], arena_.data() + tensors_[step.output].offset);
     step.run(run);
+    if (milliseconds)
+      *milliseconds++ = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   }
 }
 
@@ -188,8 +203,9 @@ void* df_plan_create(const df_tensor* tensors, int32_t tensor_count, const df_no
   }
 }
 
-void df_plan_run(void* plan, const float* const* inputs, float* const* outputs, int32_t threads) {
-  static_cast<depthfuse::Plan*>(plan)->run(inputs, outputs, threads);
+void df_plan_run(void* plan, const float* const* inputs, float* const* outputs, int32_t threads,
+                 double* milliseconds) {
+  static_cast<depthfuse::Plan*>(plan)->run(inputs, outputs, threads, milliseconds);
 }
 
 int64_t df_plan_bytes(const void* plan) { return static_cast<const depthfuse::Plan*>(plan)->bytes(); }

@@ -1,5 +1,8 @@
 // A plan in memory: what plan.cc lays out and runs, and nodes.cc fills with steps.
 #pragma once
+#include <sys/mman.h>
+
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -24,28 +27,50 @@ constexpr int64_t kSlack = 64;
 // Of the widest instruction set that this processor has and DEPTHFUSE_ISA allows.
 const Kernels& kernels();
 
-// Memory on cache lines, zero at first.
+// Memory on cache lines, zero at first. Large ones lie in huge pages where the system has them: a walk through hundreds
+// of megabytes of weights would ask for the address of another small page every 4 KB.
 class Floats {
  public:
   explicit Floats(int64_t count = 0) : count_(count) {
     if (!count) return;
-    const size_t bytes = (size_t(count) * sizeof(float) + 4095) / 4096 * 4096;
-    data_ = static_cast<float*>(std::aligned_alloc(4096, bytes));
-    if (!data_) throw std::bad_alloc();
-    std::memset(data_, 0, bytes);
+    size_t bytes = size_t(count) * sizeof(float);
+    if (bytes < kHuge) {
+      bytes = (bytes + kSmall - 1) / kSmall * kSmall;
+      data_ = static_cast<float*>(std::aligned_alloc(kSmall, bytes));
+      if (!data_) throw std::bad_alloc();
+      std::memset(data_, 0, bytes);
+      return;
+    }
+    bytes = (bytes + kHuge - 1) / kHuge * kHuge;
+    mapped_ = bytes + kHuge;  // room to align it
+    map_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (map_ == MAP_FAILED) throw std::bad_alloc();
+    data_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(map_) + kHuge - 1) / kHuge * kHuge);
+#ifdef MADV_HUGEPAGE
+    madvise(data_, bytes, MADV_HUGEPAGE);  // it may refuse, and nothing else changes
+#endif
   }
-  ~Floats() { std::free(data_); }
+  ~Floats() {
+    if (mapped_)
+      munmap(map_, mapped_);
+    else
+      std::free(data_);
+  }
   Floats(Floats&& other) noexcept { *this = std::move(other); }
   Floats& operator=(Floats&& other) noexcept {
     std::swap(data_, other.data_), std::swap(count_, other.count_);
+    std::swap(map_, other.map_), std::swap(mapped_, other.mapped_);
     return *this;
   }
   float* data() const { return data_; }
   int64_t count() const { return count_; }
 
  private:
+  static constexpr size_t kSmall = 4096, kHuge = 2 << 20;
   float* data_ = nullptr;
   int64_t count_ = 0;
+  void* map_ = nullptr;
+  size_t mapped_ = 0;
 };
 
 struct Tensor {
@@ -89,7 +114,7 @@ class Plan {
   // Throws std::invalid_argument, with the reason, for a plan that would read or write where it must not.
   Plan(const df_tensor* tensors, int tensor_count, const df_node* nodes, int node_count, const float* weights,
        int64_t weight_count);
-  void run(const float* const* inputs, float* const* outputs, int threads);
+  void run(const float* const* inputs, float* const* outputs, int threads, double* milliseconds);
   int64_t bytes() const;
 
  private:
@@ -119,6 +144,7 @@ class Plan {
   std::vector<int> first_use_, last_use_;  // nodes
   std::vector<Step> steps_;
   std::vector<Floats> packed_;
+  int64_t room_ = 0, packed_floats_ = 0;  // room: in the last of `packed_`
   Floats arena_;
   std::mutex mutex_;
   const float* weights_;  // while the plan is made

@@ -16,10 +16,33 @@ namespace {
 constexpr int kMostThreads = 256;
 constexpr auto kSpin = std::chrono::microseconds(50);
 
+// The pieces of one lane that nobody has taken: on a cache line of its own.
+struct alignas(64) Share {
+  std::atomic<int> next{0};
+  int end = 0;
+};
+
+// Each lane has a share of the pieces, the same part of each job: so a core reads what it wrote in the job before, and not
+// out of another core's cache, which takes longer than to compute it again. Who is done takes from others' shares.
 struct Job {
-  const std::function<void(int, int)>* work;
-  int pieces, lanes;
-  std::atomic<int> next{0}, done{0}, lane{1};
+  Job(const std::function<void(int, int)>& work, int pieces, int lanes)
+      : work(work), pieces(pieces), lanes(lanes), shares(lanes), taken(lanes) {
+    for (int lane = 0; lane < lanes; ++lane) {
+      shares[lane].next = int(int64_t(pieces) * lane / lanes);
+      shares[lane].end = int(int64_t(pieces) * (lane + 1) / lanes);
+    }
+    taken[0] = true;
+  }
+  bool has_pieces() const {
+    return std::any_of(shares.begin(), shares.end(),
+                       [](const Share& share) { return share.next.load(std::memory_order_relaxed) < share.end; });
+  }
+
+  const std::function<void(int, int)>& work;
+  const int pieces, lanes;
+  std::vector<Share> shares;
+  std::vector<char> taken;  // lanes, guarded by the pool's mutex
+  std::atomic<int> done{0};
   std::atomic<int> users{0};  // workers that hold a pointer to it
 };
 
@@ -30,9 +53,12 @@ void pause() {
 }
 
 void take_pieces(Job& job, int lane) {
-  for (int piece; (piece = job.next.fetch_add(1, std::memory_order_relaxed)) < job.pieces;) {
-    (*job.work)(piece, lane);
-    job.done.fetch_add(1, std::memory_order_release);
+  for (int i = 0; i < job.lanes; ++i) {
+    Share& share = job.shares[(lane + i) % job.lanes];
+    for (int piece; (piece = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
+      job.work(piece, lane);
+      job.done.fetch_add(1, std::memory_order_release);
+    }
   }
 }
 
@@ -42,8 +68,8 @@ class Pool {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       while (workers_ < job.lanes - 1 && workers_ < kMostThreads) {
-        ++workers_;
-        std::thread([this] { serve(); }).detach();
+        const int number = ++workers_;
+        std::thread([this, number] { serve(number); }).detach();
       }
       jobs_.push_back(&job);
       generation_.fetch_add(1, std::memory_order_release);
@@ -72,27 +98,30 @@ class Pool {
     }
   }
 
-  // A job with pieces left and a lane to work in, held by `users`; null where there is none.
-  Job* find(int& lane) {
+  // A job with pieces left and a lane to work in, that of the worker's number if it is free, held by `users`; null where
+  // there is none.
+  Job* find(int number, int& lane) {
     std::lock_guard<std::mutex> lock(mutex_);
     for (Job* job : jobs_) {
-      if (job->next.load(std::memory_order_relaxed) >= job->pieces) continue;
-      lane = job->lane.load(std::memory_order_relaxed);
-      if (lane >= job->lanes) continue;
-      job->lane.store(lane + 1, std::memory_order_relaxed);
+      if (!job->has_pieces()) continue;
+      lane = number < job->lanes && !job->taken[number]
+                 ? number
+                 : int(std::find(job->taken.begin(), job->taken.end(), false) - job->taken.begin());
+      if (lane == job->lanes) continue;
+      job->taken[lane] = true;
       job->users.fetch_add(1, std::memory_order_relaxed);
       return job;
     }
     return nullptr;
   }
 
-  void serve() {
+  void serve(int number) {
     unsigned seen = generation_.load(std::memory_order_acquire);
     for (bool first = true;; first = false) {
       if (!first) await_change(seen);
       seen = generation_.load(std::memory_order_acquire);
       int lane;
-      while (Job* job = find(lane)) {
+      while (Job* job = find(number, lane)) {
         take_pieces(*job, lane);
         job->users.fetch_sub(1, std::memory_order_release);
       }
@@ -146,8 +175,7 @@ void parallel_for(int pieces, int threads, const std::function<void(int, int)>& 
     for (int piece = 0; piece < pieces; ++piece) work(piece, 0);
     return;
   }
-  Job job;
-  job.work = &work, job.pieces = pieces, job.lanes = lanes;
+  Job job(work, pieces, lanes);
   pool().run(job);
 }
 

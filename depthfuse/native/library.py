@@ -27,7 +27,7 @@ from depthfuse.measured_cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 SOURCES = CSRC / "cpu"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fvisibility=hidden")
@@ -86,7 +86,7 @@ def _loaded() -> ctypes.CDLL | str:
         pointer, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64,
     ]  # fmt: skip
     loaded.df_plan_run.restype = None
-    loaded.df_plan_run.argtypes = [pointer, pointer, pointer, ctypes.c_int32]
+    loaded.df_plan_run.argtypes = [pointer, pointer, pointer, ctypes.c_int32, pointer]
     loaded.df_plan_bytes.restype = ctypes.c_int64
     loaded.df_plan_bytes.argtypes = [pointer]
     loaded.df_plan_destroy.restype = None

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,17 @@ def test_runs_repeat_themselves_whatever_the_threads():
     assert first.isfinite().all()
     for threads in (1, 2, 3, 7, 300):
         assert torch.equal(outputs_of(planned, x, threads), first)
+
+
+def test_the_times_of_the_nodes_are_those_of_a_run():
+    planned, x = chain(4).build(), torch.randn(1, 12, 12, 16)
+    result = torch.empty(1, 12, 12, 16)
+    started = time.perf_counter()
+    times_ms = planned.profile([x], [result], threads=1, runs=20)
+    took_ms = (time.perf_counter() - started) * 1e3
+    assert torch.equal(result, outputs_of(planned, x))
+    assert len(times_ms) == 5 and min(times_ms) > 0  # the copy of the input, too
+    assert sum(times_ms) * 20 < took_ms
 
 
 def test_many_threads_run_many_plans():
@@ -159,7 +171,7 @@ def run_on_zeros(tensors, nodes, weights):
         for place in (native.INPUT, native.OUTPUT)
     ]
     pointers = [(ctypes.c_void_p * max(1, len(given)))(*(x.data_ptr() for x in given)) for given in buffers]
-    library().df_plan_run(handle, *pointers, 2)
+    library().df_plan_run(handle, *pointers, 2, None)
     library().df_plan_destroy(handle)
 
 

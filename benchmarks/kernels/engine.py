@@ -36,6 +36,7 @@ _NAMES = {
     native.SELECT: "select",
     native.CONSTANT: "constant",
 }
+_NOTHING_MS = 2e-4
 _ALGORITHMS = {native.DIRECT: "", native.WINOGRAD_2: "F(2,3)", native.WINOGRAD_4: "F(4,3)"}
 
 
@@ -84,17 +85,22 @@ def main() -> None:
     times = builder.build().profile([x], outputs, runs=args.runs)
     peak = peak_gflops()
     print(f"{collect()['cpu']['name']}, {args.threads} threads, {peak:.0f} GFLOP/s measured peak of a core")
+    waiting = 0  # multiply-adds of operations that run in strips with the next one
     for node, took in zip(builder.nodes, times, strict=True):
         n, h, w, c = builder.shape(node.y)
         kernel = (
             "x".join(map(str, node.numbers[:2])) + f"/{node.numbers[2]}" if len(node.numbers) == 8 else ""
         )
         source = builder.shape(node.x)[3] if node.x >= 0 else 0
-        rate = 2e-6 * macs(builder, node) / took
-        share = f"{rate:6.0f} GFLOP/s {100 * rate / peak / args.threads:4.0f} %" if rate else ""
         what = f"{_NAMES[node.op]} {kernel} {_ALGORITHMS[node.algorithm]}"
         tail = node.act + (" + residual" if node.x2 >= 0 else "")
-        print(f"{what:24} {n}x{h}x{w} {source:5} -> {c:<5} {tail:18} {1e3 * took:8.0f} us {share}")
+        waiting += macs(builder, node)
+        figures = "in strips, with the next"
+        if took > _NOTHING_MS:
+            rate, waiting = 2e-6 * waiting / took, 0
+            share = f"{rate:6.0f} GFLOP/s {100 * rate / peak / args.threads:4.0f} %" if rate else ""
+            figures = f"{1e3 * took:8.0f} us {share}"
+        print(f"{what:24} {n}x{h}x{w} {source:5} -> {c:<5} {tail:18} {figures}")
     total_ms, total = sum(times), sum(macs(builder, node) for node in builder.nodes)
     print(f"{'all':24} {total_ms:.2f} ms, {2e-6 * total / total_ms:.0f} GFLOP/s")
 

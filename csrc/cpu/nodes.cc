@@ -12,19 +12,6 @@ bool same_shape(const Tensor& a, const Tensor& b) {
   return a.shape.n == b.shape.n && a.shape.h == b.shape.h && a.shape.w == b.shape.w && a.shape.c == b.shape.c;
 }
 
-// Scratch memory of this thread, of at least `floats`; not initialised.
-float* scratch(int64_t floats) {
-  static thread_local Floats memory;
-  if (memory.count() < floats) memory = Floats(floats);
-  return memory.data();
-}
-
-// [first, last) of `total`, cut into `pieces` that differ by one at most.
-int cut(int total, int pieces, int piece) { return int(int64_t(total) * piece / pieces); }
-
-// As many pieces or fewer, the same number for each thread: with 7 pieces one of two threads would wait a seventh.
-int even(int pieces, int threads) { return pieces > threads ? pieces / threads * threads : std::max(1, pieces); }
-
 // As many pieces as keep all threads busy to the end, of `least_units` at least.
 int pieces_for(int units, int threads, int least_units) {
   return even(std::min(4 * threads, units / std::max(1, least_units)), threads);
@@ -69,20 +56,43 @@ int Plan::residual_of(const df_node& node, const Tensor& y, int index) {
   return node.x2;
 }
 
-void Plan::add_conv(const df_node& node, int index) {
+Conv Plan::conv_of(const df_node& node, int index) {
   const Tensor &x = read(node.x, index), &y = write(node.y, index);
-  const Window w = window_of(node, x, y);
+  Conv conv{node.x, node.y, -1};
+  const Window w = conv.task.window = window_of(node, x, y);
   if (node.x == node.y) refuse("a convolution writes over what it reads");
   if (w.padding_h > x.shape.border || w.padding_w > x.shape.border) refuse("a convolution reads past a border");
-  const int c_in = x.shape.c, c_out = y.shape.c, taps = w.kernel_h * w.kernel_w;
+  if (y.pixels() > INT_MAX / 2) refuse("a convolution has too many pixels");
+  const int c_in = x.shape.c, c_out = y.shape.c, taps = w.kernel_h * w.kernel_w, panel = kernels().panel;
+  conv.panels = (c_out + panel - 1) / panel;
+  conv.raw = floats_at(node.weight, int64_t(c_out) * taps * c_in);
+  conv.task.tail = tail_of(node, c_out), conv.residual = residual_of(node, y, index);
+  if (node.algorithm != DF_DIRECT) return conv;
+  float* weights = packed(int64_t(conv.panels) * taps * c_in * panel);
+  for (int out = 0; out < c_out; ++out)
+    for (int64_t i = 0; i < int64_t(taps) * c_in; ++i)
+      weights[(int64_t(out / panel) * taps * c_in + i) * panel + out % panel] = conv.raw[int64_t(out) * taps * c_in + i];
+  conv.task.weights = weights;
+  // Neighbouring taps of a row are neighbours in memory.
+  const View sample = x.view(nullptr);
+  const bool whole_rows = w.dilation_w == 1;
+  conv.task.length = whole_rows ? w.kernel_w * c_in : c_in;
+  for (int r = 0; r < w.kernel_h; ++r)
+    for (int s = 0; s < (whole_rows ? 1 : w.kernel_w); ++s)
+      conv.segments.push_back(int64_t(r) * w.dilation_h * sample.row + int64_t(s) * w.dilation_w * sample.pixel);
+  conv.task.segment_count = int(conv.segments.size());
+  return conv;
+}
+
+void Plan::add_conv(const df_node& node, int index) {
+  const Conv conv = conv_of(node, index);
+  const Tensor &x = tensor(conv.x), &y = tensor(conv.y);
+  const Window w = conv.task.window;
   const Kernels& k = kernels();
-  const int panels = (c_out + k.panel - 1) / k.panel;
-  const float* raw = floats_at(node.weight, int64_t(c_out) * taps * c_in);
-  Tail tail = tail_of(node, c_out);
-  const int residual = residual_of(node, y, index), x_index = node.x, y_index = node.y;
-  const bool winograd = node.algorithm != DF_DIRECT;
-  if (winograd) {
-    const int tile = node.algorithm;
+  const int panels = conv.panels, residual = conv.residual, x_index = conv.x, y_index = conv.y;
+  if (node.algorithm != DF_DIRECT) {
+    const int tile = node.algorithm, c_in = x.shape.c, c_out = y.shape.c, taps = w.kernel_h * w.kernel_w;
+    const float* raw = conv.raw;
     if (tile != DF_WINOGRAD2 && tile != DF_WINOGRAD4) refuse("an algorithm is " + std::to_string(tile));
     if (taps != 9 || w.kernel_h != 3 || w.stride_h != 1 || w.stride_w != 1 || w.dilation_h != 1 || w.dilation_w != 1 ||
         w.padding_h != w.padding_w)
@@ -91,7 +101,7 @@ void Plan::add_conv(const df_node& node, int index) {
     float* weights = packed(panels * positions * c_in * k.panel);
     k.winograd_weights(raw, c_out, c_in, tile, weights);
     WinogradTask task{};
-    task.tail = tail, task.tile = tile, task.padding = w.padding_h, task.weights = weights;
+    task.tail = conv.task.tail, task.tile = tile, task.padding = w.padding_h, task.weights = weights;
     task.tiles_h = (y.shape.h + tile - 1) / tile, task.tiles_w = (y.shape.w + tile - 1) / tile;
     const int tiles = y.shape.n * task.tiles_h * task.tiles_w;
     steps_.push_back({[=](Run& run) {
@@ -117,27 +127,11 @@ void Plan::add_conv(const df_node& node, int index) {
     }, y_index});
     return;
   }
-  float* weights = packed(int64_t(panels) * taps * c_in * k.panel);
-  for (int out = 0; out < c_out; ++out)
-    for (int64_t i = 0; i < int64_t(taps) * c_in; ++i)
-      weights[(int64_t(out / k.panel) * taps * c_in + i) * k.panel + out % k.panel] = raw[int64_t(out) * taps * c_in + i];
-  ConvTask task{};
-  task.tail = tail, task.window = w, task.weights = weights;
-  // Neighbouring taps of a row are neighbours in memory.
-  const View sample = x.view(nullptr);
-  const bool whole_rows = w.dilation_w == 1;
-  task.length = whole_rows ? w.kernel_w * c_in : c_in;
-  std::vector<int64_t> segments;
-  for (int r = 0; r < w.kernel_h; ++r)
-    for (int s = 0; s < (whole_rows ? 1 : w.kernel_w); ++s)
-      segments.push_back(int64_t(r) * w.dilation_h * sample.row + int64_t(s) * w.dilation_w * sample.pixel);
-  task.segment_count = int(segments.size());
   const int pixels = int(y.pixels());
-  if (y.pixels() > INT_MAX / 2) refuse("a convolution has too many pixels");
   steps_.push_back({[=](Run& run) {
     const Kernels& k = kernels();
-    ConvTask t = task;
-    t.segments = segments.data();
+    ConvTask t = conv.task;
+    t.segments = conv.segments.data();
     t.x = run.view(x_index), t.y = run.view(y_index);
     if (residual != -1) t.tail.residual = run.view(residual);
     const double work = double(pixels) * t.segment_count * t.length * t.y.c;
@@ -154,18 +148,25 @@ void Plan::add_conv(const df_node& node, int index) {
   }, y_index});
 }
 
-void Plan::add_depthwise(const df_node& node, int index) {
+Depthwise Plan::depthwise_of(const df_node& node, int index) {
   const Tensor &x = read(node.x, index), &y = write(node.y, index);
   const Window w = window_of(node, x, y);
   if (node.x == node.y) refuse("a convolution writes over what it reads");
   if (x.shape.c != y.shape.c) refuse("a depthwise convolution changes the number of channels");
   if (w.padding_h > x.shape.border || w.padding_w > x.shape.border) refuse("a convolution reads past a border");
   const int64_t count = int64_t(w.kernel_h) * w.kernel_w * x.shape.c;
-  DepthwiseTask task{};
-  task.tail = tail_of(node, y.shape.c), task.window = w;
-  task.weights = vector_at(node.weight, count, count);
-  if (!task.weights) refuse("a convolution has no weights");
-  const int residual = residual_of(node, y, index), x_index = node.x, y_index = node.y;
+  Depthwise depthwise{node.x, node.y, residual_of(node, y, index)};
+  depthwise.task.tail = tail_of(node, y.shape.c), depthwise.task.window = w;
+  depthwise.task.weights = vector_at(node.weight, count, count);
+  if (!depthwise.task.weights) refuse("a convolution has no weights");
+  return depthwise;
+}
+
+void Plan::add_depthwise(const df_node& node, int index) {
+  const Depthwise depthwise = depthwise_of(node, index);
+  const Tensor& y = tensor(depthwise.y);
+  const DepthwiseTask task = depthwise.task;
+  const int residual = depthwise.residual, x_index = depthwise.x, y_index = depthwise.y;
   const int rows = y.shape.n * y.shape.h;
   steps_.push_back({[=](Run& run) {
     DepthwiseTask t = task;

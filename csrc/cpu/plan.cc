@@ -70,7 +70,15 @@ Plan::Plan(const df_tensor* tensors, int tensor_count, const df_node* nodes, int
   if (tensor_count < 1 || node_count < 1 || weight_count < 0) refuse("no tensors or no nodes");
   for (int i = 0; i < tensor_count; ++i) add_tensor(tensors[i]);
   last_use_.assign(tensors_.size(), -1), first_use_.assign(tensors_.size(), INT_MAX);
-  for (int i = 0; i < node_count; ++i) add_node(nodes[i], i);
+  readers_.assign(tensors_.size(), 0);
+  for (int i = 0; i < node_count; ++i)
+    for (int read : {nodes[i].x, nodes[i].x2})
+      if (read >= 0 && read < tensor_count) ++readers_[read];
+  for (int i = 0; i < node_count;) {
+    const int fused = add_strips(nodes, i, node_count);
+    if (!fused) add_node(nodes[i], i);
+    i += std::max(1, fused);
+  }
   lay_out();
   weights_ = nullptr;
 }
@@ -114,6 +122,8 @@ const Tensor& Plan::write(int index, int node) {
   last_use_[index] = std::max(last_use_[index], node);
   return t;
 }
+
+void Plan::forget(int index) { last_use_[index] = -1; }
 
 const float* Plan::floats_at(int64_t offset, int64_t count) const {
   if (offset < 0 || count < 0 || offset > weight_count_ || count > weight_count_ - offset)

@@ -2,6 +2,7 @@
 #pragma once
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -103,6 +104,35 @@ struct Run {
   View view(int index) const;
 };
 
+// Scratch memory of this thread, of at least `floats`; not initialised.
+inline float* scratch(int64_t floats) {
+  static thread_local Floats memory;
+  if (memory.count() < floats) memory = Floats(floats);
+  return memory.data();
+}
+
+// [first, last) of `total`, cut into `pieces` that differ by one at most.
+inline int cut(int total, int pieces, int piece) { return int(int64_t(total) * piece / pieces); }
+
+// As many pieces or fewer, the same number for each thread: with 7 pieces one of two threads would wait a seventh.
+inline int even(int pieces, int threads) {
+  return pieces > threads ? pieces / threads * threads : std::max(1, pieces);
+}
+
+// A node, checked and packed: tensors by their index, -1 for no residual; x and y of the task come with a run.
+struct Conv {
+  int x, y, residual;
+  ConvTask task{};
+  std::vector<int64_t> segments{};
+  int panels = 0;
+  const float* raw = nullptr;  // weights as they were given, while the plan is made
+};
+
+struct Depthwise {
+  int x, y, residual;
+  DepthwiseTask task{};
+};
+
 struct Step {
   std::function<void(Run&)> run;
   int output;  // tensor, whose border is zeroed first
@@ -135,13 +165,20 @@ class Plan {
   void add_node(const df_node& node, int index);
   void add_conv(const df_node& node, int index);
   void add_depthwise(const df_node& node, int index);
+  Conv conv_of(const df_node& node, int index);
+  Depthwise depthwise_of(const df_node& node, int index);
   Window window_of(const df_node& node, const Tensor& x, const Tensor& y) const;
   Tail tail_of(const df_node& node, int channels);
   // The node's residual, shaped like y; -1 where it has none.
   int residual_of(const df_node& node, const Tensor& y, int index);
 
+  // strips.cc: [expand,] depthwise and project as one step, where that pays: how many nodes it is, 0 where it is none.
+  int add_strips(const df_node* nodes, int index, int count);
+  void forget(int tensor);  // a tensor that needs no memory
+
   std::vector<Tensor> tensors_;
   std::vector<int> first_use_, last_use_;  // nodes
+  std::vector<int> readers_;               // how many nodes read each tensor
   std::vector<Step> steps_;
   std::vector<Floats> packed_;
   int64_t room_ = 0, packed_floats_ = 0;  // room: in the last of `packed_`

@@ -1,0 +1,156 @@
+// An inverted residual in strips: a few rows are expanded, filtered and projected before the next ones, so that the
+// expanded tensor, several times as large as what goes in and comes out, stays in a core's cache.
+#include <cstring>
+
+#include "plan.h"
+#include "pool.h"
+
+namespace depthfuse {
+namespace {
+
+constexpr int64_t kLeastFloats = 256 << 10;  // of the expanded tensor: what is smaller stays in the cache anyway
+constexpr int64_t kStripFloats = 96 << 10;   // of a strip of it
+constexpr int kLeastRows = 12;               // of a piece: rows above and below it are expanded twice
+
+bool is_pointwise(const df_node& node) {
+  const int32_t* p = node.p;
+  return node.op == DF_CONV && node.algorithm == DF_DIRECT && p[0] == 1 && p[1] == 1 && p[2] == 1 && p[3] == 1 &&
+         p[4] == 0 && p[5] == 0;
+}
+
+// Rows [first, last) of image n.
+View rows_of(const View& v, int n, int first, int last) {
+  View part = v;
+  part.data += n * v.image + first * v.row;
+  part.n = 1, part.h = last - first;
+  return part;
+}
+
+// A row of zeros, or the `columns` pixels at both of its ends.
+void zero_row(float* row, const View& v, int columns, bool whole) {
+  const int64_t width = (v.w + 2 * columns) * v.pixel;
+  if (whole) {
+    std::memset(row, 0, sizeof(float) * width);
+    return;
+  }
+  std::memset(row, 0, sizeof(float) * columns * v.pixel);
+  std::memset(row + width - columns * v.pixel, 0, sizeof(float) * columns * v.pixel);
+}
+
+struct Strips {
+  bool expands;
+  Conv expand;
+  Depthwise depthwise;
+  Conv project;
+  View middle;  // the expanded tensor's size and strides, as if it were there
+  int strip;    // output rows
+
+  int rows_under(int rows) const {
+    const Window& w = depthwise.task.window;
+    return (rows - 1) * w.stride_h + w.dilation_h * (w.kernel_h - 1) + 1;
+  }
+
+  void run(const View& x, const View& y, const View& residual, int first, int last) const;
+  void run_image(const View& x, const View& y, const View& residual, int n, int first, int last) const;
+};
+
+// Output rows [first, last) of all images' rows.
+void Strips::run(const View& x, const View& y, const View& residual, int first, int last) const {
+  for (int start = first, stop; start < last; start = stop) {
+    const int n = start / y.h;
+    stop = std::min(last, (n + 1) * y.h);
+    run_image(x, y, residual, n, start - n * y.h, stop - n * y.h);
+  }
+}
+
+void Strips::run_image(const View& x, const View& y, const View& residual, int n, int first, int last) const {
+  const Window& w = depthwise.task.window;
+  const int columns = expands ? w.padding_w : 0, most_rows = rows_under(strip);
+  const int64_t row = (middle.w + 2 * columns) * middle.pixel;
+  const int64_t expanded_floats = expands ? most_rows * row : 0;
+  View filtered{};  // a strip of the depthwise convolution's output
+  filtered.n = 1, filtered.w = y.w, filtered.c = middle.c, filtered.pixel = middle.c;
+  filtered.row = int64_t(y.w) * middle.c;
+  float* expanded = scratch(expanded_floats + strip * filtered.row + 2 * kSlack);
+  filtered.data = expanded + expanded_floats + kSlack;
+  int have = 0, have_until = 0;  // input rows of the strip before, in `expanded` from its start on
+  for (int start = first; start < last; start += strip) {
+    const int stop = std::min(last, start + strip), under = rows_under(stop - start);
+    const int top = start * w.stride_h - w.padding_h, bottom = top + under;
+    DepthwiseTask filter = depthwise.task;
+    if (expands) {
+      int next = top;  // the first row that is not there yet
+      if (have < have_until && top < have_until) {
+        std::memmove(expanded, expanded + (top - have) * row, sizeof(float) * (have_until - top) * row);
+        next = have_until;
+      }
+      for (int i = next; i < bottom; ++i)
+        zero_row(expanded + (i - top) * row, middle, columns, i < 0 || i >= middle.h);
+      const int from = std::max(0, next), to = std::min(middle.h, bottom);
+      if (from < to) {
+        ConvTask t = expand.task;
+        t.segments = expand.segments.data();
+        t.x = rows_of(x, n, from, to), t.y = middle;
+        t.y.n = 1, t.y.h = to - from, t.y.row = row;
+        t.y.data = expanded + (from - top) * row + columns * middle.pixel;
+        kernels().conv(t, 0, t.y.h * t.y.w, 0, expand.panels);
+      }
+      have = top, have_until = bottom;
+      filter.x = middle;
+      filter.x.n = 1, filter.x.h = under, filter.x.row = row;
+      filter.x.data = expanded + w.padding_h * row + columns * middle.pixel;
+    } else {
+      filter.x = x;
+      filter.x.data += n * x.image + int64_t(start) * w.stride_h * x.row;
+    }
+    filtered.h = stop - start;
+    filter.y = filtered;
+    kernels().depthwise(filter, 0, filtered.h);
+    ConvTask t = project.task;
+    t.segments = project.segments.data();
+    t.x = filtered, t.y = rows_of(y, n, start, stop);
+    if (residual.data) t.tail.residual = rows_of(residual, n, start, stop);
+    kernels().conv(t, 0, filtered.h * filtered.w, 0, project.panels);
+  }
+}
+
+}  // namespace
+
+int Plan::add_strips(const df_node* nodes, int index, int count) {
+  const bool expands = is_pointwise(nodes[index]);
+  const int at = index + expands;
+  if (at + 1 >= count || nodes[at].op != DF_DEPTHWISE || !is_pointwise(nodes[at + 1])) return 0;
+  const df_node &depthwise = nodes[at], &project = nodes[at + 1];
+  // What lies between is read by the next node alone, and by that as its input.
+  auto only_between = [&](const df_node& from, const df_node& to) {
+    return to.x == from.y && to.x2 != from.y && from.x2 == -1 && tensor(from.y).shape.place == DF_ARENA &&
+           readers_[from.y] == 1;
+  };
+  if (!only_between(depthwise, project) || (expands && !only_between(nodes[index], depthwise))) return 0;
+  if (tensor(expands ? depthwise.x : depthwise.y).floats() < kLeastFloats) return 0;
+  Strips s{expands};
+  if (expands) s.expand = conv_of(nodes[index], index);
+  s.depthwise = depthwise_of(depthwise, at);
+  s.project = conv_of(project, at + 1);
+  s.middle = tensor(depthwise.x).view(nullptr);
+  const int64_t row = s.middle.w * int64_t(s.middle.c);
+  const Window& w = s.depthwise.task.window;
+  const int rows = tensor(project.y).shape.n * tensor(project.y).shape.h;
+  s.strip = 1;
+  while (s.strip < rows && s.rows_under(s.strip + 1) * row <= std::max(kStripFloats, 2 * w.kernel_h * row)) ++s.strip;
+  for (int between : {depthwise.y, expands ? depthwise.x : depthwise.y}) forget(between);
+  for (int i = index; i < at + 1; ++i) steps_.push_back({[](Run&) {}, -1});  // all of them run with the last
+  const int x = expands ? s.expand.x : s.depthwise.x, y = project.y, residual = s.project.residual;
+  last_use_[x] = std::max(last_use_[x], at + 1);
+  steps_.push_back({[=](Run& run) {
+    const View from = run.view(x), to = run.view(y), added = residual == -1 ? View{} : run.view(residual);
+    const int threads = run.threads;
+    const int pieces = even(std::max(std::min(threads, rows / 2), std::min(4 * threads, rows / kLeastRows)), threads);
+    parallel_for(pieces, threads, [&](int piece, int) {
+      s.run(from, to, added, cut(rows, pieces, piece), cut(rows, pieces, piece + 1));
+    });
+  }, y});
+  return expands ? 3 : 2;
+}
+
+}  // namespace depthfuse

@@ -57,6 +57,7 @@ class AcceleratedModel(nn.Module):
         super().__init__()
         self.plan = plan.module
         self._made = plan
+        self._device = plan.device  # of some weight, which each call would look for among all modules
         self._executor = executor
         self._report = report
         self._backend = backend
@@ -81,7 +82,7 @@ class AcceleratedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._made.device
+        return self._device
 
     def report(self) -> Report:
         """Every operation: its path in the original model, what runs it, what was fused. `print` gives a table."""
@@ -162,11 +163,10 @@ class AcceleratedModel(nn.Module):
 
     def _call(self, args: tuple, kwargs: dict[str, Any]) -> Call:
         call = Call.of(*self._made.signature.bind(args, kwargs))
-        device = self.device  # looked for among the weights
         for x in call.tensors:
-            if x.device != device:
+            if x.device != self._device:
                 raise ValueError(
-                    f"input is on {x.device}, expected {device}: move it there, or the accelerated model to it"
+                    f"input is on {x.device}, expected {self._device}: move it there, or the accelerated model to it"
                 )
         return self._made.cast(call)
 
@@ -233,6 +233,7 @@ class AcceleratedModel(nn.Module):
 
     def _leave_plan_alone(self, executor: Executor) -> None:
         """After the weights were touched: the plan alone runs, and nothing that was found before is said of it."""
+        self._device = self._made.device
         self._executor = executor
         self._others, self._refused, self._known = [], set(), {}
         self._report = replace(
@@ -242,6 +243,7 @@ class AcceleratedModel(nn.Module):
             entries=self._made.named_entries(),
             executor=executor.in_words(),
             max_relative_error=None,
+            engines={},
             latency_ms={},
             ratios={},
         )
@@ -285,6 +287,7 @@ class AcceleratedModel(nn.Module):
     def __setstate__(self, state):
         execution, names = state.pop("_chosen")
         super().__setstate__(state)
+        self._device = self._made.device  # PyTorch may load it to another one
         try:
             with one_at_a_time:
                 original = self.__dict__["_original"]

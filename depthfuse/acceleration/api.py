@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from depthfuse.acceleration.planning.signature import signature_of
 from depthfuse.acceleration.running.choose import choose, fingerprint, restore
 from depthfuse.acceleration.running.execution import Executor
 from depthfuse.acceleration.running.implementations import TUNE
+from depthfuse.acceleration.running.other_engines import OTHER_ENGINES, chosen_engines
 from depthfuse.acceleration.saving.saved import read_plan
 from depthfuse.devices import capability_of
 from depthfuse.errors import AccelerationError, CheckpointError, DepthfuseError
@@ -49,6 +51,7 @@ def accelerate(
     *,
     example_kwargs: dict[str, Any] | None = None,
     dynamic: bool = True,
+    engines: str | Sequence[str] = "auto",
 ) -> AcceleratedModel:
     """Replace convolution and linear chains by fused modules and check that nothing else changed.
 
@@ -71,6 +74,10 @@ def accelerate(
         example_kwargs: the arguments of the example call by name.
         dynamic: plan for all sizes at once that the model leaves open, such as the batch and the image. False plans for
             those of the example, in a third of the time: the model itself runs the first call of other ones.
+        engines: whose engines besides ours are candidates for the whole of a float32 model on a CPU, where
+            `tune="measure"` compares them: "auto" OpenVINO and ONNX Runtime where they are installed (with onnxscript;
+            some seconds more, once), "own" none, or names out of "openvino", "onnxruntime" and "torch.compile", which
+            takes a minute. What wins runs calls of the example's shapes, with as many threads.
 
     Several threads may call this; they wait for each other. Other threads may run models meanwhile, but not this one.
 
@@ -79,13 +86,16 @@ def accelerate(
 
     Raises:
         AccelerationError: the model is in training mode, it does not take the example, no input size is known, it keeps
-            state between calls or draws random numbers, or the outputs differ (the first wrong operation is named).
+            state between calls or draws random numbers, the outputs differ (the first wrong operation is named), or an
+            engine asked for by name is not installed.
         TypeError: arguments that the model's `forward` does not have.
-        ValueError: an unknown `tune`, `verify` or `backend`.
+        ValueError: an unknown `tune`, `verify`, `backend` or engine.
         depthfuse.ops.BackendError: a backend asked for by name cannot run here.
     """
     with one_at_a_time:  # and measuring wants to be alone
-        return _accelerate(model, example_inputs, dtype, backend, verify, tune, example_kwargs, dynamic)
+        return _accelerate(
+            model, example_inputs, dtype, backend, verify, tune, example_kwargs, dynamic, engines
+        )
 
 
 def _accelerate(
@@ -97,6 +107,7 @@ def _accelerate(
     tune: str,
     example_kwargs: dict[str, Any] | None,
     dynamic: bool,
+    engines: str | Sequence[str],
 ) -> AcceleratedModel:
     training = next((name or "the model itself" for name, m in model.named_modules() if m.training), None)
     if training is not None:
@@ -112,6 +123,7 @@ def _accelerate(
     if verify not in (True, False, "blocks"):
         raise ValueError(f"verify is {verify!r}, expected True, False or 'blocks'")
     resolve_backend(backend, device)
+    others = chosen_engines(engines)
     if example_inputs is None:
         example_inputs = () if example_kwargs else _default_input(model, main, device)
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -124,7 +136,7 @@ def _accelerate(
     measured = tune == "measure" and all(x.numel() > 0 for x in call.tensors)
     if not measured:
         dtypes = dtypes[:1]
-    makes = [_make(reference, call, each, backend, tune, dynamic) for each in dtypes]
+    makes = [_make(reference, call, each, backend, tune, dynamic, others) for each in dtypes]
     fast = makes[0] if len(makes) == 1 else _fastest(makes, call)
     error, entries = None, fast.report().entries
     if verify:
@@ -138,25 +150,33 @@ def _accelerate(
 
 
 def load_accelerated(
-    path: str | Path, device: torch.device | str = "cpu", tune: str = "measure"
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    tune: str = "measure",
+    engines: str | Sequence[str] = "auto",
 ) -> AcceleratedModel:
     """Load what `AcceleratedModel.save` wrote; the model it was made from is not needed.
 
     Args:
         path: the file. device: where it shall run.
         tune: as for `depthfuse.accelerate`, where what was chosen when it was saved does not hold: on another device,
-            with other threads or versions. There is no model here to compare the whole plan with.
+            with other threads or versions, or without the engine that ran it. There is no model here to compare the
+            whole plan with.
+        engines: as for `depthfuse.accelerate`, then.
 
     Raises:
         CheckpointError: a file that is missing, damaged, or was written by another version.
-        ValueError: an unknown `tune`.
+        ValueError: an unknown `tune` or engine.
     """
     _check_tune(tune)
+    others = chosen_engines(engines)
     with one_at_a_time:
-        return _load(path, device, tune)
+        return _load(path, device, tune, others)
 
 
-def _load(path: str | Path, device: torch.device | str, tune: str) -> AcceleratedModel:
+def _load(
+    path: str | Path, device: torch.device | str, tune: str, engines: Sequence[str]
+) -> AcceleratedModel:
     saved = read_plan(path)
     plan = replace(saved.plan, module=saved.plan.module.to(device))
     call = plan.example_call()
@@ -165,11 +185,15 @@ def _load(path: str | Path, device: torch.device | str, tune: str) -> Accelerate
     if not same:
         changed = [name for name in here if here[name] != saved.environment.get(name)]
         logger.info("tuning anew: another %s than where the model was saved", ", ".join(changed))
+    other = OTHER_ENGINES.get(saved.execution.compiled or "")
+    if other is not None and other.missing():
+        logger.warning("%s, which ran this model, is not installed: tuning anew", saved.execution.compiled)
+        same = False
     try:  # the first time that what the file holds is run
         if same:
             executor = restore(plan, saved.execution, call, saved.implementations)
         else:
-            executor = choose(plan, None, call, tune)
+            executor = choose(plan, None, call, tune, engines=engines)
     except DepthfuseError:
         raise
     except MALFORMED as error:
@@ -197,6 +221,7 @@ def _report(plan: Plan, executor: Executor) -> Report:
         entries=plan.named_entries(),
         executor=executor.in_words(),
         max_relative_error=None,
+        engines=executor.execution.engines,
         latency_ms=executor.execution.latency_ms,
         ratios=executor.execution.ratios,
     )
@@ -208,7 +233,13 @@ def _check_tune(tune: str) -> None:
 
 
 def _make(
-    reference: nn.Module, call: Call, dtype: torch.dtype, backend: str, tune: str, dynamic: bool
+    reference: nn.Module,
+    call: Call,
+    dtype: torch.dtype,
+    backend: str,
+    tune: str,
+    dynamic: bool,
+    engines: Sequence[str],
 ) -> AcceleratedModel:
     """In one dtype, not verified yet."""
     main = main_dtype(reference)
@@ -219,7 +250,7 @@ def _make(
     def finish(executor: Executor) -> AcceleratedModel:
         return AcceleratedModel(plan, executor, _report(plan, executor), own, backend)
 
-    return finish(choose(plan, reference, plan.cast(call), tune, finish))
+    return finish(choose(plan, reference, plan.cast(call), tune, finish, engines))
 
 
 def _run_alone(plan: Plan, *args: Any, **kwargs: Any) -> Any:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import io
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from depthfuse.acceleration.running.cuda_graphs import capture
+from depthfuse.acceleration.running.other_engines import onnx_of, onnxruntime, openvino
 
 OURS = "depthfuse"  # beside which all of `ENGINES` are measured
 
@@ -54,38 +53,19 @@ def _compiled(model: nn.Module, x: Tensor) -> Call:
     return run
 
 
-def _onnx(model: nn.Module, x: Tensor) -> bytes:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch.onnx about itself
-        torch.onnx.export(model, (x,), buffer, dynamo=True, verbose=False)
-    return buffer.getvalue()
-
-
 def _onnxruntime(model: nn.Module, x: Tensor) -> Call:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(_onnx(model, x), options, providers=["CPUExecutionProvider"])
-    (argument,) = session.get_inputs()
-    return lambda x: torch.from_numpy(session.run(None, {argument.name: x.numpy()})[0])
+    run = onnxruntime(onnx_of(model, (x,)), torch.get_num_threads())
+    return lambda x: run(x)[0]
 
 
 def _openvino(model: nn.Module, x: Tensor) -> Call:
-    """In bfloat16 by its own way to it: a hint on a float32 graph, whose inputs and outputs stay float32."""
-    import openvino
-
-    core = openvino.Core()
-    options = {
-        "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[x.dtype],
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-    }
-    graph = _onnx(copy.deepcopy(model).float(), x.float())
-    network = core.compile_model(core.read_model(graph), "CPU", options)
-    request = network.create_infer_request()
-    return lambda x: torch.from_numpy(request.infer([x.float().numpy()])[network.output(0)])
+    """In bfloat16 by its own way to it: a hint on a float32 graph, whose inputs and outputs stay float32. Its threads
+    are tied to cores, as by default.
+    """
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[x.dtype]
+    graph = onnx_of(copy.deepcopy(model).float(), (x.float(),))
+    run = openvino(graph, torch.get_num_threads(), precision, pinned=True)
+    return lambda x: run(x.float())[0]
 
 
 @dataclass(frozen=True)

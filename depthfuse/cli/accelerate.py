@@ -57,6 +57,9 @@ class AccelerateArguments:
     tune: Literal["measure", "heuristic", "off"] = "measure"
     """How implementations are chosen: by measuring them here, by what usually is best, or not at all. A file that was
     tuned on a machine like this one keeps its choice."""
+    engines: tuple[Literal["auto", "own", "openvino", "onnxruntime", "torch.compile"], ...] = ("auto",)
+    """Whose engines besides ours are measured for the whole model on a CPU: auto (OpenVINO and ONNX Runtime where they
+    are installed), own (none), or names."""
     verify: Literal["outputs", "blocks", "off"] | None = None
     """Compare with the model: its outputs, or also every operation, against float64. Default outputs."""
 
@@ -96,7 +99,7 @@ def _accelerated_anew(given: AccelerateArguments, device: torch.device) -> Accel
         verify=given.verify,
     )
     try:
-        return load_accelerated(given.model, device, given.tune)
+        return load_accelerated(given.model, device, given.tune, _engines(given))
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}. A file is taken that `depthfuse accelerate` wrote; weights are given as "
@@ -116,7 +119,15 @@ def _accelerated(given: AccelerateArguments, device: torch.device) -> Accelerate
         backend=given.backend or "auto",
         verify=_VERIFY[given.verify or "outputs"],
         tune=given.tune,
+        engines=_engines(given),
     )
+
+
+def _engines(given: AccelerateArguments) -> str | tuple[str, ...]:
+    alone = [name for name in given.engines if name in ("auto", "own")]
+    if alone and len(given.engines) > 1:
+        raise UsageError(f"--engines {alone[0]} stands alone: give it, or names of engines")
+    return alone[0] if alone else given.engines
 
 
 def _model(given: AccelerateArguments) -> tuple[nn.Module, tuple[int, int, int]]:

@@ -228,7 +228,9 @@ def _images(net: Supernet, input_size: Size, batch_size: int) -> Tensor:
 def _call(model: nn.Module, x: Tensor, config: LatencyConfig) -> Callable[[], object]:
     # Not verified: the weights may be untrained, and overflow. Verified is what is accelerated in the end.
     dtype = DTYPES[config.dtype]
-    fast = accelerate(model, x, dtype=dtype, backend=config.backend, verify=False, dynamic=False)
+    fast = accelerate(
+        model, x, dtype=dtype, backend=config.backend, verify=False, dynamic=False, engines="own"
+    )
     return functools.partial(fast, x.to(DTYPES[config.dtype]))
 
 

@@ -15,6 +15,9 @@ from depthfuse.ops.layouts import Layout
 from depthfuse.ops.trust import distrust
 from depthfuse.untrusted import is_out_of_memory
 
+# {op: the same in PyTorch's own operations}, for programs that are exported: nobody else's engine knows the ops.
+DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {}
+
 
 def declare(
     schema: str,
@@ -81,6 +84,10 @@ def declare(
                 distrust(name, x.dtype, x.device, f"{type(error).__name__}: {line}", x.shape)
         return layout.dense(reference(**call))
 
+    def decomposed(*args, **kwargs) -> Tensor:
+        call, _ = gather(args, kwargs)
+        return reference(**call)
+
     qualified = f"depthfuse::{name}"
     torch.library.define(qualified, parenthesis + rest)
     torch.library.register_fake(qualified, fake)
@@ -88,3 +95,4 @@ def declare(
     torch.library.impl(qualified, "Autograd", torch.library.fallthrough_kernel)
     torch.library.impl(qualified, "CompositeExplicitAutograd", torch.no_grad()(run))
     register_flop_formula(getattr(torch.ops.depthfuse, name))(flops)
+    DECOMPOSITIONS[getattr(torch.ops.depthfuse, name).default] = decomposed

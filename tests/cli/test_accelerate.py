@@ -137,7 +137,7 @@ def test_a_file_is_accelerated_anew(fast, weights, tmp_path, monkeypatch, capsys
         lambda *given: seen.append(given) or load_accelerated(file, tune="off"),
     )
     assert main(["accelerate", str(file), "--tune", "heuristic", "--device", "cpu", "--out", str(file)]) == 0
-    assert seen == [(str(file), torch.device("cpu"), "heuristic")]
+    assert seen == [(str(file), torch.device("cpu"), "heuristic", "auto")]
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "auto", None])
@@ -165,7 +165,9 @@ def test_dtype(name, asked, weights, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "batch", "wanted"),
     [
-        ([], 1, {"backend": "auto", "tune": "measure", "verify": True}),
+        ([], 1, {"backend": "auto", "tune": "measure", "verify": True, "engines": "auto"}),
+        (["--engines", "own"], 1, {"engines": "own"}),
+        (["--engines", "torch.compile"], 1, {"engines": ("torch.compile",)}),
         (["--batch", "3", "--verify", "blocks"], 3, {"verify": "blocks"}),
         (["--tune", "heuristic", "--verify", "off"], 1, {"tune": "heuristic", "verify": False}),
         (["--tune", "off", "--backend", "reference"], 1, {"tune": "off", "backend": "reference"}),
@@ -179,6 +181,21 @@ def test_flags_reach_the_acceleration(flags, batch, wanted, asked, weights, tmp_
     ((x, options),) = asked
     assert x.shape[:2] == (batch, 1) and x.device.type == "cpu" and options.items() >= wanted.items()
     assert ("not verified" in capsys.readouterr().out) == (wanted.get("verify") is False)
+
+
+def test_a_word_for_many_engines_stands_alone(weights, tmp_path, capsys):
+    arguments = [
+        "accelerate",
+        "test_resnet",
+        *KWARGS,
+        "--weights",
+        str(weights[1]),
+        "--engines",
+        "own",
+        "openvino",
+    ]
+    assert main([*arguments, "--out", str(tmp_path / "fast.safetensors")]) == 2
+    assert "--engines own stands alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

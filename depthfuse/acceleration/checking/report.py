@@ -14,7 +14,8 @@ class Report:
     """All operations of a plan, in order, and what was measured when it was made.
 
     executor: what runs the plan as a whole. max_relative_error: max |plan - model| / max |model| on the example input,
-    or None if that was not verified. latency_ms: of the plan ("accelerated") and of the model in each memory layout,
+    or None if that was not verified. engines: the time of each that was tried for the whole plan over that of what was
+    chosen. latency_ms: of the plan ("accelerated") and of the model in each memory layout,
     on the example input; empty where they were not compared. ratios: of those over the plan's, round by round, because
     a machine's speed drifts: the quotient of two medians can be another.
     """
@@ -25,6 +26,7 @@ class Report:
     entries: tuple[Entry, ...]
     executor: str
     max_relative_error: float | None
+    engines: Mapping[str, float] = field(default_factory=dict)
     latency_ms: Mapping[str, float] = field(default_factory=dict)
     ratios: Mapping[str, float] = field(default_factory=dict)
 
@@ -84,6 +86,10 @@ class Report:
         )
         if self.worst is not None:
             lines.append(f"worst against float64: {self.worst.path}, relative error {self.worst.error:.1e}")
+        if self.engines:
+            others = sorted(self.engines.items(), key=lambda named: named[1])
+            times = ", ".join(f"{name} {ratio:.2f}" for name, ratio in others)
+            lines.append(f"engines by their time over that of the one chosen: {times}")
         if self.latency_ms:
             ratios = {name: f" ({ratio:.2f}x)" for name, ratio in self.ratios.items()}
             lines.append(

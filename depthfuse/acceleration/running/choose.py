@@ -1,5 +1,5 @@
-"""Choose how a plan runs as a whole: op by op, through oneDNN Graph, a few images at a time, in one call of the native
-engine, or not at all.
+"""Choose how a plan runs as a whole: op by op, a few images at a time, by an engine in one call (ours, oneDNN Graph or
+another that is installed), or not at all.
 
 The last one is the promise that the result is never slower: where the model itself was measured to be faster than its
 plan, a copy of the model runs.
@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from depthfuse.acceleration.planning.plan import Plan
 from depthfuse.acceleration.planning.program import Call
 from depthfuse.acceleration.planning.trees import flatten
 from depthfuse.acceleration.running.cuda_graphs import GraphCache
-from depthfuse.acceleration.running.execution import EAGER, NATIVE, ONEDNN, Execution, Executor
+from depthfuse.acceleration.running.execution import EAGER, NATIVE, ONEDNN, OP_BY_OP, Execution, Executor
 from depthfuse.acceleration.running.implementations import (
     bind_implementations,
     choose_chunk,
@@ -33,7 +33,8 @@ from depthfuse.acceleration.running.implementations import (
     least_ms,
 )
 from depthfuse.acceleration.running.native_engine import compile_plan as compile_natively
-from depthfuse.acceleration.running.onednn_graph import compile_plan
+from depthfuse.acceleration.running.onednn_graph import compile_plan as compile_for_onednn
+from depthfuse.acceleration.running.other_engines import OTHER_ENGINES, Exported, compile_plan
 from depthfuse.fused.layers import FusedModule
 from depthfuse.measured_cache import MeasuredCache
 from depthfuse.measuring.accuracy import TOLERANCE, relative_error
@@ -58,6 +59,7 @@ def choose(
     call: Call,
     tune: str,
     finish: Finish = lambda executor: executor,
+    engines: Sequence[str] = (),
 ) -> Executor:
     """Choose what runs each operation of a plan, and the whole, for calls like `call`.
 
@@ -66,12 +68,13 @@ def choose(
         call: in the plan's dtypes.
         tune: see `depthfuse.accelerate`.
         finish: makes of an executor what the caller will call in the end; that is what is compared with the model.
+        engines: which of OTHER_ENGINES are candidates, too.
     """
     if plan.writes_inputs:
         call = call.on_clones()  # every run writes over them
     choose_implementations(plan, call, "heuristic" if tune == "measure" else tune)
     if tune == "measure" and worth_measuring(plan, call):
-        return _choose_by_measurement(plan, model, call, MeasuredCache.of(plan.device), finish)
+        return _choose_by_measurement(plan, model, call, MeasuredCache.of(plan.device), finish, engines)
     graphs = None if tune == "off" else _graphs(plan, call)
     return Executor(plan, Execution(graphs=graphs is not None), graphs=graphs)
 
@@ -91,61 +94,81 @@ def restore(
 
     Raises ValueError for an implementation that is none here.
     """
-    part = execution.part(call)
-    bind_implementations(plan, part, implementations)
-    compiled = _compile(plan, part, measure=False) if execution.compiled == ONEDNN else None
+    bind_implementations(plan, execution.part(call), implementations)
     graphs = _graphs(plan, call) if execution.graphs else None
     eager = None
     if execution.eager is not None and model is not None:
         eager = _own(model, execution.eager, plan.dtype).__call__
     chosen = execution.eager if eager is not None else None
-    name = None if compiled is None else ONEDNN
-    wants_native = execution.compiled == NATIVE
-    execution = replace(execution, compiled=name, graphs=graphs is not None, eager=chosen)
-    executor = Executor(plan, execution, compiled, part.shapes(), eager, graphs)
-    return _native_if_faster(executor, call, measure=False) if wants_native else executor
+    plain = replace(execution, compiled=None, graphs=graphs is not None, eager=chosen)
+    executor = Executor(plan, plain, eager=eager, graphs=graphs)
+    if execution.compiled is None:
+        return executor
+    return _compiled(execution.compiled, executor, call, Exported(plan.module, call.tensors)) or executor
 
 
 def _choose_by_measurement(
-    plan: Plan, model: nn.Module | None, call: Call, cache: MeasuredCache, finish: Finish
+    plan: Plan,
+    model: nn.Module | None,
+    call: Call,
+    cache: MeasuredCache,
+    finish: Finish,
+    engines: Sequence[str],
 ) -> Executor:
     """By measurement, or by what was measured before."""
+    on_cpu, suits = plan.device.type == "cpu", _suits_engines(plan)
+    engines = engines if suits else ()
     question = {
         "plan": fingerprint(plan.module),
         "inputs": [[list(x.shape), str(x.dtype)] for x in call.tensors],
         "call": str(call),
         "compared": model is not None,
-        "native": (why_missing() or isa()) if _suits_native(plan) else None,
+        "native": (why_missing() or isa()) if suits else None,
+        "engines": {name: OTHER_ENGINES[name].version() for name in engines},
     }
     known = Execution.from_document(cache.get(question))
-    on_cpu = plan.device.type == "cpu"
     if known is not None:
         chunk = known.chunk
     else:
         chunk = choose_chunk(plan, call) if on_cpu else None
     execution = Execution(chunk=chunk)
-    part = execution.part(call)
-    choose_implementations(plan, part, "measure", cache)
+    choose_implementations(plan, execution.part(call), "measure", cache)
     graphs = _graphs(plan, call)
-    compiled = None
-    if on_cpu and (known is None or known.compiled == ONEDNN):
-        compiled = _compile(plan, part, measure=known is None)
-    name = None if compiled is None else ONEDNN
-    execution = replace(execution, compiled=name, graphs=graphs is not None)
-    executor = Executor(plan, execution, compiled, part.shapes(), graphs=graphs)
-    if _suits_native(plan) and (known is None or known.compiled == NATIVE):
-        executor = _native_if_faster(executor, call, measure=known is None)
+    executor = Executor(plan, replace(execution, graphs=graphs is not None), graphs=graphs)
+    exported = Exported(plan.module, call.tensors)
+    if known is None:
+        if on_cpu:
+            executor = _fastest(executor, call, (*(NATIVE,) * suits, ONEDNN, *engines), exported)
         execution = executor.execution
-    if known is not None:
-        execution = replace(known, compiled=executor.execution.compiled)
-    else:
         if model is not None:
             execution = _compare(execution, plan, model, call, finish(executor))
         cache.put(question, execution.document())
+    else:
+        if known.compiled is not None:
+            executor = _compiled(known.compiled, executor, call, exported) or executor
+        execution = replace(known, compiled=executor.execution.compiled)
     eager = None
     if execution.eager is not None and model is not None:
         eager = _own(model, execution.eager, plan.dtype).__call__
     return replace(executor, execution=execution, eager=eager)
+
+
+def _fastest(plain: Executor, call: Call, engines: Sequence[str], exported: Exported) -> Executor:
+    """What takes least time for `call`: `plain`, or an engine; where the difference is noise, who comes first."""
+    found = {name: _compiled(name, plain, call, exported) for name in engines}
+    candidates = {name: each for name, each in found.items() if each is not None}
+    candidates[OP_BY_OP] = plain
+    if len(candidates) == 1:
+        return plain
+    runs = {name: functools.partial(each, call) for name, each in candidates.items()}
+    latency_ms = least_ms(runs, settle_ms=_SETTLE_MS)
+    order = [name for name in (NATIVE, OP_BY_OP, *engines) if name in candidates]
+    best = order[0]
+    for name in order[1:]:
+        if clearly_faster(name, best, latency_ms):
+            best = name
+    ratios = {name: latency_ms[name] / latency_ms[best] for name in latency_ms}
+    return replace(candidates[best], execution=replace(candidates[best].execution, engines=ratios))
 
 
 def _graphs(plan: Plan, call: Call) -> GraphCache | None:
@@ -157,53 +180,47 @@ def _graphs(plan: Plan, call: Call) -> GraphCache | None:
     return GraphCache(plan.module, batchwise)
 
 
-def _compile(plan: Plan, part: Call, measure: bool) -> Callable[..., object] | None:
-    """Let oneDNN Graph run the plan, with `measure` only where that is faster; None where it does not."""
-    if plan.form is None or plan.writes_inputs:
-        return None
-    graph, tensors = plan.module, part.tensors
-    compiled = compile_plan(graph, tensors)
-    if compiled is None:
-        return None
-    if measure:
-        latency_ms = least_ms({"plan": lambda: graph(*tensors), "compiled": lambda: compiled(*tensors)})
-        if not clearly_faster("compiled", "plan", latency_ms):
-            return None
-    return compiled
-
-
-def _suits_native(plan: Plan) -> bool:
-    """Whether the native engine may run the plan at all: elsewhere nobody should wait for it to be built."""
+def _suits_engines(plan: Plan) -> bool:
+    """Whether an engine may run the plan at all: elsewhere nobody should wait for ours to be built."""
     on_cpu = plan.device.type == "cpu" and plan.dtype is torch.float32
     return on_cpu and plan.form is not None and not plan.writes_inputs
 
 
-def _native_if_faster(executor: Executor, call: Call, measure: bool) -> Executor:
-    """The plan by the native engine, all images at once, with `measure` only where that is faster than `executor`.
-
-    It must also agree with the plan, each time: its algorithms round differently.
+def _compiled(name: str, plain: Executor, call: Call, exported: Exported) -> Executor | None:
+    """`plain` with a plan that an engine runs; None where it cannot, or where it does not agree with the plan: its
+    algorithms round differently, and another project's may be wrong.
     """
-    compiled = compile_natively(executor.plan.module, call.tensors) if _suits_native(executor.plan) else None
-    if compiled is None:
-        return executor
-    execution = replace(executor.execution, chunk=None, compiled=NATIVE)
-    native = replace(executor, execution=execution, compiled=compiled, compiled_for=call.shapes())
-    plan = replace(executor, eager=None, execution=replace(executor.execution, eager=None))
-    given, wanted = (flatten(run(call), once=True)[0] for run in (replace(native, eager=None), plan))
+    plan = plain.plan
+    if plan.form is None or plan.writes_inputs:
+        return None
+    if name == ONEDNN:  # whose layout suits a few images at a time
+        part = plain.execution.part(call)
+        run = compile_for_onednn(plan.module, part.tensors)
+        execution = replace(plain.execution, compiled=name)
+        return run and replace(plain, execution=execution, compiled=run, compiled_for=part.shapes())
+    if not _suits_engines(plan):
+        return None
+    run = compile_natively(plan.module, call.tensors) if name == NATIVE else compile_plan(name, exported)
+    if run is None:
+        return None
+    compiled = replace(
+        plain,
+        execution=replace(plain.execution, chunk=None, compiled=name),
+        compiled=run,
+        compiled_for=call.shapes(),
+        compiled_threads=None if name == NATIVE else torch.get_num_threads(),
+    )
+    alone = replace(plain, eager=None, execution=replace(plain.execution, eager=None))
+    given, wanted = (flatten(run(call), once=True)[0] for run in (replace(compiled, eager=None), alone))
     if any(_stride(g) != _stride(w) for g, w in zip(given, wanted, strict=True)):
-        logger.info("the native engine's outputs would lie otherwise in memory: it is not used")
-        return executor
+        logger.info("the outputs of %s would lie otherwise in memory: it is not used", name)
+        return None
     pairs = zip(given, wanted, strict=True)
     error = max((relative_error(g, w) for g, w in pairs if isinstance(w, torch.Tensor)), default=0.0)
-    if error > TOLERANCE[executor.plan.dtype]:
-        logger.warning("the native engine is off by %.1e of the largest value: it is not used", error)
-        return executor
-    if measure:
-        runs = {"plan": lambda: executor(call), "native": lambda: native(call)}
-        latency_ms = least_ms(runs, settle_ms=_SETTLE_MS)
-        if not clearly_faster("native", "plan", latency_ms):
-            return executor
-    return native
+    if not error <= TOLERANCE[plan.dtype]:
+        logger.warning("%s is off by %.1e of the largest value: it is not used", name, error)
+        return None
+    return compiled
 
 
 def _compare(
@@ -222,7 +239,7 @@ def _compare(
         ):
             continue
         runs[name] = functools.partial(candidate, *args, **kwargs)
-    settle_ms = _SETTLE_MS if execution.compiled == NATIVE else 0.0
+    settle_ms = _SETTLE_MS if execution.compiled in (NATIVE, *OTHER_ENGINES) else 0.0
 
     def judged_by(rounds: int) -> Execution:
         timings = time_interleaved(runs, rounds, _ROUND_MS, warmup=1, device=plan.device, settle_ms=settle_ms)

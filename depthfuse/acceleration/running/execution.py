@@ -15,11 +15,14 @@ from depthfuse.acceleration.planning.program import Call
 from depthfuse.acceleration.planning.trees import unflatten
 from depthfuse.acceleration.running.cuda_graphs import GraphCache
 from depthfuse.acceleration.running.implementations import run_in_chunks
+from depthfuse.acceleration.running.other_engines import OTHER_ENGINES
 from depthfuse.fused.layers import plain_ops
 from depthfuse.untrusted import is_out_of_memory
 
 EAGER = ("eager", "eager channels_last")
-ONEDNN, NATIVE = "oneDNN Graph", "native engine"  # what may run a whole plan on a CPU, for one shape
+# What may run a whole plan on a CPU, for one shape, beside OTHER_ENGINES.
+ONEDNN, NATIVE = "oneDNN Graph", "native engine"
+OP_BY_OP = "op by op"
 # Beyond this a value may overflow inside the net, and what then turns into NaN has to come out as NaN.
 _LARGE = 1e6
 
@@ -28,11 +31,11 @@ _LARGE = 1e6
 class Execution:
     """The choice and what it rests on.
 
-    chunk: how many images run at a time, None for all. compiled: ONEDNN or NATIVE where that runs the plan for the
-    example's shapes. eager: "eager" or "eager channels_last" where the model itself runs. graphs: whether launches
-    are replayed as graphs (on a GPU). latency_ms: of the plan and of the model in each layout, on the example
-    input; empty where nothing was compared. ratios: each layout's time over the plan's, medians of interleaved
-    rounds.
+    chunk: how many images run at a time, None for all. compiled: the engine that runs the plan for the example's
+    shapes, if any. engines: each engine's time, and OP_BY_OP's for none, over that of what was chosen among them.
+    eager: "eager" or "eager channels_last" where the model itself runs. graphs: whether launches are replayed as graphs
+    (on a GPU). latency_ms: of the plan and of the model in each layout, on the example input; empty where nothing was
+    compared. ratios: each layout's time over the plan's, medians of interleaved rounds.
 
     Raises TypeError or ValueError for values that make no sense, as a damaged or crafted file may hold them.
     """
@@ -41,19 +44,21 @@ class Execution:
     compiled: str | None = None
     eager: str | None = None
     graphs: bool = False
+    engines: dict[str, float] = field(default_factory=dict)
     latency_ms: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.chunk is not None and (type(self.chunk) is not int or self.chunk < 1):
             raise ValueError(f"chunk is {self.chunk!r}, expected a number of images of at least 1, or none")
-        if self.compiled not in (None, ONEDNN, NATIVE):
-            raise ValueError(f"compiled is {self.compiled!r}, expected {ONEDNN!r}, {NATIVE!r} or none")
+        engines = (ONEDNN, NATIVE, *OTHER_ENGINES)
+        if self.compiled not in (None, *engines):
+            raise ValueError(f"compiled is {self.compiled!r}, expected one of {', '.join(engines)}, or none")
         if type(self.graphs) is not bool:
             raise TypeError(f"graphs is {self.graphs!r}, expected true or false")
         if self.eager is not None and self.eager not in EAGER:
             raise ValueError(f"eager is {self.eager!r}, expected one of {', '.join(EAGER)}, or none")
-        for name in ("latency_ms", "ratios"):
+        for name in ("engines", "latency_ms", "ratios"):
             numbers = getattr(self, name)
             if not isinstance(numbers, dict) or not all(
                 isinstance(key, str) and type(value) in (int, float) and 0 < value < float("inf")
@@ -101,8 +106,9 @@ class Executor:
     What it holds beside the plan's module has weights of its own (`compiled`, `eager`) or is bound to where the
     module's weights lie (`graphs`): `alone` is what is left when these are moved, cast, loaded or copied.
 
-    compiled: a copy of the plan's graph for inputs of exactly the shapes `compiled_for`; oneDNN's ReLU may turn NaN
-    into a number, and the engine's Winograd spreads it to neighbours. eager: the model itself, for all calls.
+    compiled: a copy of the plan's graph for inputs of exactly the shapes `compiled_for`, and for as many threads as
+    `compiled_threads`, None for any; oneDNN's ReLU may turn NaN into a number, the engine's Winograd spreads it to
+    neighbours, and of others' engines we do not know. eager: the model itself, for all calls.
     graphs: replays, on a GPU.
     """
 
@@ -110,6 +116,7 @@ class Executor:
     execution: Execution = Execution()
     compiled: Callable[..., Any] | None = None
     compiled_for: tuple[tuple[int, ...], ...] = ()
+    compiled_threads: int | None = None
     eager: Callable[..., Any] | None = None
     graphs: GraphCache | None = None
 
@@ -126,7 +133,8 @@ class Executor:
         text = "op by op" if self.graphs is None else "one graph for each input shape"
         if self.compiled is not None:
             shapes = " and ".join(str(list(shape)) for shape in self.compiled_for)
-            text = f"{choice.compiled} for {shapes}, op by op for other shapes"
+            threads = "" if self.compiled_threads is None else f" and {self.compiled_threads} threads"
+            text = f"{choice.compiled} for {shapes}{threads}, op by op for other shapes"
         return text if choice.chunk is None else f"{text}, {choice.chunk} images at a time"
 
     @torch.no_grad()
@@ -165,7 +173,8 @@ class Executor:
         )
 
     def _run(self, *tensors: Tensor) -> Any:
-        if self.compiled is not None and tuple(tuple(x.shape) for x in tensors) == self.compiled_for:
+        fits = self.compiled is not None and tuple(tuple(x.shape) for x in tensors) == self.compiled_for
+        if fits and self.compiled_threads in (None, torch.get_num_threads()):
             return self.compiled(*tensors)
         return self.plan.module(*tensors) if self.graphs is None else self.graphs(*tensors)
 

@@ -50,7 +50,7 @@ from depthfuse.shapes import bytes_of_source
 from depthfuse.spec import ModelSource
 from depthfuse.untrusted import MALFORMED, is_out_of_memory, parse_json
 
-FORMAT = "depthfuse.accelerated/3"
+FORMAT = "depthfuse.accelerated/4"
 
 
 @dataclass(frozen=True)

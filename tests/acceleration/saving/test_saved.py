@@ -319,7 +319,7 @@ def test_damaged_and_foreign_files(file):
     with pytest.raises(CheckpointError, match="cut short or damaged"):
         load_accelerated(file)
     save_tensors(file, {"x": torch.zeros(1)}, {"model": "resnet18"})
-    with pytest.raises(CheckpointError, match=r"format None, expected 'depthfuse.accelerated/3'"):
+    with pytest.raises(CheckpointError, match=r"format None, expected 'depthfuse.accelerated/4'"):
         load_accelerated(file)
     with pytest.raises(CheckpointError, match="does not exist"):
         load_accelerated(file.with_name("nothing"))
@@ -413,7 +413,7 @@ def test_a_full_memory_is_not_the_files_fault(file, monkeypatch, message, where)
     if where == "choose":
         monkeypatch.setattr(api, "environment", lambda device: {"device": "another"})
 
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise RuntimeError(message)
 
     monkeypatch.setattr(api, where, fail)

@@ -54,6 +54,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--round-ms", type=float, default=150.0, help="time for each contender in each round")
+    parser.add_argument(
+        "--busy", type=int, default=0, help="busy processes beside which calls are timed, too"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -66,7 +69,9 @@ def main() -> None:
         label = name if variant == "plain" else f"{name} + merged"
         for batch in args.batch:
             x = torch.randn(batch, *input_size(model), device=device).to(dtype)
-            compared = compare(model, label, x, args.contenders, args.rounds, args.round_ms)
+            compared = compare(
+                model, label, x, args.contenders, args.rounds, args.round_ms, busy_processes=args.busy
+            )
             for row in compared:
                 _print(row)
             rows += compared

@@ -7,8 +7,10 @@ are taken round by round: a shared machine's speed drifts, and the ratio of two 
 from __future__ import annotations
 
 import csv
+import functools
 import logging
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from depthfuse.acceleration import Report, accelerate
+from depthfuse.benching.apart import Make, time_apart
 from depthfuse.benching.engines import ENGINES, OURS, Call, available
 from depthfuse.env import collect
 from depthfuse.measuring.accuracy import TOLERANCE, relative_error
@@ -57,44 +60,81 @@ def compare(
     rounds: int = 15,
     round_ms: float = 150.0,
     backend: str = "auto",
+    busy_processes: int = 0,
 ) -> list[Row]:
-    """Time the contenders on one model and input: one row each, ours first.
+    """Time the contenders on one model and input: one row each, ours first, with no engine but our own.
 
-    Those that are not installed or do not run in this dtype are left out; those that fail on this model, or compute
-    something else, too, with a warning.
+    On a CPU each has a process of its own, which gets the model by pickling: a script that calls this needs the usual
+    `if __name__ == "__main__":`. Those that are not installed or do not run in this dtype are left out; those that fail
+    on this model, or compute something else, too, with a warning.
 
     Args:
         model: in evaluation mode, of x's dtype and device. x: [N, C, H, W].
         contenders: names in `ENGINES`; ours takes part in any case.
         rounds: interleaved. round_ms: time for each contender in each round.
         backend: of ours, see `depthfuse.ops.resolve_backend`.
+        busy_processes: on a CPU, beside how many busy processes single calls are timed, too.
+
+    Raises RuntimeError where ours fails.
     """
-    reference = model(x)
-    runs: dict[str, Call] = {}
-    errors: dict[str, float] = {}
     others = [name for name in contenders if name != OURS]
-    for name in [OURS, *available(others, x.dtype, x.device)]:
-        try:
-            run = accelerate(model, x, backend=backend) if name == OURS else ENGINES[name].make(model, x)
-            error = relative_error(run(x), reference)
-        except Exception as failure:  # whatever another project's compiler raises
+    makes: dict[str, Make] = {OURS: functools.partial(_ours, backend=backend)}
+    makes |= {name: ENGINES[name].make for name in available(others, x.dtype, x.device)}
+
+    def takes_part(name: str, outcome: float | str) -> bool:
+        if isinstance(outcome, str):
             if name == OURS:
-                raise
-            logger.warning("%s does not run %s: %s", name, label, str(failure).splitlines()[:1])
-            continue
-        if not error <= TOLERANCE[x.dtype]:
-            logger.warning("%s is wrong on %s: relative error %.1e; it is left out", name, label, error)
-            continue
-        runs[name], errors[name] = run, error
-    calls = {name: (lambda run=run: run(x)) for name, run in runs.items()}
-    timings = time_interleaved(calls, rounds, round_ms, device=x.device)
-    return [_row(label, x, name, timing, timings[OURS], errors[name]) for name, timing in timings.items()]
+                raise RuntimeError(f"depthfuse does not run {label}: {outcome}")
+            logger.warning("%s does not run %s: %s", name, label, outcome)
+            return False
+        if not outcome <= TOLERANCE[x.dtype]:
+            logger.warning("%s is wrong on %s: relative error %.1e; it is left out", name, label, outcome)
+            return False
+        return True
+
+    if x.device.type == "cpu":
+        errors, timings, loaded = time_apart(makes, model, x, rounds, round_ms, busy_processes, takes_part)
+    else:
+        errors, timings = _time_here(makes, model, x, rounds, round_ms, takes_part)
+        loaded = {}
+    return [
+        _row(label, x, name, timing, timings[OURS], errors[name], loaded.get(name, []))
+        for name, timing in timings.items()
+    ]
 
 
-def _row(label: str, x: Tensor, name: str, timing: Timing, ours: Timing, error: float) -> Row:
+def _ours(model: nn.Module, x: Tensor, backend: str) -> Call:
+    return accelerate(model, x, backend=backend, engines="own")
+
+
+def _time_here(
+    makes: dict[str, Make],
+    model: nn.Module,
+    x: Tensor,
+    rounds: int,
+    round_ms: float,
+    takes_part: Callable[[str, float | str], bool],
+) -> tuple[dict[str, float], dict[str, Timing]]:
+    """In this process, as on a GPU, where nobody's threads are in the way and each process would start CUDA anew."""
+    reference, errors, calls = model(x), {}, {}
+    for name, make in makes.items():
+        outcome: float | str
+        try:
+            run = make(model, x)
+            outcome = relative_error(run(x), reference)
+        except Exception as failure:  # whatever another project's compiler raises
+            outcome = (str(failure) or repr(failure)).splitlines()[0]
+        if takes_part(name, outcome):
+            errors[name], calls[name] = outcome, functools.partial(run, x)
+    return errors, time_interleaved(calls, rounds, round_ms, device=x.device)
+
+
+def _row(
+    label: str, x: Tensor, name: str, timing: Timing, ours: Timing, error: float, loaded_ms: Sequence[float]
+) -> Row:
     low, middle, high = quartiles(timing.rounds_ms)
     ratio_low, ratio, ratio_high = quartiles(timing.ratios_to(ours))
-    return {
+    row = {
         "model": label,
         "batch": x.shape[0],
         "dtype": str(x.dtype).removeprefix("torch."),
@@ -107,11 +147,12 @@ def _row(label: str, x: Tensor, name: str, timing: Timing, ours: Timing, error: 
         "ratio_q3": round(ratio_high, 3),
         "max_relative_error": f"{error:.1e}",
     }
+    return row | ({"busy_latency_ms": round(statistics.median(loaded_ms), 3)} if loaded_ms else {})
 
 
 def operations(model: nn.Module, x: Tensor, backend: str = "auto") -> Report:
     """What each operation of `model`, accelerated for x, costs: latency before and after, MACs, roofline."""
-    return accelerate(model, x, backend=backend).profile(x, model=model)
+    return accelerate(model, x, backend=backend, engines="own").profile(x, model=model)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

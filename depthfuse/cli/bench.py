@@ -25,6 +25,8 @@ class BenchArguments:
     """Interleaved rounds."""
     round_ms: float = 150.0
     """Time for each contender in each round."""
+    busy: int = 0
+    """On a CPU: time single calls beside so many busy processes, too."""
     device: str | None = None
     """Default: the GPU where there is one."""
     backend: Literal["auto", "triton", "reference"] = "auto"
@@ -44,12 +46,16 @@ def bench(invocation: Invocation) -> None:
     from depthfuse.errors import ConfigError
 
     require_positive(rounds=given.rounds)
+    device = chosen_device(given.device)
     for batch in given.batch:
         require_positive(batch=batch)
+    if given.busy < 0 or (given.busy and device.type != "cpu"):
+        raise ConfigError(
+            f"--busy is {given.busy} on {device.type}, expected a number of processes, on a CPU"
+        )
     unknown = [name for name in given.contenders if name not in (OURS, *ENGINES)]
     if unknown:
         raise ConfigError(f"unknown contender {unknown[0]!r}; known: {', '.join((OURS, *ENGINES))}")
-    device = chosen_device(given.device)
     model, size, out = _bench_model(given)
     dtype = DTYPES[given.dtype]
     model = model.to(device, dtype)
@@ -60,7 +66,9 @@ def bench(invocation: Invocation) -> None:
         if not rows:
             report = bench.operations(model, x, given.backend)
         names = given.contenders or tuple(ENGINES)
-        rows += bench.compare(model, given.model, x, names, given.rounds, given.round_ms, given.backend)
+        rows += bench.compare(
+            model, given.model, x, names, given.rounds, given.round_ms, given.backend, given.busy
+        )
     out = given.out or out
     bench.write_csv(rows, out / f"bench_{device.type}_{given.dtype}.csv", facts)
     bench.write_csv(report.rows(), out / f"operations_{device.type}_{given.dtype}.csv", facts)

@@ -128,7 +128,9 @@ def print_check(checked: Sequence[tuple[dict[str, str], float, float]], errors: 
 def print_bench(rows: Sequence[Mapping[str, Any]], report: str, title: str, out: Path) -> None:
     """The operations' report, then all contenders side by side."""
     print_plain(report)
-    head = ("batch", "contender", "median ms", "quartiles ms", "time / ours", "quartiles", "error")
+    head = ["batch", "contender", "median ms", "quartiles ms", "time / ours", "quartiles", "error"]
+    if any("busy_latency_ms" in row for row in rows):
+        head.append("ms beside a busy process")
     cells = [
         [
             str(row["batch"]),
@@ -138,6 +140,7 @@ def print_bench(rows: Sequence[Mapping[str, Any]], report: str, title: str, out:
             f"{row['ratio_to_depthfuse']:.2f}",
             f"{row['ratio_q1']:.2f} to {row['ratio_q3']:.2f}",
             row["max_relative_error"],
+            *([f"{row['busy_latency_ms']:.3f}"] if "busy_latency_ms" in row else []),
         ]
         for row in rows
     ]

@@ -81,13 +81,13 @@ def test_openvino_runs_bfloat16_by_a_hint_on_a_float32_graph(monkeypatch, dtype)
 
         def compile_model(self, graph, device, options):
             seen["options"] = options
-            network = types.SimpleNamespace(output=lambda index: "output")
-            infer = lambda inputs: {"output": graph(torch.from_numpy(inputs[0])).numpy()}  # noqa: E731
+            network = types.SimpleNamespace(outputs=["output"])
+            infer = lambda inputs, **_: {"output": graph(torch.from_numpy(inputs[0])).numpy()}  # noqa: E731
             network.create_infer_request = lambda: types.SimpleNamespace(infer=infer)
             return network
 
     monkeypatch.setitem(sys.modules, "openvino", types.SimpleNamespace(Core=Core))
-    monkeypatch.setattr(contenders, "_onnx", lambda model, x: seen.update(x=x) or model)
+    monkeypatch.setattr(contenders, "onnx_of", lambda model, inputs: seen.update(x=inputs[0]) or model)
     model, x = small_net().to(dtype).requires_grad_(False), image().to(dtype)
     result = ENGINES["openvino"].make(model, x)(x)
     assert seen["x"].dtype == result.dtype == torch.float32

@@ -6,7 +6,7 @@ their work, and each engine keeps threads of its own. The processes run in turn:
 
 from __future__ import annotations
 
-import logging
+import pickle
 import subprocess
 import sys
 import time
@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from depthfuse.measuring.accuracy import relative_error
 from depthfuse.measuring.timing import Timing, time_interleaved
-
-logger = logging.getLogger(__name__)
 
 Make = Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
 _SETTLE_MS = 10.0  # other processes' threads spin for some time after their work
@@ -45,7 +43,10 @@ class Contender:
         self._pipe, theirs = context.Pipe()
         threads = torch.get_num_threads()
         self._process = context.Process(target=_serve, args=(theirs, make, model, x, threads), daemon=True)
-        self._process.start()
+        try:
+            self._process.start()
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            raise Failed(f"it cannot be sent to a process of its own: {error}") from error
         theirs.close()
         self.error: float = self._answer()
 

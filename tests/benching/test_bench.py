@@ -3,16 +3,20 @@
 import copy
 import csv
 import importlib.util
+import os
 import shutil
 import sys
 import types
+from pathlib import Path
 
+import fake_engines
 import pytest
 import torch
 from torch import nn
 
 from depthfuse.benching import bench
 from depthfuse.benching import engines as contenders
+from depthfuse.benching.apart import Failed, busy, time_apart
 from depthfuse.benching.bench import compare, operations, plot, randomised, write_csv
 from depthfuse.benching.engines import ENGINES, OURS, Engine, available
 
@@ -58,17 +62,46 @@ def test_rows():
 
 
 def test_the_wrong_and_the_failing_are_left_out(monkeypatch, caplog):
-    def fail(model, x):
-        raise RuntimeError("no such operator\nand more")
-
-    monkeypatch.setitem(ENGINES, "wrong", Engine(lambda model, x: lambda x: model(x) * 1.1))
-    monkeypatch.setitem(ENGINES, "nan", Engine(lambda model, x: lambda x: model(x) / 0))
-    monkeypatch.setitem(ENGINES, "failing", Engine(fail))
-    rows = compare(small_net(), "small", image(), ["wrong", "nan", "failing"], rounds=2, round_ms=0.1)
+    names = ["wrong", "nan", "failing", "dying"]
+    for name in names:
+        monkeypatch.setitem(ENGINES, name, Engine(getattr(fake_engines, name)))
+    rows = compare(small_net(), "small", image(), names, rounds=2, round_ms=0.1)
     assert [row["contender"] for row in rows] == [OURS]
     assert "wrong is wrong on small" in caplog.text
     assert "nan is wrong on small" in caplog.text
-    assert "failing does not run small" in caplog.text and "no such operator" in caplog.text
+    assert "failing does not run small: no such operator" in caplog.text and "and more" not in caplog.text
+    assert "dying does not run small: its process ended with code 7" in caplog.text
+
+
+def test_who_fails_while_it_is_timed_says_so():
+    takes_part = lambda name, outcome: isinstance(outcome, float)  # noqa: E731
+    with pytest.raises(Failed, match="it runs once"):
+        time_apart({"it": fake_engines.spinning}, small_net(), image(), 2, 0.1, 0, takes_part)
+
+
+def test_a_model_that_cannot_be_sent_to_another_process():
+    model = small_net()
+    model.hook = lambda: None
+    with pytest.raises(
+        RuntimeError, match="depthfuse does not run small: it cannot be sent to a process of its own"
+    ):
+        compare(model, "small", image(), ["eager"], rounds=2, round_ms=0.1)
+
+
+def test_beside_busy_processes():
+    before = set(children())
+    with busy(2):
+        seen = set(children()) - before
+    assert len(seen) == 2 and not (set(children()) - before)
+    rows = compare(small_net(), "small", image(), ["eager"], rounds=2, round_ms=0.1, busy_processes=1)
+    assert [row["contender"] for row in rows] == [OURS, "eager"]
+    assert all(row["busy_latency_ms"] > 0 for row in rows)
+    assert set(children()) <= before
+
+
+def children():
+    """The processes that this one has started and not ended."""
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -21,7 +21,7 @@ from depthfuse.measuring.accuracy import relative_error
 from depthfuse.measuring.timing import Timing, time_interleaved
 
 Make = Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
-_SETTLE_MS = 10.0  # other processes' threads spin for some time after their work
+_SETTLE_MS = 100.0  # other processes have been through the caches, and their threads spin after their work
 _END_S = 10.0
 
 

@@ -106,11 +106,14 @@ def _timed(run: Callable[[Tensor], Tensor], x: Tensor, kind: str, least_ms: floa
     return times
 
 
+# Until the parent has ended, too: it may be killed.
+_BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n for _ in range(1000000): pass"
+
+
 @contextmanager
 def busy(processes: int) -> Iterator[None]:
     """So many processes that compute without end beside us."""
-    command = [sys.executable, "-c", "while True: pass"]
-    started = [subprocess.Popen(command) for _ in range(processes)]
+    started = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(processes)]
     try:
         yield
     finally:

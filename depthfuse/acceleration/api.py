@@ -52,6 +52,7 @@ def accelerate(
     example_kwargs: dict[str, Any] | None = None,
     dynamic: bool = True,
     engines: str | Sequence[str] = "auto",
+    exact: bool = False,
 ) -> AcceleratedModel:
     """Replace convolution and linear chains by fused modules and check that nothing else changed.
 
@@ -78,6 +79,8 @@ def accelerate(
             `tune="measure"` compares them: "auto" OpenVINO and ONNX Runtime where they are installed (with onnxscript;
             some seconds more, once), "own" none, or names out of "openvino", "onnxruntime" and "torch.compile", which
             takes a minute. What wins runs calls of the example's shapes, with as many threads.
+        exact: True rules out Winograd's algorithm, whose rounding errors are some times those of a sum, and with it
+            engines that are not ours, whose algorithms are their own affair.
 
     Several threads may call this; they wait for each other. Other threads may run models meanwhile, but not this one.
 
@@ -94,7 +97,7 @@ def accelerate(
     """
     with one_at_a_time:  # and measuring wants to be alone
         return _accelerate(
-            model, example_inputs, dtype, backend, verify, tune, example_kwargs, dynamic, engines
+            model, example_inputs, dtype, backend, verify, tune, example_kwargs, dynamic, engines, exact
         )
 
 
@@ -108,6 +111,7 @@ def _accelerate(
     example_kwargs: dict[str, Any] | None,
     dynamic: bool,
     engines: str | Sequence[str],
+    exact: bool,
 ) -> AcceleratedModel:
     training = next((name or "the model itself" for name, m in model.named_modules() if m.training), None)
     if training is not None:
@@ -136,7 +140,7 @@ def _accelerate(
     measured = tune == "measure" and all(x.numel() > 0 for x in call.tensors)
     if not measured:
         dtypes = dtypes[:1]
-    makes = [_make(reference, call, each, backend, tune, dynamic, others) for each in dtypes]
+    makes = [_make(reference, call, each, backend, tune, dynamic, others, exact) for each in dtypes]
     fast = makes[0] if len(makes) == 1 else _fastest(makes, call)
     error, entries = None, fast.report().entries
     if verify:
@@ -193,7 +197,7 @@ def _load(
         if same:
             executor = restore(plan, saved.execution, call, saved.implementations)
         else:
-            executor = choose(plan, None, call, tune, engines=engines)
+            executor = choose(plan, None, call, tune, engines=engines, exact=saved.execution.exact)
     except DepthfuseError:
         raise
     except MALFORMED as error:
@@ -240,6 +244,7 @@ def _make(
     tune: str,
     dynamic: bool,
     engines: Sequence[str],
+    exact: bool,
 ) -> AcceleratedModel:
     """In one dtype, not verified yet."""
     main = main_dtype(reference)
@@ -250,7 +255,7 @@ def _make(
     def finish(executor: Executor) -> AcceleratedModel:
         return AcceleratedModel(plan, executor, _report(plan, executor), own, backend)
 
-    return finish(choose(plan, reference, plan.cast(call), tune, finish, engines))
+    return finish(choose(plan, reference, plan.cast(call), tune, finish, engines, exact))
 
 
 def _run_alone(plan: Plan, *args: Any, **kwargs: Any) -> Any:

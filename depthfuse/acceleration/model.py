@@ -18,7 +18,7 @@ from depthfuse.acceleration.planning.build import build_plan
 from depthfuse.acceleration.planning.plan import Entry, Plan
 from depthfuse.acceleration.planning.program import Call, layout_of
 from depthfuse.acceleration.running.choose import choose, restore
-from depthfuse.acceleration.running.execution import Executor, run_plan
+from depthfuse.acceleration.running.execution import Execution, Executor, run_plan
 from depthfuse.acceleration.saving.saved import save_plan
 from depthfuse.errors import AccelerationError, DepthfuseError
 from depthfuse.merging.tracing import one_at_a_time
@@ -218,7 +218,7 @@ class AcceleratedModel(nn.Module):
                 return  # another thread did
             try:
                 plan = build_plan(original, original, call, self._backend)
-                executor = choose(plan, None, call, "heuristic")
+                executor = choose(plan, None, call, "heuristic", exact=self._executor.execution.exact)
                 ours = AcceleratedModel(plan, executor, self._report)
                 verify(plan, ours, original, call)
             except (DepthfuseError, RuntimeError) as error:
@@ -275,7 +275,7 @@ class AcceleratedModel(nn.Module):
         call = Call(tensors, self._made.tree)
         self._made = replace(build_plan(original, original, call, self._backend), source=self._made.source)
         self.plan = self._made.module
-        self._leave_plan_alone(Executor(self._made))
+        self._leave_plan_alone(Executor(self._made, Execution(exact=self._executor.execution.exact)))
         return self
 
     def __getstate__(self):

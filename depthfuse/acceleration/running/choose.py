@@ -33,6 +33,7 @@ from depthfuse.acceleration.running.implementations import (
     least_ms,
 )
 from depthfuse.acceleration.running.native_engine import compile_plan as compile_natively
+from depthfuse.acceleration.running.native_engine import direct
 from depthfuse.acceleration.running.onednn_graph import compile_plan as compile_for_onednn
 from depthfuse.acceleration.running.other_engines import OTHER_ENGINES, Exported, compile_plan
 from depthfuse.fused.layers import FusedModule
@@ -60,6 +61,7 @@ def choose(
     tune: str,
     finish: Finish = lambda executor: executor,
     engines: Sequence[str] = (),
+    exact: bool = False,
 ) -> Executor:
     """Choose what runs each operation of a plan, and the whole, for calls like `call`.
 
@@ -68,15 +70,18 @@ def choose(
         call: in the plan's dtypes.
         tune: see `depthfuse.accelerate`.
         finish: makes of an executor what the caller will call in the end; that is what is compared with the model.
-        engines: which of OTHER_ENGINES are candidates, too.
+        engines: which of OTHER_ENGINES are candidates, too. exact: see `depthfuse.accelerate`.
     """
     if plan.writes_inputs:
         call = call.on_clones()  # every run writes over them
-    choose_implementations(plan, call, "heuristic" if tune == "measure" else tune)
+    plain = Execution(exact=exact)
+    choose_implementations(plan, call, "heuristic" if tune == "measure" else tune, exact=exact)
     if tune == "measure" and worth_measuring(plan, call):
-        return _choose_by_measurement(plan, model, call, MeasuredCache.of(plan.device), finish, engines)
+        return _choose_by_measurement(
+            plan, model, call, MeasuredCache.of(plan.device), finish, engines, plain
+        )
     graphs = None if tune == "off" else _graphs(plan, call)
-    return Executor(plan, Execution(graphs=graphs is not None), graphs=graphs)
+    return Executor(plan, replace(plain, graphs=graphs is not None), graphs=graphs)
 
 
 def restore(
@@ -114,16 +119,18 @@ def _choose_by_measurement(
     cache: MeasuredCache,
     finish: Finish,
     engines: Sequence[str],
+    plain: Execution,
 ) -> Executor:
     """By measurement, or by what was measured before."""
     on_cpu, suits = plan.device.type == "cpu", _suits_engines(plan)
-    engines = engines if suits else ()
+    engines = engines if suits and not plain.exact else ()
     question = {
         "plan": fingerprint(plan.module),
         "inputs": [[list(x.shape), str(x.dtype)] for x in call.tensors],
         "call": str(call),
         "compared": model is not None,
         "native": (why_missing() or isa()) if suits else None,
+        "exact": plain.exact,
         "engines": {name: OTHER_ENGINES[name].version() for name in engines},
     }
     known = Execution.from_document(cache.get(question))
@@ -131,8 +138,8 @@ def _choose_by_measurement(
         chunk = known.chunk
     else:
         chunk = choose_chunk(plan, call) if on_cpu else None
-    execution = Execution(chunk=chunk)
-    choose_implementations(plan, execution.part(call), "measure", cache)
+    execution = replace(plain, chunk=chunk)
+    choose_implementations(plan, execution.part(call), "measure", cache, plain.exact)
     graphs = _graphs(plan, call)
     executor = Executor(plan, replace(execution, graphs=graphs is not None), graphs=graphs)
     exported = Exported(plan.module, call.tensors)
@@ -200,7 +207,10 @@ def _compiled(name: str, plain: Executor, call: Call, exported: Exported) -> Exe
         return run and replace(plain, execution=execution, compiled=run, compiled_for=part.shapes())
     if not _suits_engines(plan):
         return None
-    run = compile_natively(plan.module, call.tensors) if name == NATIVE else compile_plan(name, exported)
+    if name == NATIVE:
+        run = compile_natively(plan.module, call.tensors, direct if plain.execution.exact else None)
+    else:
+        run = compile_plan(name, exported)
     if run is None:
         return None
     compiled = replace(

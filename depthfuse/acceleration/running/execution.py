@@ -34,8 +34,9 @@ class Execution:
     chunk: how many images run at a time, None for all. compiled: the engine that runs the plan for the example's
     shapes, if any. engines: each engine's time, and OP_BY_OP's for none, over that of what was chosen among them.
     eager: "eager" or "eager channels_last" where the model itself runs. graphs: whether launches are replayed as graphs
-    (on a GPU). latency_ms: of the plan and of the model in each layout, on the example input; empty where nothing was
-    compared. ratios: each layout's time over the plan's, medians of interleaved rounds.
+    (on a GPU). exact: whether Winograd, which rounds more than a sum does, is ruled out. latency_ms: of the plan and of
+    the model in each layout, on the example input; empty where nothing was compared. ratios: each layout's time over
+    the plan's, medians of interleaved rounds.
 
     Raises TypeError or ValueError for values that make no sense, as a damaged or crafted file may hold them.
     """
@@ -44,6 +45,7 @@ class Execution:
     compiled: str | None = None
     eager: str | None = None
     graphs: bool = False
+    exact: bool = False
     engines: dict[str, float] = field(default_factory=dict)
     latency_ms: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
@@ -54,8 +56,9 @@ class Execution:
         engines = (ONEDNN, NATIVE, *OTHER_ENGINES)
         if self.compiled not in (None, *engines):
             raise ValueError(f"compiled is {self.compiled!r}, expected one of {', '.join(engines)}, or none")
-        if type(self.graphs) is not bool:
-            raise TypeError(f"graphs is {self.graphs!r}, expected true or false")
+        for name in ("graphs", "exact"):
+            if type(getattr(self, name)) is not bool:
+                raise TypeError(f"{name} is {getattr(self, name)!r}, expected true or false")
         if self.eager is not None and self.eager not in EAGER:
             raise ValueError(f"eager is {self.eager!r}, expected one of {', '.join(EAGER)}, or none")
         for name in ("engines", "latency_ms", "ratios"):
@@ -122,7 +125,7 @@ class Executor:
 
     def alone(self) -> Executor:
         """The plan alone, as many images at a time as before."""
-        return Executor(self.plan, Execution(chunk=self.execution.chunk))
+        return Executor(self.plan, Execution(chunk=self.execution.chunk, exact=self.execution.exact))
 
     def in_words(self) -> str:
         """What runs, for the report."""

@@ -27,19 +27,21 @@ _ROUNDS = 5
 _ROUND_MS = 0.5  # time for each candidate in each round
 
 
-def choose_implementations(plan: Plan, call: Call, tune: str, cache: MeasuredCache | None = None) -> None:
+def choose_implementations(
+    plan: Plan, call: Call, tune: str, cache: MeasuredCache | None = None, exact: bool = False
+) -> None:
     """Bind an implementation to each fused module of `plan`, for the shapes it sees in `call`.
 
     Args:
         tune: "off" binds none; "heuristic" takes the usual best; "measure" runs the candidates of each distinct
             shape in turn on random data and takes the fastest.
-        cache: where measurements are looked up and kept.
+        cache: where measurements are looked up and kept. exact: whether Winograd is no candidate.
     """
     if tune == "off":
         return
     winners: dict[str, str] = {}
     for module, shapes in _shapes_seen(plan, call).items():
-        candidates = module.candidates(shapes[0])
+        candidates = [name for name in module.candidates(shapes[0]) if not (exact and name == "winograd")]
         if tune != "measure" or len(candidates) == 1:
             module.use(candidates[0], shapes[0])
             continue

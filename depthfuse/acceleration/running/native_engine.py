@@ -46,6 +46,11 @@ def compile_plan(
         return None
 
 
+def direct(shape: Sequence[int], filters: int, padding: int) -> int:
+    """No Winograd."""
+    return native.DIRECT
+
+
 def fastest_algorithm(shape: Sequence[int], filters: int, padding: int) -> int:
     """Of the ways to compute a 3x3 convolution of stride 1, the one that takes least time here, now or once before.
 

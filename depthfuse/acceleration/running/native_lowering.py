@@ -88,9 +88,9 @@ class Lowering(fx.Interpreter):
         if not any(isinstance(a, Value) for a in tree_leaves(args)):
             return self._constant(target, args, kwargs)
         lower = _FUNCTIONS.get(target)
-        if lower is None or kwargs:
+        if lower is None or (kwargs and lower is not _contiguous):
             raise Unsupported(str(target))
-        return lower(self, *args)
+        return lower(self, *args, **kwargs)
 
     # Tensors of the engine.
 
@@ -296,6 +296,13 @@ def _permute(_lowering, x, order) -> Value:
     return Value(x.tensor, tuple(x.axes[d] for d in order))
 
 
+def _contiguous(_lowering, x, memory_format=torch.contiguous_format) -> Value:
+    """Outputs are written so, and between operations nobody sees a layout."""
+    if memory_format != torch.contiguous_format:
+        raise Unsupported(f"an output in {memory_format}")
+    return _need(x, "contiguous")
+
+
 def _transpose(lowering, x, a, b) -> Value:
     order = list(range(len(_need(x, "transpose").axes)))
     order[a], order[b] = order[b], order[a]
@@ -355,6 +362,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     _ATEN.adaptive_avg_pool2d.default: _average,
     _ATEN.mean.dim: _mean,
     _ATEN.flatten.using_ints: _flatten,
+    _ATEN.contiguous.default: _contiguous,
     _ATEN.permute.default: _permute,
     _ATEN.transpose.int: _transpose,
     _ATEN.select.int: _select,

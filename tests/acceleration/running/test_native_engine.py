@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthfuse import accelerate, load_accelerated
-from depthfuse.acceleration.running import choose
+from depthfuse.acceleration.running import choose, native_engine
 from depthfuse.acceleration.running.execution import NATIVE, Execution, Executor
 from depthfuse.acceleration.running.native_engine import ALGORITHMS, compile_plan
 from depthfuse.measuring.accuracy import relative_error
+from depthfuse.native import plan as native
 
 import timm  # isort: skip
 
@@ -202,3 +203,29 @@ def test_executions_know_what_may_run():
     with pytest.raises(ValueError, match="compiled is True"):
         Execution(compiled=True)
     assert "native engine" in Executor(None, Execution(compiled=NATIVE), print, ((1,),)).in_words()
+
+
+def test_exact_means_no_winograd(always, monkeypatch, tmp_path):
+    """Sums of small integers have no rounding error, whatever their order; Winograd's transforms do."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1) for _ in range(2))).eval()
+    for conv in model:
+        conv.weight.data = torch.randint(-2, 3, conv.weight.shape, generator=generator).float()
+        conv.bias.data = torch.randint(-9, 9, conv.bias.shape, generator=generator).float()
+    x = torch.randint(-3, 4, (1, 64, 28, 28), generator=generator).float()
+    with torch.no_grad():
+        wanted = copy.deepcopy(model).double()(x.double())
+        monkeypatch.setattr(native_engine, "fastest_algorithm", lambda *_: native.WINOGRAD_4)
+        rounded = accelerate(model, x)
+        assert rounded.report().executor.startswith(NATIVE)
+        assert not torch.equal(rounded(x).double(), wanted)
+        monkeypatch.setattr(
+            native_engine, "fastest_algorithm", lambda *_: pytest.fail("Winograd is considered")
+        )
+        fast = accelerate(model, x, exact=True, engines="auto")
+        assert fast.report().executor.startswith(NATIVE)
+        assert torch.equal(fast(x).double(), wanted)
+        fast.save(tmp_path / "fast")
+        for again in (load_accelerated(tmp_path / "fast"), copy.deepcopy(fast)):
+            assert again.report().executor == fast.report().executor
+            assert torch.equal(again(x).double(), wanted)

@@ -1,0 +1,66 @@
+"""What the compiler made of the innermost loops: accumulators stay in registers."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from native_ops import needs_engine
+
+from depthfuse.native.library import _built
+
+pytestmark = [
+    needs_engine,
+    pytest.mark.skipif(shutil.which("objdump") is None, reason="binutils' objdump is not installed"),
+]
+_INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\s+(\S+)\s*(.*)$")
+
+
+def loops(text):
+    """The innermost loops of a disassembly: lists of (instruction, operands)."""
+    code = []
+    for line in text.splitlines():
+        if found := _INSTRUCTION.match(line):
+            code.append((int(found[1], 16), found[2], found[3]))
+    places = {address: i for i, (address, *_) in enumerate(code)}
+    found = []
+    for i, (address, name, operands) in enumerate(code):
+        target = operands.split(" ")[0]
+        if name.startswith("j") and re.fullmatch(r"[0-9a-f]+", target) and int(target, 16) < address:
+            found.append((places.get(int(target, 16), i), i))
+    inner = [a for a in found if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+    return [[instruction[1:] for instruction in code[start : end + 1]] for start, end in inner]
+
+
+def spills(loop):
+    """Vectors that are kept in memory on the stack."""
+    return [
+        operands
+        for name, operands in loop
+        if name.startswith("vmov") and re.search(r"\(%r[sb]p", operands) and re.search(r"%[yz]mm", operands)
+    ]
+
+
+def test_no_product_keeps_its_sums_in_memory():
+    text = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", _built()], check=True, capture_output=True, text=True
+    ).stdout
+    # They alone fetch weights ahead.
+    products = [loop for loop in loops(text) if any(name == "prefetcht1" for name, _ in loop)]
+    for register, least in (("%zmm", 50), ("%ymm", 10)):  # of AVX-512 and AVX2; or nothing was looked at
+        assert (
+            sum(any(name.startswith("vfmadd") and register in o for name, o in loop) for loop in products)
+            > least
+        )
+    assert [spills(loop) for loop in products if spills(loop)] == []
+
+
+def test_a_spill_would_be_seen():
+    text = """
+      10: vfmadd231ps (%rax),%zmm1,%zmm2
+      14: vmovaps %zmm2,0x40(%rsp)
+      18: jne    10 <product+0x10>
+      1c: ret
+    """
+    (loop,) = loops(text)
+    assert len(loop) == 3 and len(spills(loop)) == 1

@@ -14,7 +14,7 @@ namespace depthfuse {
 namespace {
 
 constexpr int kMostThreads = 256;
-constexpr auto kSpin = std::chrono::microseconds(50);
+constexpr auto kSpin = std::chrono::microseconds(200);
 
 // The pieces of one lane that nobody has taken: on a cache line of its own.
 struct alignas(64) Share {

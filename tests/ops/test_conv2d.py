@@ -1,12 +1,13 @@
 """`depthfuse.ops.conv2d` on a CPU: values, layouts, errors, and what PyTorch's tools ask of an op."""
 
+import functools
 import logging
 import os
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,6 +73,19 @@ def test_every_activation(act, dtype):
         assert_within(call(x, weight, tail, window), *oracle.conv2d(x, weight, tail, window))
 
 
+@functools.cache
+def pytorch_is_wrong():
+    """Whether PyTorch's own bfloat16 convolution is, as on processors with AMX (2.13.0): images that one window spans
+    come out as something else where the stride is 2.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, generator=generator) for size in ((2, 3, 13, 1), (3, 3, 2, 2)))
+    x, weight = x.bfloat16(), weight.bfloat16()
+    y = F.conv2d(x, weight, None, (1, 2), (0, 1))
+    exact = F.conv2d(x.double(), weight.double(), None, (1, 2), (0, 1))
+    return not torch.allclose(y.double(), exact, rtol=0.1, atol=0.1)
+
+
 @settings(deadline=None, max_examples=2000 if LONG else 60)
 @given(st.data())
 def test_any_shape(data):
@@ -92,8 +106,10 @@ def test_any_shape(data):
         for r, n in zip(reach, size, strict=True)
     ]
     window = Window(stride, tuple(padding), dilation, groups)
+    width = window.output_size(size, kernel)[1]
     terms = draw(st.sets(st.sampled_from(["bias", "residual", "scale", "shift"])))
     act, dtype = draw(st.sampled_from(list(ACT))), draw(st.sampled_from(DTYPES[:3]))
+    assume(not (pytorch_is_wrong() and dtype == torch.bfloat16 and width == 1 and stride[1] > 1))
     x = noise((draw(st.sampled_from([0, 1, 2, 3])), channels, *size), dtype)
     weight = noise((filters, channels // groups, *kernel), dtype)
     tail = tail_of(x, weight, window, terms, noise, act)

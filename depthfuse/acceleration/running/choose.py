@@ -200,25 +200,24 @@ def _compiled(name: str, plain: Executor, call: Call, exported: Exported) -> Exe
     plan = plain.plan
     if plan.form is None or plan.writes_inputs:
         return None
+    chunk, threads, part = None, None, call
     if name == ONEDNN:  # whose layout suits a few images at a time
-        part = plain.execution.part(call)
+        chunk, part = plain.execution.chunk, plain.execution.part(call)
         run = compile_for_onednn(plan.module, part.tensors)
-        execution = replace(plain.execution, compiled=name)
-        return run and replace(plain, execution=execution, compiled=run, compiled_for=part.shapes())
-    if not _suits_engines(plan):
+    elif not _suits_engines(plan):
         return None
-    if name == NATIVE:
+    elif name == NATIVE:
         run = compile_natively(plan.module, call.tensors, direct if plain.execution.exact else None)
     else:
-        run = compile_plan(name, exported)
+        run, threads = compile_plan(name, exported), torch.get_num_threads()
     if run is None:
         return None
     compiled = replace(
         plain,
-        execution=replace(plain.execution, chunk=None, compiled=name),
+        execution=replace(plain.execution, chunk=chunk, compiled=name),
         compiled=run,
-        compiled_for=call.shapes(),
-        compiled_threads=None if name == NATIVE else torch.get_num_threads(),
+        compiled_for=part.shapes(),
+        compiled_threads=threads,
     )
     alone = replace(plain, eager=None, execution=replace(plain.execution, eager=None))
     given, wanted = (flatten(run(call), once=True)[0] for run in (replace(compiled, eager=None), alone))

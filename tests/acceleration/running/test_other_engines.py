@@ -11,7 +11,7 @@ from torch import nn
 
 from depthfuse import accelerate, load_accelerated
 from depthfuse.acceleration.running import choose
-from depthfuse.acceleration.running.execution import Executor
+from depthfuse.acceleration.running.execution import ONEDNN, Executor
 from depthfuse.acceleration.running.other_engines import (
     OTHER_ENGINES,
     Exported,
@@ -151,6 +151,16 @@ def test_what_disagrees_is_not_used(calls, wrong, said, monkeypatch, caplog):
     assert "another" not in fast.report().executor and "another" not in fast.report().engines
     with torch.no_grad():
         assert relative_error(fast(x), model(x)) < 1e-5
+
+
+def test_onednn_graph_is_compared_with_the_plan_too(monkeypatch, caplog):
+    model, x = small()
+    monkeypatch.setattr(choose, "clearly_faster", lambda a, b, ms: a == ONEDNN)
+    monkeypatch.setattr(
+        choose, "compile_for_onednn", lambda module, _: lambda *inputs: module(*inputs) * 1.001
+    )
+    assert not accelerate(model, x, engines="own").report().executor.startswith(ONEDNN)
+    assert "oneDNN Graph is off by" in caplog.text
 
 
 class GivesItsInput(nn.Module):

@@ -18,7 +18,7 @@ import depthfuse
 from depthfuse.native.library import why_missing
 model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()).eval()
 x = torch.randn(1, 3, 8, 8)
-fast = depthfuse.accelerate(model, x)
+fast = depthfuse.accelerate(model, x, engines="own")
 assert torch.allclose(fast(x), model(x), atol=1e-5)
 print(why_missing())
 """

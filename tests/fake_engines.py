@@ -19,7 +19,7 @@ def dying(model, x):
     os._exit(7)
 
 
-def spinning(model, x):
+def once(model, x):
     """Fails at its second call."""
     calls = []
 

@@ -130,7 +130,7 @@ def print_bench(rows: Sequence[Mapping[str, Any]], report: str, title: str, out:
     print_plain(report)
     head = ["batch", "contender", "median ms", "quartiles ms", "time / ours", "quartiles", "error"]
     if any("busy_latency_ms" in row for row in rows):
-        head.append("ms beside a busy process")
+        head.append("ms beside busy processes")
     cells = [
         [
             str(row["batch"]),

@@ -76,7 +76,7 @@ def test_the_wrong_and_the_failing_are_left_out(monkeypatch, caplog):
 def test_who_fails_while_it_is_timed_says_so():
     takes_part = lambda name, outcome: isinstance(outcome, float)  # noqa: E731
     with pytest.raises(Failed, match="it runs once"):
-        time_apart({"it": fake_engines.spinning}, small_net(), image(), 2, 0.1, 0, takes_part)
+        time_apart({"it": fake_engines.once}, small_net(), image(), 2, 0.1, 0, takes_part)
 
 
 def test_a_model_that_cannot_be_sent_to_another_process():

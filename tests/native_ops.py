@@ -45,12 +45,12 @@ def convolve(x, weight, window, tail, algorithm=native.DIRECT, threads=2):
     if tail.residual is not None:
         residual = padded_input(builder, tail.residual, 2)
         inputs.append(tail.residual)
-    depthwise = window.groups > 1
+    depthwise = window.groups == x.shape[1] == weight.shape[0] > 1
     numbers = (*weight.shape[2:], *window.stride, *window.padding, *window.dilation)
     taps = weight.permute(2, 3, 1, 0) if depthwise else weight.permute(0, 2, 3, 1)
     node = Node(
         native.DEPTHWISE if depthwise else native.CONV, source, y, x2=residual, act=tail.act, algorithm=algorithm,
-        numbers=numbers, weight=taps, **{name: getattr(tail, name) for name in TAIL},
+        numbers=numbers, groups=window.groups, weight=taps, **{name: getattr(tail, name) for name in TAIL},
     )  # fmt: skip
     builder.nodes.append(node)
     out = builder.tensor(builder.shape(y), native.OUTPUT)

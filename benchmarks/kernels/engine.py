@@ -33,8 +33,11 @@ _NAMES = {
     native.COPY: "copy",
     native.FROM_PLANES: "from planes",
     native.TO_PLANES: "to planes",
-    native.SELECT: "select",
     native.CONSTANT: "constant",
+    native.MULTIPLY: "multiply",
+    native.MAP: "map",
+    native.AVERAGE_POOL: "average pool",
+    native.PAD: "pad",
 }
 _NOTHING_MS = 2e-4
 _ALGORITHMS = {native.DIRECT: "", native.WINOGRAD_2: "F(2,3)", native.WINOGRAD_4: "F(4,3)"}
@@ -44,7 +47,12 @@ def macs(builder: Builder, node: Node) -> int:
     """Multiply-adds, counted directly; 0 for what moves or reduces."""
     *pixels, filters = builder.shape(node.y)
     if node.op == native.CONV:
-        return math.prod(pixels) * filters * math.prod(node.numbers[:2]) * builder.shape(node.x)[3]
+        return (
+            math.prod(pixels)
+            * filters
+            * math.prod(node.numbers[:2])
+            * (builder.shape(node.x)[3] // node.groups)
+        )
     if node.op == native.DEPTHWISE:
         return math.prod(pixels) * filters * math.prod(node.numbers[:2])
     if node.op == native.ATTENTION:
@@ -58,7 +66,7 @@ def peak_gflops() -> float:
     shape = (1, 1, 24 * 100, 64)
     source, x = builder.tensor(shape, native.INPUT), builder.tensor(shape)
     y = builder.tensor(shape, native.OUTPUT)
-    builder.nodes.append(Node(native.COPY, source, x, numbers=(0,)))
+    builder.copy(source, x)
     node = Node(native.CONV, x, y, numbers=(1, 1, 1, 1, 0, 0, 1, 1), weight=torch.randn(64, 64))
     builder.nodes.append(node)
     times = builder.build().profile([torch.randn(shape)], [torch.empty(shape)], threads=1, runs=200)

@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 
-constexpr int32_t kAbiVersion = 2;
+constexpr int32_t kAbiVersion = 3;
 
 #define DF_API __attribute__((visibility("default")))
 
@@ -21,22 +21,27 @@ struct df_tensor {
 };
 
 enum df_op : int32_t {
-  DF_CONV = 0,         // dense; 1x1 over any pixels or tokens is a linear layer
+  DF_CONV = 0,         // in groups; 1x1 over any pixels or tokens is a linear layer
   DF_DEPTHWISE = 1,    // a filter for each channel
   DF_MAX_POOL = 2,
   DF_MEAN = 3,         // over all pixels: [n, 1, 1, c]
-  DF_ADD = 4,          // y = act(x + x2), x2 like x
+  DF_ADD = 4,          // y = act(x + x2), x like y, each axis of x2 as long as y's or 1
   DF_LAYER_NORM = 5,   // over c, weight and bias in `weight`, `bias`
   DF_ATTENTION = 6,    // x [n, 1, t, 3 * heads * d] -> y [n, 1, t, heads * d]
-  DF_COPY = 7,         // x's pixels, in order, into y's from p[0] on: concatenation of tokens
+  DF_COPY = 7,         // pixels of x, counted along h and w, into y's: concatenations and parts of tokens and channels
   DF_FROM_PLANES = 8,  // an input [n, c, h, w] -> y [n, h, w, c]
   DF_TO_PLANES = 9,    // x [n, h, w, c] -> an output [n, c, h, w]
-  DF_SELECT = 10,      // y [n, 1, 1, c] = pixel p[0] of x, counted along h and w
-  DF_CONSTANT = 11,    // y [n, h, w, c] = [h, w, c] floats at `weight`, the same for each image
+  DF_CONSTANT = 10,    // y [n, h, w, c] = [h, w, c] floats at `weight`, the same for each image
+  DF_MULTIPLY = 11,    // y = act(x * x2), as DF_ADD: the gate of a channel or a pixel
+  DF_MAP = 12,         // y = act(weight * x + bias), both [c] or none
+  DF_AVERAGE_POOL = 13,
+  DF_PAD = 14,         // y(p, q) = x(p - p[0], q - p[1]), `f` where that is outside
 };
 
 enum df_act : int32_t {
   DF_NONE = 0, DF_RELU = 1, DF_RELU6 = 2, DF_GELU = 3, DF_GELU_TANH = 4, DF_SILU = 5, DF_HARDSWISH = 6,
+  // of DF_ADD, DF_MULTIPLY and DF_MAP only
+  DF_SIGMOID = 7, DF_HARDSIGMOID = 8, DF_TANH = 9, DF_LEAKY_RELU = 10,
 };
 
 enum df_algorithm : int32_t { DF_DIRECT = 0, DF_WINOGRAD2 = 2, DF_WINOGRAD4 = 4 };
@@ -45,9 +50,12 @@ enum df_algorithm : int32_t { DF_DIRECT = 0, DF_WINOGRAD2 = 2, DF_WINOGRAD4 = 4 
 struct df_node {
   int32_t op, x, x2, y, act, algorithm;
   int32_t p[10];   // conv, pool: kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w
-                   // attention: heads. copy, select: first pixel
-  float f;         // layer norm: epsilon. attention: scale of the scores
-  int64_t weight;  // conv [c_out, kernel_h, kernel_w, c_in]; depthwise [kernel_h, kernel_w, c]
+                   // and then: conv: groups. average pool: 1 where padding counts as pixels. max pool: 0
+                   // and then: pools: 1 where the output's size is rounded up
+                   // attention: heads. pad: rows above, columns to the left
+                   // copy: y's first pixel and channel, x's first pixel and channel, how many pixels and channels
+  float f;         // layer norm: epsilon. attention: scale of the scores. pad: value. leaky ReLU: slope
+  int64_t weight;  // conv [c_out, kernel_h, kernel_w, c_in / groups]; depthwise [kernel_h, kernel_w, c]
   int64_t bias, scale, shift;  // [c_out]
 };
 

@@ -74,12 +74,17 @@ struct Kernels {
   // Output rows [first, last) of n * h.
   void (*depthwise)(const DepthwiseTask&, int first, int last);
   void (*max_pool)(const View& x, const View& y, const Window&, int first, int last);
-  // Pixels [first, last) of all pixels.
-  void (*add)(const View& x, const View& x2, const View& y, int act, int first, int last);
+  // Divided by how many pixels lie under the window, or, where `padded`, under it and in the padding.
+  void (*average_pool)(const View& x, const View& y, const Window&, bool padded, int first, int last);
+  // Pixels [first, last) of all of y's. An axis of x2 that is 1 has a stride of 0; `slope` is of leaky ReLU.
+  void (*add)(const View& x, const View& x2, const View& y, int act, float slope, int first, int last);
+  void (*multiply)(const View& x, const View& x2, const View& y, int act, float slope, int first, int last);
+  void (*map)(const View& x, const View& y, const float* weight, const float* bias, int act, float slope, int first,
+              int last);
   void (*layer_norm)(const View& x, const View& y, const float* weight, const float* bias, float epsilon, int first,
                      int last);
-  // Image n's mean over its pixels.
-  void (*mean)(const View& x, const View& y, int n);
+  // Image n's mean over its pixels, of channels [first, last).
+  void (*mean)(const View& x, const View& y, int n, int first, int last);
   // Head `head` of image n; queries [first, last); `scratch` holds attention_scratch(task) floats.
   void (*attention)(const AttentionTask&, int n, int head, int first, int last, float* scratch);
   int64_t (*attention_scratch)(const AttentionTask&);

@@ -8,27 +8,41 @@
 namespace depthfuse {
 namespace {
 
-bool same_shape(const Tensor& a, const Tensor& b) {
-  return a.shape.n == b.shape.n && a.shape.h == b.shape.h && a.shape.w == b.shape.w && a.shape.c == b.shape.c;
+constexpr int kLine = 16;  // floats of a cache line
+
+// Group `group` of a convolution whose channels are those of a group, the others' weights being `weights` floats.
+ConvTask of_group(ConvTask t, int group, int64_t weights) {
+  const int64_t out = int64_t(group) * t.y.c;
+  t.x.data += int64_t(group) * t.x.c, t.y.data += out, t.weights += weights;
+  for (const float** vector : {&t.tail.bias, &t.tail.scale, &t.tail.shift})
+    if (*vector) *vector += out;
+  if (t.tail.residual.data) t.tail.residual.data += out;
+  return t;
 }
 
-// As many pieces as keep all threads busy to the end, of `least_units` at least.
-int pieces_for(int units, int threads, int least_units) {
-  return even(std::min(4 * threads, units / std::max(1, least_units)), threads);
+// An axis of 1 lies under all of a longer one.
+View spread(View v) {
+  if (v.n == 1) v.image = 0;
+  if (v.h == 1) v.row = 0;
+  if (v.w == 1) v.pixel = 0;
+  return v;
 }
 
 }  // namespace
 
-Window Plan::window_of(const df_node& node, const Tensor& x, const Tensor& y) const {
+Window Plan::window_of(const df_node& node, const Tensor& x, const Tensor& y, bool rounds_up) const {
   const int32_t* p = node.p;
   for (int i = 0; i < 8; ++i) {
     const int least = i == 4 || i == 5 ? 0 : 1;
     if (p[i] < least || p[i] > 4096) refuse("a window's size is " + std::to_string(p[i]));
   }
   const Window w{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
-  auto size = [](int64_t n, int kernel, int stride, int padding, int dilation) {
+  auto size = [rounds_up](int64_t n, int kernel, int stride, int padding, int dilation) {
     const int64_t room = n + 2 * padding - int64_t(dilation) * (kernel - 1) - 1;
-    return room < 0 ? int64_t(0) : room / stride + 1;
+    if (room < 0) return int64_t(0);
+    if (!rounds_up) return room / stride + 1;
+    const int64_t count = (room + stride - 1) / stride + 1;
+    return (count - 1) * stride >= n + padding ? count - 1 : count;  // none starts beyond the image, as in PyTorch
   };
   if (y.shape.n != x.shape.n || y.shape.h != size(x.shape.h, w.kernel_h, w.stride_h, w.padding_h, w.dilation_h) ||
       y.shape.w != size(x.shape.w, w.kernel_w, w.stride_w, w.padding_w, w.dilation_w))
@@ -63,19 +77,25 @@ Conv Plan::conv_of(const df_node& node, int index) {
   if (node.x == node.y) refuse("a convolution writes over what it reads");
   if (w.padding_h > x.shape.border || w.padding_w > x.shape.border) refuse("a convolution reads past a border");
   if (y.pixels() > INT_MAX / 2) refuse("a convolution has too many pixels");
-  const int c_in = x.shape.c, c_out = y.shape.c, taps = w.kernel_h * w.kernel_w, panel = kernels().panel;
+  const int groups = conv.groups = node.p[8];
+  if (groups < 1 || x.shape.c % groups || y.shape.c % groups) refuse("a convolution's groups do not fit its channels");
+  const int c_in = x.shape.c / groups, c_out = y.shape.c / groups;  // of a group
+  const int taps = w.kernel_h * w.kernel_w, panel = kernels().panel;
   conv.panels = (c_out + panel - 1) / panel;
-  conv.raw = floats_at(node.weight, int64_t(c_out) * taps * c_in);
-  conv.task.tail = tail_of(node, c_out), conv.residual = residual_of(node, y, index);
+  conv.raw = floats_at(node.weight, int64_t(y.shape.c) * taps * c_in);
+  conv.task.tail = tail_of(node, y.shape.c), conv.residual = residual_of(node, y, index);
   if (node.algorithm != DF_DIRECT) return conv;
-  float* weights = packed(int64_t(conv.panels) * taps * c_in * panel);
-  for (int out = 0; out < c_out; ++out)
-    for (int64_t i = 0; i < int64_t(taps) * c_in; ++i)
-      weights[(int64_t(out / panel) * taps * c_in + i) * panel + out % panel] = conv.raw[int64_t(out) * taps * c_in + i];
+  const int64_t length = int64_t(taps) * c_in;
+  float* weights = packed(groups * conv.panels * length * panel);
+  for (int out = 0; out < y.shape.c; ++out) {
+    const int in_group = out % c_out;
+    float* to = weights + (int64_t(out / c_out) * conv.panels + in_group / panel) * length * panel + in_group % panel;
+    for (int64_t i = 0; i < length; ++i) to[i * panel] = conv.raw[out * length + i];
+  }
   conv.task.weights = weights;
   // Neighbouring taps of a row are neighbours in memory.
   const View sample = x.view(nullptr);
-  const bool whole_rows = w.dilation_w == 1;
+  const bool whole_rows = w.dilation_w == 1 && groups == 1;
   conv.task.length = whole_rows ? w.kernel_w * c_in : c_in;
   for (int r = 0; r < w.kernel_h; ++r)
     for (int s = 0; s < (whole_rows ? 1 : w.kernel_w); ++s)
@@ -94,7 +114,7 @@ void Plan::add_conv(const df_node& node, int index) {
     const int tile = node.algorithm, c_in = x.shape.c, c_out = y.shape.c, taps = w.kernel_h * w.kernel_w;
     const float* raw = conv.raw;
     if (tile != DF_WINOGRAD2 && tile != DF_WINOGRAD4) refuse("an algorithm is " + std::to_string(tile));
-    if (taps != 9 || w.kernel_h != 3 || w.stride_h != 1 || w.stride_w != 1 || w.dilation_h != 1 || w.dilation_w != 1 ||
+    if (conv.groups != 1 || taps != 9 || w.kernel_h != 3 || w.stride_h != 1 || w.stride_w != 1 || w.dilation_h != 1 || w.dilation_w != 1 ||
         w.padding_h != w.padding_w)
       refuse("Winograd is for 3x3 of stride 1");
     const int64_t positions = int64_t(tile + 2) * (tile + 2);
@@ -127,23 +147,30 @@ void Plan::add_conv(const df_node& node, int index) {
     }, y_index});
     return;
   }
-  const int pixels = int(y.pixels());
+  const int pixels = int(y.pixels()), groups = conv.groups, all_panels = groups * panels;
+  const int64_t panel_floats = int64_t(conv.task.segment_count) * conv.task.length * k.panel;
   steps_.push_back({[=](Run& run) {
     const Kernels& k = kernels();
     ConvTask t = conv.task;
     t.segments = conv.segments.data();
     t.x = run.view(x_index), t.y = run.view(y_index);
     if (residual != -1) t.tail.residual = run.view(residual);
-    const double work = double(pixels) * t.segment_count * t.length * t.y.c;
+    t.x.c /= groups, t.y.c /= groups;
+    const double work = double(pixels) * t.segment_count * t.length * t.y.c * groups;
     const int wanted = work < 200000 ? 1 : int(std::min<double>(4.0 * run.threads, work / 100000));
     // Pixels first: pieces of them share no weights but read each input once. Where there are few, panels too.
     const int least_pixels = int64_t(t.segment_count) * t.length * t.y.c < 400000 ? k.tile_rows : 2 * k.tile_rows;
     const int pixel_pieces = even(std::min(wanted, pixels / least_pixels), run.threads);
-    const int panel_pieces = std::max(1, std::min(panels, wanted / pixel_pieces));
+    const int panel_pieces = std::max(1, std::min(all_panels, wanted / pixel_pieces));
     parallel_for(pixel_pieces * panel_pieces, run.threads, [&](int piece, int) {
       const int a = piece / panel_pieces, b = piece % panel_pieces;
-      k.conv(t, cut(pixels, pixel_pieces, a), cut(pixels, pixel_pieces, a + 1), cut(panels, panel_pieces, b),
-             cut(panels, panel_pieces, b + 1));
+      const int first = cut(pixels, pixel_pieces, a), last = cut(pixels, pixel_pieces, a + 1);
+      const int last_panel = cut(all_panels, panel_pieces, b + 1);
+      for (int panel = cut(all_panels, panel_pieces, b), stop; panel < last_panel; panel = stop) {
+        const int group = panel / panels, before = group * panels;
+        stop = std::min(last_panel, before + panels);
+        k.conv(group ? of_group(t, group, before * panel_floats) : t, first, last, panel - before, stop - before);
+      }
     });
   }, y_index});
 }
@@ -179,49 +206,90 @@ void Plan::add_depthwise(const df_node& node, int index) {
   }, y_index});
 }
 
+void Plan::add_pool(const df_node& node, int index) {
+  const Tensor &x = read(node.x, index), &y = write(node.y, index);
+  if (node.x == node.y) refuse("a node writes over what it reads");
+  const bool averages = node.op == DF_AVERAGE_POOL;
+  for (int flag : {node.p[8], node.p[9]})
+    if (flag < 0 || flag > 1) refuse("a pool's flag is " + std::to_string(flag));
+  const bool padded = node.p[8];
+  const Window w = window_of(node, x, y, node.p[9]);
+  if (x.shape.c != y.shape.c) refuse("a pool changes the number of channels");
+  if (2 * w.padding_h > w.kernel_h || 2 * w.padding_w > w.kernel_w) refuse("a pool has a window outside the image");
+  if (averages && (w.dilation_h != 1 || w.dilation_w != 1)) refuse("an average pool is dilated");
+  const int rows = y.shape.n * y.shape.h, from_index = node.x, to_index = node.y;
+  steps_.push_back({[=](Run& run) {
+    const View from = run.view(from_index), to = run.view(to_index);
+    const int pieces = pieces_for(rows, run.threads, 4);
+    parallel_for(pieces, run.threads, [&](int piece, int) {
+      const int first = cut(rows, pieces, piece), last = cut(rows, pieces, piece + 1);
+      if (averages)
+        kernels().average_pool(from, to, w, padded, first, last);
+      else
+        kernels().max_pool(from, to, w, first, last);
+    });
+  }, to_index});
+}
+
+void Plan::add_elementwise(const df_node& node, int index) {
+  const Tensor &x = read(node.x, index), &y = write(node.y, index);
+  const int a = node.x, b = node.x2, to_index = node.y, op = node.op, act = node.act;
+  if (a == to_index || b == to_index) refuse("a node writes over what it reads");
+  if (!same_shape(x, y)) refuse("an elementwise operation changes the shape");
+  if (y.pixels() > INT_MAX / 2) refuse("a tensor has too many pixels");
+  if (act < DF_NONE || act > DF_LEAKY_RELU) refuse("an activation is " + std::to_string(act));
+  const float *weight = nullptr, *bias = nullptr;
+  if (op == DF_MAP) {
+    weight = vector_at(node.weight, y.shape.c, y.shape.c), bias = vector_at(node.bias, y.shape.c, y.shape.c);
+  } else {
+    const df_tensor &s = read(b, index).shape, &t = y.shape;
+    if ((s.n != 1 && s.n != t.n) || (s.h != 1 && s.h != t.h) || (s.w != 1 && s.w != t.w) || (s.c != 1 && s.c != t.c))
+      refuse("an operand has another shape");
+  }
+  const int pixels = int(y.pixels()), least = std::max(1, 4096 / y.shape.c);
+  const float slope = node.f;
+  steps_.push_back({[=](Run& run) {
+    const View from = run.view(a), to = run.view(to_index);
+    const View other = op == DF_MAP ? from : spread(run.view(b));
+    const int pieces = pieces_for(pixels, run.threads, least);
+    parallel_for(pieces, run.threads, [&](int piece, int) {
+      const int first = cut(pixels, pieces, piece), last = cut(pixels, pieces, piece + 1);
+      if (op == DF_MAP)
+        kernels().map(from, to, weight, bias, act, slope, first, last);
+      else
+        (op == DF_ADD ? kernels().add : kernels().multiply)(from, other, to, act, slope, first, last);
+    });
+  }, to_index});
+}
+
 void Plan::add_node(const df_node& node, int index) {
   if (node.op == DF_CONV) return add_conv(node, index);
   if (node.op == DF_DEPTHWISE) return add_depthwise(node, index);
-  const int x = node.x, y = node.y, x2 = node.x2;
-  if (node.op != DF_CONSTANT) {
-    read(x, index);
-    if (x == y) refuse("a node writes over what it reads");
-  }
+  if (node.op == DF_MAX_POOL || node.op == DF_AVERAGE_POOL) return add_pool(node, index);
+  if (node.op == DF_ADD || node.op == DF_MULTIPLY || node.op == DF_MAP) return add_elementwise(node, index);
+  if (node.op == DF_COPY) return add_copy(node, index);
+  if (node.op == DF_PAD) return add_pad(node, index);
+  if (node.op == DF_FROM_PLANES || node.op == DF_TO_PLANES) return add_planes(node, index);
+  if (node.op == DF_CONSTANT) return add_constant(node, index);
+  const int x = node.x, y = node.y;
+  read(x, index);
+  if (x == y) refuse("a node writes over what it reads");
   const Tensor& out = write(y, index);
   if (out.pixels() > INT_MAX / 2) refuse("a tensor has too many pixels");
   const int pixels = int(out.pixels());
   switch (node.op) {
-    case DF_MAX_POOL: {
-      const Window w = window_of(node, tensor(x), out);
-      if (tensor(x).shape.c != out.shape.c) refuse("a pool changes the number of channels");
-      const int rows = out.shape.n * out.shape.h;
-      steps_.push_back({[=](Run& run) {
-        const View from = run.view(x), to = run.view(y);
-        const int pieces = pieces_for(rows, run.threads, 4);
-        parallel_for(pieces, run.threads, [&](int piece, int) {
-          kernels().max_pool(from, to, w, cut(rows, pieces, piece), cut(rows, pieces, piece + 1));
-        });
-      }, y});
-      return;
-    }
     case DF_MEAN: {
       const df_tensor& s = tensor(x).shape;
       if (s.n != out.shape.n || s.c != out.shape.c || out.shape.h != 1 || out.shape.w != 1) refuse("a mean's shape");
       steps_.push_back({[=](Run& run) {
         const View from = run.view(x), to = run.view(y);
-        parallel_for(from.n, from.n > 3 ? run.threads : 1, [&](int n, int) { kernels().mean(from, to, n); });
-      }, y});
-      return;
-    }
-    case DF_ADD: {
-      if (!same_shape(tensor(x), out) || !same_shape(read(x2, index), out) || x2 == y) refuse("a sum's shapes");
-      if (node.act < DF_NONE || node.act > DF_HARDSWISH) refuse("an activation is " + std::to_string(node.act));
-      const int act = node.act;
-      steps_.push_back({[=](Run& run) {
-        const View a = run.view(x), b = run.view(x2), to = run.view(y);
-        const int pieces = pieces_for(pixels, run.threads, 64);
-        parallel_for(pieces, run.threads, [&](int piece, int) {
-          kernels().add(a, b, to, act, cut(pixels, pieces, piece), cut(pixels, pieces, piece + 1));
+        // Lines of channels: a sum of pixels is not cut, so that it does not depend on the number of threads.
+        const int lines = (from.c + kLine - 1) / kLine;
+        const int pieces = from.n > 3 ? 1 : pieces_for(lines, run.threads, std::max(1, 8192 / (from.h * from.w)));
+        parallel_for(from.n * pieces, run.threads, [&](int piece, int) {
+          const int part = piece % pieces;
+          kernels().mean(from, to, piece / pieces, kLine * cut(lines, pieces, part),
+                         std::min(from.c, kLine * cut(lines, pieces, part + 1)));
         });
       }, y});
       return;
@@ -261,76 +329,6 @@ void Plan::add_node(const df_node& node, int index) {
           kernels().attention(t, group / t.heads, group % t.heads, cut(tokens, parts, part), cut(tokens, parts, part + 1),
                               memory);
         });
-      }, y});
-      return;
-    }
-    case DF_COPY: {
-      const df_tensor& s = tensor(x).shape;
-      const int64_t first = node.p[0], count = int64_t(s.h) * s.w;
-      if (s.n != out.shape.n || s.c != out.shape.c || first < 0 ||
-          first + count > int64_t(out.shape.h) * out.shape.w)
-        refuse("a copy's shapes");
-      steps_.push_back({[=](Run& run) {
-        const View from = run.view(x), to = run.view(y);
-        for (int n = 0; n < from.n; ++n)
-          for (int64_t i = 0; i < count; ++i)
-            std::memcpy(to.data + n * to.image + (first + i) / to.w * to.row + (first + i) % to.w * to.pixel,
-                        from.data + n * from.image + i / from.w * from.row + i % from.w * from.pixel,
-                        sizeof(float) * from.c);
-      }, y});
-      return;
-    }
-    case DF_FROM_PLANES:
-    case DF_TO_PLANES: {
-      const bool reading = node.op == DF_FROM_PLANES;
-      if (!same_shape(tensor(x), out)) refuse("a change of layout changes the shape");
-      if (tensor(reading ? x : y).shape.place != (reading ? DF_INPUT : DF_OUTPUT)) refuse("planes lie in the arena");
-      const int rows = out.shape.n * out.shape.h;
-      steps_.push_back({[=](Run& run) {
-        const View from = run.view(x), to = run.view(y);
-        const int64_t plane = int64_t(from.h) * from.w;
-        const int pieces = pieces_for(rows, run.threads, 16);
-        parallel_for(pieces, run.threads, [&](int piece, int) {
-          for (int row = cut(rows, pieces, piece); row < cut(rows, pieces, piece + 1); ++row) {
-            const int n = row / from.h, p = row % from.h;
-            for (int c = 0; c < from.c; ++c) {
-              const int64_t at = (int64_t(n) * from.c + c) * plane + int64_t(p) * from.w;
-              if (reading)
-                for (int q = 0; q < from.w; ++q)
-                  to.data[n * to.image + p * to.row + q * to.pixel + c] = from.data[at + q];
-              else
-                for (int q = 0; q < from.w; ++q)
-                  to.data[at + q] = from.data[n * from.image + p * from.row + q * from.pixel + c];
-            }
-          }
-        });
-      }, y});
-      return;
-    }
-    case DF_SELECT: {
-      const df_tensor& s = tensor(x).shape;
-      const int pixel = node.p[0];
-      if (s.n != out.shape.n || s.c != out.shape.c || out.shape.h != 1 || out.shape.w != 1 || pixel < 0 ||
-          pixel >= int64_t(s.h) * s.w)
-        refuse("a selection's shapes");
-      steps_.push_back({[=](Run& run) {
-        const View from = run.view(x), to = run.view(y);
-        for (int n = 0; n < from.n; ++n)
-          std::memcpy(to.data + n * to.image,
-                      from.data + n * from.image + pixel / from.w * from.row + pixel % from.w * from.pixel,
-                      sizeof(float) * from.c);
-      }, y});
-      return;
-    }
-    case DF_CONSTANT: {
-      const int64_t row_floats = int64_t(out.shape.w) * out.shape.c, count = row_floats * out.shape.h;
-      const float* values = vector_at(node.weight, count, count);
-      if (!values) refuse("a constant has no values");
-      steps_.push_back({[=](Run& run) {
-        const View to = run.view(y);
-        for (int n = 0; n < to.n; ++n)
-          for (int p = 0; p < to.h; ++p)
-            std::memcpy(to.data + n * to.image + p * to.row, values + p * row_floats, sizeof(float) * row_floats);
       }, y});
       return;
     }

@@ -119,12 +119,21 @@ inline int even(int pieces, int threads) {
   return pieces > threads ? pieces / threads * threads : std::max(1, pieces);
 }
 
+// As many pieces as keep all threads busy to the end, of `least` units at least.
+inline int pieces_for(int64_t units, int threads, int64_t least) {
+  return even(int(std::min<int64_t>(4 * threads, units / std::max<int64_t>(1, least))), threads);
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  return a.shape.n == b.shape.n && a.shape.h == b.shape.h && a.shape.w == b.shape.w && a.shape.c == b.shape.c;
+}
+
 // A node, checked and packed: tensors by their index, -1 for no residual; x and y of the task come with a run.
 struct Conv {
   int x, y, residual;
   ConvTask task{};
   std::vector<int64_t> segments{};
-  int panels = 0;
+  int groups = 1, panels = 0;  // of each group
   const float* raw = nullptr;  // weights as they were given, while the plan is made
 };
 
@@ -167,10 +176,18 @@ class Plan {
   void add_depthwise(const df_node& node, int index);
   Conv conv_of(const df_node& node, int index);
   Depthwise depthwise_of(const df_node& node, int index);
-  Window window_of(const df_node& node, const Tensor& x, const Tensor& y) const;
+  void add_pool(const df_node& node, int index);
+  void add_elementwise(const df_node& node, int index);
+  Window window_of(const df_node& node, const Tensor& x, const Tensor& y, bool rounds_up = false) const;
   Tail tail_of(const df_node& node, int channels);
   // The node's residual, shaped like y; -1 where it has none.
   int residual_of(const df_node& node, const Tensor& y, int index);
+
+  // moves.cc: what computes nothing.
+  void add_copy(const df_node& node, int index);
+  void add_pad(const df_node& node, int index);
+  void add_planes(const df_node& node, int index);
+  void add_constant(const df_node& node, int index);
 
   // strips.cc: [expand,] depthwise and project as one step, where that pays: how many nodes it is, 0 where it is none.
   int add_strips(const df_node* nodes, int index, int count);

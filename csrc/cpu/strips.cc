@@ -15,7 +15,7 @@ constexpr int kLeastRows = 12;               // of a piece: rows above and below
 bool is_pointwise(const df_node& node) {
   const int32_t* p = node.p;
   return node.op == DF_CONV && node.algorithm == DF_DIRECT && p[0] == 1 && p[1] == 1 && p[2] == 1 && p[3] == 1 &&
-         p[4] == 0 && p[5] == 0;
+         p[4] == 0 && p[5] == 0 && p[8] == 1;
 }
 
 // Rows [first, last) of image n.

@@ -27,7 +27,7 @@ from depthfuse.measured_cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 SOURCES = CSRC / "cpu"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fvisibility=hidden")

@@ -26,11 +26,28 @@ ARENA, INPUT, OUTPUT = range(3)
     COPY,
     FROM_PLANES,
     TO_PLANES,
-    SELECT,
     CONSTANT,
-) = range(12)
-ACTIVATIONS = ("none", "relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish")  # by their number in abi.h
+    MULTIPLY,
+    MAP,
+    AVERAGE_POOL,
+    PAD,
+) = range(15)
+# By their number in abi.h; those from "sigmoid" on are of ADD, MULTIPLY and MAP only.
+ACTIVATIONS = (
+    "none",
+    "relu",
+    "relu6",
+    "gelu",
+    "gelu_tanh",
+    "silu",
+    "hardswish",
+    "sigmoid",
+    "hardsigmoid",
+    "tanh",
+    "leaky_relu",
+)
 DIRECT, WINOGRAD_2, WINOGRAD_4 = 0, 2, 4
+_GROUPS = 8  # where a convolution's are, among its numbers
 _ERROR_BYTES = 256
 
 
@@ -45,6 +62,7 @@ class Node:
     act: str = "none"
     algorithm: int = DIRECT
     numbers: Sequence[int] = ()
+    groups: int = 1  # of a convolution
     f: float = 0.0
     weight: Tensor | None = None
     bias: Tensor | None = None
@@ -73,6 +91,23 @@ class Builder:
         """Let at least `border` pixels of zeros lie around the images of a tensor in the arena."""
         self.tensors[tensor].border = max(self.tensors[tensor].border, border)
 
+    def copy(
+        self,
+        x: int,
+        y: int,
+        *,
+        y_pixel: int = 0,
+        y_channel: int = 0,
+        x_pixel: int = 0,
+        x_channel: int = 0,
+        pixels: int | None = None,
+        channels: int | None = None,
+    ) -> None:
+        """Add a copy of x's pixels, counted along h and w, and channels into y's; None for all of x's."""
+        _, h, w, c = self.shape(x)
+        counts = (h * w if pixels is None else pixels, c if channels is None else channels)
+        self.nodes.append(Node(COPY, x, y, numbers=(y_pixel, y_channel, x_pixel, x_channel, *counts)))
+
     def build(self) -> NativePlan:
         """Raises ValueError where the engine refuses the plan, saying why. Missing: there is no engine."""
         return NativePlan(self)
@@ -99,6 +134,8 @@ class NativePlan:
             spec.op, spec.x, spec.x2, spec.y = node.op, node.x, node.x2, node.y
             spec.act, spec.algorithm, spec.f = ACTIVATIONS.index(node.act), node.algorithm, node.f
             spec.p[: len(node.numbers)] = list(node.numbers)
+            if node.op == CONV:
+                spec.p[_GROUPS] = node.groups
             for name in ("weight", "bias", "scale", "shift"):
                 setattr(spec, name, offset(getattr(node, name)))
         weights = torch.cat(parts) if parts else torch.empty(0)

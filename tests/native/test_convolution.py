@@ -32,6 +32,11 @@ CASES = {
     "asymmetric": (1, 32, (9, 6), 17, (3, 1), (2, 1), (1, 0), (1, 1), 1),
     "more_padding_than_needed": (1, 8, (4, 5), 16, (3, 3), (1, 1), (2, 2), (1, 1), 1),
     "wide": (1, 130, (14, 14), 200, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "groups_of_4": (2, 12, (9, 8), 12, (3, 3), (1, 1), (1, 1), (1, 1), 3),
+    "groups_of_20_s2": (1, 40, (9, 8), 80, (3, 3), (2, 2), (1, 1), (1, 1), 2),
+    "groups_of_70_1x1": (2, 16, (7, 5), 140, (1, 1), (1, 1), (0, 0), (1, 1), 2),
+    "groups_of_33_dilated": (1, 99, (9, 8), 99, (3, 2), (1, 1), (2, 1), (2, 1), 3),
+    "filters_of_one_channel": (1, 6, (8, 8), 18, (3, 3), (1, 1), (1, 1), (1, 1), 6),
     "depthwise_3x3": (2, 32, (9, 11), 32, (3, 3), (1, 1), (1, 1), (1, 1), 32),
     "depthwise_5x5_s2": (1, 20, (9, 8), 20, (5, 5), (2, 2), (2, 2), (1, 1), 20),
     "depthwise_7x7": (1, 3, (7, 7), 3, (7, 7), (1, 1), (3, 3), (1, 1), 3),
@@ -99,7 +104,7 @@ def test_writes_its_own_channels_only(filters):
     taps = second.permute(0, 2, 3, 1)
     builder.nodes.append(Node(native.CONV, middle, y, numbers=(3, 3, 1, 1, 1, 1, 1, 1), weight=taps))
     out = builder.tensor((2, 5, 6, 3), native.OUTPUT)
-    builder.nodes.append(Node(native.COPY, y, out, numbers=(0,)))
+    builder.copy(y, out)
     wanted = F.conv2d(F.conv2d(x.double(), first[..., None, None].double()), second.double(), padding=1)
     for threads in (1, 3):
         assert torch.equal(run(builder, [x], out, threads).double(), wanted.permute(0, 2, 3, 1))
@@ -117,7 +122,7 @@ def test_nan_and_infinity_come_through_a_clamp(filters, act):
 
 
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("case", ["3x3", "1x1", "depthwise_3x3", "one_of_all"])
+@pytest.mark.parametrize("case", ["3x3", "1x1", "groups_of_20_s2", "depthwise_3x3", "one_of_all"])
 def test_error_bound_with_each_activation(case, act):
     x, weight, tail, window = operands(CASES[case], integers=False)
     tail = tail._replace(act=act)
@@ -127,7 +132,7 @@ def test_error_bound_with_each_activation(case, act):
 
 @pytest.mark.parametrize("given", list(itertools.product([False, True], repeat=4)))
 def test_every_tail(given):
-    for case in ("3x3", "depthwise_3x3"):
+    for case in ("3x3", "groups_of_20_s2", "depthwise_3x3"):
         x, weight, tail, window = operands(CASES[case], integers=True)
         values = [t if there else None for t, there in zip(tail[:4], given, strict=True)]
         tail = Tail(*values, "relu6")
@@ -249,11 +254,14 @@ def random_case(rng):
     least = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding, strict=True)]
     image = tuple(n + rng.randint(0, 14) for n in least)
     channels = rng.choice([1, 3, 4, 8, 15, 16, 24, 33, 64])
-    depthwise = rng.random() < 0.3
-    filters = channels if depthwise else rng.choice([1, 5, 8, 16, 17, 40, 64])
+    depthwise, filters, groups = rng.random() < 0.3, rng.choice([1, 5, 8, 16, 17, 40, 64]), 1
+    if depthwise:
+        filters, groups = channels, channels
+    elif rng.random() < 0.3:
+        groups = math.gcd(channels, filters)
     stride = (rng.randint(1, 3), rng.randint(1, 3))
     return (
-        rng.randint(1, 3), channels, image, filters, kernel, stride, padding, dilation, channels if depthwise else 1,
+        rng.randint(1, 3), channels, image, filters, kernel, stride, padding, dilation, groups,
     )  # fmt: skip
 
 

@@ -62,6 +62,103 @@ def test_add(act, channels):
     torch.testing.assert_close(run(builder, [a, b], y).double(), wanted, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("op", [native.ADD, native.MULTIPLY])
+@pytest.mark.parametrize(
+    "other",
+    [(2, 21, 5, 4), (2, 21, 1, 1), (1, 21, 1, 1), (2, 1, 5, 4), (1, 21, 5, 1), (2, 1, 1, 4), (1, 1, 1, 1)],
+)
+def test_the_second_operand_is_broadcast(op, other):
+    a, b = image(2, 21, 5, 4, integers=True), image(*other, integers=True)
+    builder = Builder()
+    x, x2 = padded_input(builder, a, 1), padded_input(builder, b, 1)
+    y = builder.tensor(builder.shape(x), native.OUTPUT)
+    builder.nodes.append(Node(op, x, y, x2=x2))
+    assert torch.equal(run(builder, [a, b], y), nhwc(a + b if op == native.ADD else a * b))
+
+
+# Errors of 2^x and of the division, a few units in the last place each, of values up to 1 (tanh: doubled).
+ACTIVATION = {
+    "none": (lambda x: x, 0.0, 0.0),
+    "relu": (F.relu, 0.0, 0.0),
+    "relu6": (F.relu6, 0.0, 0.0),
+    "silu": (F.silu, 8 * 2**-24, 1e-30),
+    "gelu": (F.gelu, 8 * 2**-24, 8 * 2**-24),
+    "hardswish": (F.hardswish, 4 * 2**-24, 4 * 2**-24),
+    "sigmoid": (torch.sigmoid, 8 * 2**-24, 1e-30),
+    "hardsigmoid": (F.hardsigmoid, 2 * 2**-24, 2 * 2**-24),
+    "tanh": (torch.tanh, 0.0, 8 * 2**-24),
+    "leaky_relu": (lambda x: F.leaky_relu(x, 0.125), 0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("act", ACTIVATION)
+@pytest.mark.parametrize("channels", [1, 16, 75])
+def test_map(act, channels):
+    x = 3 * image(2, channels, 5, 4)
+    x[0, 0, 0, :4] = torch.tensor([float("nan"), -90.0, 90.0, 0.0])
+    weight, bias = torch.randn(channels), torch.randn(channels)
+    function, relative, absolute = ACTIVATION[act]
+    given = single(native.MAP, x, nhwc(x).shape, border=1, act=act, f=0.125)
+    torch.testing.assert_close(
+        given.double(), nhwc(function(x.double())), rtol=relative, atol=absolute, equal_nan=True
+    )
+    given = single(native.MAP, x, nhwc(x).shape, border=1, act=act, f=0.125, weight=weight, bias=bias)
+    alone = single(
+        native.MAP,
+        torch.addcmul(bias.view(-1, 1, 1), x, weight.view(-1, 1, 1)),
+        nhwc(x).shape,
+        act=act,
+        f=0.125,
+    )
+    torch.testing.assert_close(given, alone, rtol=2e-6, atol=2e-6, equal_nan=True)  # rounded once or twice
+
+
+@pytest.mark.parametrize(
+    "kernel, stride, padding", [((2, 2), (2, 2), (0, 0)), ((3, 3), (2, 1), (1, 1)), ((5, 3), (3, 2), (2, 0))]
+)
+@pytest.mark.parametrize("ceil", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("channels", [1, 16, 21])
+def test_average_pool(kernel, stride, padding, ceil, padded, channels):
+    x = image(2, channels, 9, 8)
+    wanted = nhwc(F.avg_pool2d(x.double(), kernel, stride, padding, ceil, padded))
+    numbers = (*kernel, *stride, *padding, 1, 1, int(padded), int(ceil))
+    given = single(native.AVERAGE_POOL, x, wanted.shape, border=2, numbers=numbers)
+    magnitude = nhwc(F.avg_pool2d(x.double().abs(), kernel, stride, padding, ceil, padded))
+    assert ((given - wanted).abs() <= (kernel[0] * kernel[1] + 1) * 2**-24 * magnitude).all()
+
+
+@pytest.mark.parametrize("kernel, stride, padding", [(2, 2, 0), (3, 2, 1), (3, 2, 0), (5, 4, 2)])
+@pytest.mark.parametrize("size", [(9, 8), (7, 10)])
+def test_max_pool_that_rounds_up(kernel, stride, padding, size):
+    x = image(2, 5, *size) - 100
+    wanted = nhwc(F.max_pool2d(x, kernel, stride, padding, ceil_mode=True))
+    numbers = (kernel, kernel, stride, stride, padding, padding, 1, 1, 0, 1)
+    assert torch.equal(single(native.MAX_POOL, x, wanted.shape, border=1, numbers=numbers), wanted)
+
+
+@pytest.mark.parametrize(
+    "padding", [(0, 1, 0, 1), (2, 0, 1, 3), (-1, 2, -2, -1), (-3, 0, 0, 0), (0, 0, 40, 0)]
+)
+@pytest.mark.parametrize("value", [0.0, -2.5])
+def test_pad(padding, value):
+    x = image(2, 5, 9, 8)
+    wanted = nhwc(F.pad(x, padding, value=value))
+    given = single(native.PAD, x, wanted.shape, border=1, numbers=(padding[2], padding[0]), f=value)
+    assert torch.equal(given, wanted)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_channels_are_cut_out_and_joined(threads):
+    a, b = image(3, 40, 30, 17), image(3, 5, 30, 17)
+    builder = Builder()
+    x, x2 = padded_input(builder, a, 1), padded_input(builder, b, 0)
+    y = builder.tensor((3, 30, 17, 5 + 21), native.OUTPUT)
+    builder.copy(x2, y)
+    builder.copy(x, y, y_channel=5, x_channel=9, channels=21)
+    assert torch.equal(run(builder, [a, b], y, threads), nhwc(torch.cat([b, a[:, 9:30]], 1)))
+
+
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("channels", [1, 5, 64, 100])
 def test_layer_norm(channels, affine):
@@ -109,14 +206,12 @@ def test_tokens_are_joined_selected_and_added_to_constants():
     token, table = builder.tensor((3, 1, 1, 4)), builder.tensor((3, 1, 11, 4))
     joined, placed = builder.tensor((3, 1, 11, 4)), builder.tensor((3, 1, 11, 4))
     last = builder.tensor((3, 1, 1, 4), native.OUTPUT)
-    builder.nodes += [
-        Node(native.CONSTANT, -1, token, weight=first),
-        Node(native.COPY, token, joined, numbers=(0,)),
-        Node(native.COPY, pixels, joined, numbers=(1,)),
-        Node(native.CONSTANT, -1, table, weight=places),
-        Node(native.ADD, joined, placed, x2=table),
-        Node(native.SELECT, placed, last, numbers=(10,)),
-    ]
+    builder.nodes.append(Node(native.CONSTANT, -1, token, weight=first))
+    builder.copy(token, joined)
+    builder.copy(pixels, joined, y_pixel=1)
+    builder.nodes.append(Node(native.CONSTANT, -1, table, weight=places))
+    builder.nodes.append(Node(native.ADD, joined, placed, x2=table))
+    builder.copy(placed, last, x_pixel=10, pixels=1)
     wanted = (torch.cat([first.expand(3, -1, -1), x.flatten(2).mT], 1) + places)[:, 10]
     assert torch.equal(run(builder, [x], last).view(3, 4), wanted)
 

@@ -29,7 +29,7 @@ def chain(depth=4, channels=16, size=12):
         builder.tensor((1, size, size, channels), native.INPUT),
         builder.tensor((1, size, size, channels)),
     )
-    builder.nodes.append(Node(native.COPY, source, x, numbers=(0,)))
+    builder.copy(source, x)
     before = x
     for i in range(depth):
         last = i == depth - 1
@@ -147,8 +147,60 @@ def specs(builder):
     for spec, node in zip(nodes, builder.nodes, strict=True):
         spec.op, spec.x, spec.x2, spec.y = node.op, node.x, node.x2, node.y
         spec.p[: len(node.numbers)] = list(node.numbers)
+        if node.op == native.CONV:
+            spec.p[8] = node.groups
         spec.bias = spec.scale = spec.shift = -1
     return (TensorSpec * len(builder.tensors))(*builder.tensors), nodes
+
+
+def all_kinds():
+    """Every operation once, and what they give in one another."""
+    builder = Builder()
+    planes, rows = (
+        builder.tensor((2, 12, 12, 16), native.INPUT),
+        builder.tensor((2, 12, 12, 16), native.INPUT),
+    )
+    a, b, c, d, e, f, g, padded, joined, pooled, averaged, mean = (
+        builder.tensor(shape)
+        for shape in [
+            *[(2, 12, 12, 16)] * 7,
+            (2, 15, 14, 16),
+            (2, 12, 12, 48),
+            (2, 6, 6, 16),
+            (2, 6, 6, 16),
+            (2, 1, 1, 16),
+        ]
+    )
+    builder.nodes.append(Node(native.FROM_PLANES, planes, a))
+    builder.copy(rows, b)
+    builder.pad(a, 1)
+    window = (3, 3, 1, 1, 1, 1, 1, 1)
+    builder.nodes += [
+        Node(native.CONV, a, c, x2=b, act="relu", numbers=window, groups=2),
+        Node(native.DEPTHWISE, a, d, numbers=window),
+        Node(native.ADD, c, e, x2=d),
+        Node(native.LAYER_NORM, e, f),
+        Node(native.CONSTANT, -1, g),
+        Node(native.PAD, f, padded, numbers=(1, 2)),
+    ]
+    for i, part in enumerate((e, f, g)):
+        builder.copy(part, joined, y_channel=16 * i)
+    attended = builder.tensor((2, 12, 12, 16))
+    builder.nodes += [
+        Node(native.ATTENTION, joined, attended, numbers=(2,)),
+        Node(native.MAX_POOL, attended, pooled, numbers=(3, 3, 2, 2, 1, 1, 1, 1)),
+        Node(native.AVERAGE_POOL, attended, averaged, numbers=(2, 2, 2, 2, 0, 0, 1, 1, 1, 1)),
+        Node(native.MEAN, averaged, mean),
+    ]
+    gated, mapped = builder.tensor((2, 6, 6, 16)), builder.tensor((2, 6, 6, 16))
+    outputs = [builder.tensor(shape, native.OUTPUT) for shape in ((2, 6, 6, 16), (2, 15, 14, 16))]
+    builder.nodes += [
+        Node(native.MULTIPLY, pooled, gated, x2=mean),
+        Node(native.MAP, gated, mapped, act="sigmoid"),
+        Node(native.TO_PLANES, mapped, outputs[0]),
+    ]
+    builder.copy(padded, outputs[1])
+    return builder
 
 
 def create(tensors, nodes, weights):
@@ -178,15 +230,16 @@ def run_on_zeros(tensors, nodes, weights):
 def test_damaged_plans_are_refused_or_harmless():
     """Any field of any structure set to any number: refused with a reason, or a plan that stays within its memory."""
     rng, refused, ran = random.Random(0), 0, 0
-    weights = torch.zeros(16 * 9 * 16)
-    for _ in range(2000):
-        tensors, nodes = specs(chain(3))
+    weights = torch.zeros(16 * 12 * 12)
+    assert {node.op for node in all_kinds().nodes} == set(range(15))
+    for _ in range(4000):
+        tensors, nodes = specs(all_kinds())
         for _ in range(rng.randint(1, 2)):
             spec = rng.choice([*tensors, *nodes])
             name = rng.choice([name for name, _ in spec._fields_ if name != "f"])
             value = rng.choice([-(2**31), -2, -1, 0, 1, 2, 3, 5, 11, 12, 13, 17, 255, 2**20, 2**31 - 1])
             if name == "p":
-                spec.p[rng.randrange(8)] = value
+                spec.p[rng.randrange(10)] = value
             else:
                 setattr(spec, name, value)
         taken, error = create(tensors, nodes, weights)
@@ -195,8 +248,8 @@ def test_damaged_plans_are_refused_or_harmless():
         if taken and all(t.n * t.h * t.w * t.c < 10**6 for t in tensors):
             run_on_zeros(tensors, nodes, weights)
             ran += 1
-    assert refused > 1000
-    assert ran > 100
+    assert refused > 2000
+    assert ran > 200
 
 
 @pytest.mark.parametrize(
@@ -212,6 +265,7 @@ def test_damaged_plans_are_refused_or_harmless():
         (lambda t, n: setattr(n[1], "y", 1), "writes over what it reads"),
         (lambda t, n: setattr(n[1], "y", 0), "writes to an input"),
         (lambda t, n: setattr(n[1], "act", 7), "activation is 7"),
+        (lambda t, n: n[1].p.__setitem__(8, 3), "groups do not fit"),
         (lambda t, n: setattr(n[1], "op", 77), "operation is 77"),
         (lambda t, n: setattr(n[1], "algorithm", 3), "algorithm is 3"),
         (lambda t, n: setattr(t[2], "c", 2**30), "size is 1073741824"),

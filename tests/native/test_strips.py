@@ -33,7 +33,7 @@ def block(x, expands, kernel, stride, padding, dilation, residual, watched, midd
     filtered = builder.tensor((n, *size, middle))
     expanded = builder.tensor((n, h, w, middle)) if expands else image
     builder.pad(expanded, max(padding))
-    builder.nodes.append(Node(native.COPY, source, image, numbers=(0,)))
+    builder.copy(source, image)
     if expands:
         builder.nodes.append(
             Node(native.CONV, image, expanded, act="relu6", numbers=POINTWISE, weight=expand, bias=biases[0])

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from depthfuse.acceleration.running.implementations import least_ms
-from depthfuse.acceleration.running.native_lowering import Algorithms, Lowering, Unsupported
+from depthfuse.acceleration.running.native_lowering import Algorithms, Lowering
+from depthfuse.acceleration.running.native_values import Unsupported
 from depthfuse.measured_cache import MeasuredCache
 from depthfuse.native import plan as native
 from depthfuse.native.library import Missing, isa
@@ -69,7 +70,7 @@ def fastest_algorithm(shape: Sequence[int], filters: int, padding: int) -> int:
             source, x = builder.tensor(shape, native.INPUT), builder.tensor(shape)
             y = builder.tensor((n, h + 2 * padding - 2, w + 2 * padding - 2, filters), native.OUTPUT)
             builder.pad(x, padding)
-            builder.nodes.append(Node(native.COPY, source, x, numbers=(0,)))
+            builder.copy(source, x)
             numbers = (3, 3, 1, 1, padding, padding, 1, 1)
             weight = torch.randn(filters, 3, 3, c) / (3 * math.sqrt(c))
             builder.nodes.append(Node(native.CONV, x, y, algorithm=algorithm, numbers=numbers, weight=weight))

@@ -61,6 +61,7 @@ struct AttentionTask {
 
 struct Kernels {
   const char* name;
+  int vector;     // floats of a vector
   int panel;      // output channels of a panel
   int tile_rows;  // output pixels that a tile of accumulators holds, at most
 

@@ -10,10 +10,16 @@ namespace {
 
 constexpr int kLine = 16;  // floats of a cache line
 
-// Group `group` of a convolution whose channels are those of a group, the others' weights being `weights` floats.
-ConvTask of_group(ConvTask t, int group, int64_t weights) {
-  const int64_t out = int64_t(group) * t.y.c;
-  t.x.data += int64_t(group) * t.x.c, t.y.data += out, t.weights += weights;
+// What a section reads of the channels of x starts here.
+int first_input(const Conv& conv, int channels, int section) {
+  return std::min(section * conv.in, channels - conv.in);
+}
+
+// A section of a convolution, the weights of each being `weights` floats.
+ConvTask section_of(const Conv& conv, ConvTask t, int section, int64_t weights) {
+  const int out = section * conv.out;
+  t.x.data += first_input(conv, t.x.c, section), t.y.data += out, t.weights += section * weights;
+  t.x.c = conv.in, t.y.c = std::min(conv.out, t.y.c - out);
   for (const float** vector : {&t.tail.bias, &t.tail.scale, &t.tail.shift})
     if (*vector) *vector += out;
   if (t.tail.residual.data) t.tail.residual.data += out;
@@ -77,26 +83,31 @@ Conv Plan::conv_of(const df_node& node, int index) {
   if (node.x == node.y) refuse("a convolution writes over what it reads");
   if (w.padding_h > x.shape.border || w.padding_w > x.shape.border) refuse("a convolution reads past a border");
   if (y.pixels() > INT_MAX / 2) refuse("a convolution has too many pixels");
-  const int groups = conv.groups = node.p[8];
+  const int groups = node.p[8];
   if (groups < 1 || x.shape.c % groups || y.shape.c % groups) refuse("a convolution's groups do not fit its channels");
   const int c_in = x.shape.c / groups, c_out = y.shape.c / groups;  // of a group
   const int taps = w.kernel_h * w.kernel_w, panel = kernels().panel;
-  conv.panels = (c_out + panel - 1) / panel;
+  const int joined = std::max(1, std::min(groups, kernels().vector / c_out));
+  conv.sections = (groups + joined - 1) / joined, conv.in = joined * c_in, conv.out = joined * c_out;
+  conv.panels = (conv.out + panel - 1) / panel;
   conv.raw = floats_at(node.weight, int64_t(y.shape.c) * taps * c_in);
   conv.task.tail = tail_of(node, y.shape.c), conv.residual = residual_of(node, y, index);
   if (node.algorithm != DF_DIRECT) return conv;
-  const int64_t length = int64_t(taps) * c_in;
-  float* weights = packed(groups * conv.panels * length * panel);
+  const int64_t length = int64_t(taps) * conv.in;
+  float* weights = packed(conv.sections * conv.panels * length * panel);
   for (int out = 0; out < y.shape.c; ++out) {
-    const int in_group = out % c_out;
-    float* to = weights + (int64_t(out / c_out) * conv.panels + in_group / panel) * length * panel + in_group % panel;
-    for (int64_t i = 0; i < length; ++i) to[i * panel] = conv.raw[out * length + i];
+    const int section = out / conv.out, column = out % conv.out;
+    const int shift = out / c_out * c_in - first_input(conv, x.shape.c, section);  // of its group in its section
+    float* to = weights + (int64_t(section) * conv.panels + column / panel) * length * panel + column % panel;
+    for (int tap = 0; tap < taps; ++tap)
+      for (int i = 0; i < c_in; ++i)
+        to[(int64_t(tap) * conv.in + shift + i) * panel] = conv.raw[(int64_t(out) * taps + tap) * c_in + i];
   }
   conv.task.weights = weights;
   // Neighbouring taps of a row are neighbours in memory.
   const View sample = x.view(nullptr);
-  const bool whole_rows = w.dilation_w == 1 && groups == 1;
-  conv.task.length = whole_rows ? w.kernel_w * c_in : c_in;
+  const bool whole_rows = w.dilation_w == 1 && conv.sections == 1;
+  conv.task.length = whole_rows ? w.kernel_w * conv.in : conv.in;
   for (int r = 0; r < w.kernel_h; ++r)
     for (int s = 0; s < (whole_rows ? 1 : w.kernel_w); ++s)
       conv.segments.push_back(int64_t(r) * w.dilation_h * sample.row + int64_t(s) * w.dilation_w * sample.pixel);
@@ -114,7 +125,7 @@ void Plan::add_conv(const df_node& node, int index) {
     const int tile = node.algorithm, c_in = x.shape.c, c_out = y.shape.c, taps = w.kernel_h * w.kernel_w;
     const float* raw = conv.raw;
     if (tile != DF_WINOGRAD2 && tile != DF_WINOGRAD4) refuse("an algorithm is " + std::to_string(tile));
-    if (conv.groups != 1 || taps != 9 || w.kernel_h != 3 || w.stride_h != 1 || w.stride_w != 1 || w.dilation_h != 1 || w.dilation_w != 1 ||
+    if (node.p[8] != 1 || taps != 9 || w.kernel_h != 3 || w.stride_h != 1 || w.stride_w != 1 || w.dilation_h != 1 || w.dilation_w != 1 ||
         w.padding_h != w.padding_w)
       refuse("Winograd is for 3x3 of stride 1");
     const int64_t positions = int64_t(tile + 2) * (tile + 2);
@@ -147,19 +158,18 @@ void Plan::add_conv(const df_node& node, int index) {
     }, y_index});
     return;
   }
-  const int pixels = int(y.pixels()), groups = conv.groups, all_panels = groups * panels;
-  const int64_t panel_floats = int64_t(conv.task.segment_count) * conv.task.length * k.panel;
+  const int pixels = int(y.pixels()), all_panels = conv.sections * panels;
+  const int64_t section_floats = int64_t(conv.task.segment_count) * conv.task.length * k.panel * panels;
   steps_.push_back({[=](Run& run) {
     const Kernels& k = kernels();
     ConvTask t = conv.task;
     t.segments = conv.segments.data();
     t.x = run.view(x_index), t.y = run.view(y_index);
     if (residual != -1) t.tail.residual = run.view(residual);
-    t.x.c /= groups, t.y.c /= groups;
-    const double work = double(pixels) * t.segment_count * t.length * t.y.c * groups;
+    const double work = double(pixels) * t.segment_count * t.length * t.y.c;
     const int wanted = work < 200000 ? 1 : int(std::min<double>(4.0 * run.threads, work / 100000));
     // Pixels first: pieces of them share no weights but read each input once. Where there are few, panels too.
-    const int least_pixels = int64_t(t.segment_count) * t.length * t.y.c < 400000 ? k.tile_rows : 2 * k.tile_rows;
+    const int least_pixels = int64_t(t.segment_count) * t.length * conv.out < 400000 ? k.tile_rows : 2 * k.tile_rows;
     const int pixel_pieces = even(std::min(wanted, pixels / least_pixels), run.threads);
     const int panel_pieces = std::max(1, std::min(all_panels, wanted / pixel_pieces));
     parallel_for(pixel_pieces * panel_pieces, run.threads, [&](int piece, int) {
@@ -167,9 +177,10 @@ void Plan::add_conv(const df_node& node, int index) {
       const int first = cut(pixels, pixel_pieces, a), last = cut(pixels, pixel_pieces, a + 1);
       const int last_panel = cut(all_panels, panel_pieces, b + 1);
       for (int panel = cut(all_panels, panel_pieces, b), stop; panel < last_panel; panel = stop) {
-        const int group = panel / panels, before = group * panels;
+        const int section = panel / panels, before = section * panels;
         stop = std::min(last_panel, before + panels);
-        k.conv(group ? of_group(t, group, before * panel_floats) : t, first, last, panel - before, stop - before);
+        k.conv(conv.sections == 1 ? t : section_of(conv, t, section, section_floats), first, last, panel - before,
+               stop - before);
       }
     });
   }, y_index});

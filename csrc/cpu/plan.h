@@ -133,7 +133,11 @@ struct Conv {
   int x, y, residual;
   ConvTask task{};
   std::vector<int64_t> segments{};
-  int groups = 1, panels = 0;  // of each group
+  int panels = 0;  // of a section
+  // Groups are computed in sections of one or, where they have less channels than a vector, several of them, with zeros
+  // for what they do not read of each other. The last section starts earlier, so that it reads no other pixel's channels,
+  // and writes less.
+  int sections = 1, in = 0, out = 0;  // channels that a section reads and writes
   const float* raw = nullptr;  // weights as they were given, while the plan is made
 };
 

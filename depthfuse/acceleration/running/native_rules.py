@@ -30,11 +30,6 @@ from depthfuse.native.plan import Node
 if TYPE_CHECKING:
     from depthfuse.acceleration.running.native_lowering import Lowering
 
-# Groups of fewer output channels are computed several at a time, with zeros between them: a vector of the engine holds
-# so many channels.
-_LEAST_GROUP = 16
-
-
 # Products.
 
 
@@ -71,7 +66,6 @@ def _conv(lowering: Lowering, module: FusedConv2d, x: Any, residual: Any = None)
         return lowering.add(
             Node(native.DEPTHWISE, x.tensor, y.tensor, numbers=numbers, weight=taps, **common), IMAGE
         )
-    groups, weight = _wider_groups(groups, weight)
     square = groups == 1 and numbers == (3, 3, 1, 1, padding[0], padding[0], 1, 1)
     algorithm = lowering.algorithms((n, h, w, c), filters, padding[0]) if square else native.DIRECT
     node = Node(
@@ -85,21 +79,6 @@ def _conv(lowering: Lowering, module: FusedConv2d, x: Any, residual: Any = None)
         **common,
     )
     return lowering.add(node, IMAGE)
-
-
-def _wider_groups(groups: int, weight: Tensor) -> tuple[int, Tensor]:
-    """The same convolution in fewer groups of at least _LEAST_GROUP output channels, as far as there are so many."""
-    filters, channels, *kernel = weight.shape
-    fits = (f for f in range(1, groups + 1) if groups % f == 0 and filters // groups * f >= _LEAST_GROUP)
-    joined = next(fits, groups)
-    if joined == 1:
-        return groups, weight
-    out = filters // groups
-    wide = weight.new_zeros(filters, channels * joined, *kernel)
-    for i in range(groups):
-        at = i % joined * channels
-        wide[i * out : (i + 1) * out, at : at + channels] = weight[i * out : (i + 1) * out].detach()
-    return groups // joined, wide
 
 
 def _linear(lowering: Lowering, module: FusedLinear, x: Any, residual: Any = None) -> Value:

@@ -120,16 +120,3 @@ def kinds(function, monkeypatch):
 
 def test_an_activation_goes_into_what_it_follows(monkeypatch):
     assert kinds(FUNCTIONS["batch norm first"], monkeypatch).count(native.MAP) == 2  # gate; norm with relu
-
-
-def test_groups_of_few_channels_are_joined():
-    """Exact on integers, where zeros between the groups change nothing."""
-    for groups, channels, filters in ((8, 32, 32), (3, 12, 24), (6, 6, 18), (2, 8, 64), (5, 5, 10)):
-        generator = torch.Generator().manual_seed(groups)
-        conv = nn.Conv2d(channels, filters, 3, padding=1, groups=groups).eval()
-        conv.weight.data = torch.randint(-3, 4, conv.weight.shape, generator=generator).float()
-        conv.bias.data = torch.randint(-3, 4, conv.bias.shape, generator=generator).float()
-        x = torch.randint(-3, 4, (2, channels, 7, 6), generator=generator).float()
-        run = compile_plan(accelerate(conv, x, tune="off").plan, (x,), direct)
-        with torch.no_grad():
-            assert torch.equal(run(x), conv(x))

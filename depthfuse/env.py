@@ -23,6 +23,7 @@ _PACKAGES = (
     "scipy",
     "onnxruntime",
     "openvino",
+    "executorch",
 )
 # Each op, and whether a CPU has fused ops of oneDNN for it.
 _OPS = {

@@ -38,6 +38,8 @@ _NAMES = {
     native.MAP: "map",
     native.AVERAGE_POOL: "average pool",
     native.PAD: "pad",
+    native.GROUP_NORM: "group norm",
+    native.RESIZE: "resize",
 }
 _NOTHING_MS = 2e-4
 _ALGORITHMS = {native.DIRECT: "", native.WINOGRAD_2: "F(2,3)", native.WINOGRAD_4: "F(4,3)"}

@@ -36,6 +36,8 @@ enum df_op : int32_t {
   DF_MAP = 12,         // y = act(weight * x + bias), both [c] or none
   DF_AVERAGE_POOL = 13,
   DF_PAD = 14,         // y(p, q) = x(p - p[0], q - p[1]), `f` where that is outside
+  DF_GROUP_NORM = 15,  // over h, w and c / p[0] of its p[0] groups, weight and bias in `weight`, `bias`
+  DF_RESIZE = 16,      // p[0]: see df_resize
 };
 
 enum df_act : int32_t {
@@ -43,6 +45,8 @@ enum df_act : int32_t {
   // of DF_ADD, DF_MULTIPLY and DF_MAP only
   DF_SIGMOID = 7, DF_HARDSIGMOID = 8, DF_TANH = 9, DF_LEAKY_RELU = 10,
 };
+
+enum df_resize : int32_t { DF_NEAREST = 0, DF_BILINEAR = 1, DF_BILINEAR_CORNERS = 2 };
 
 enum df_algorithm : int32_t { DF_DIRECT = 0, DF_WINOGRAD2 = 2, DF_WINOGRAD4 = 4 };
 
@@ -54,7 +58,7 @@ struct df_node {
                    // and then: pools: 1 where the output's size is rounded up
                    // attention: heads. pad: rows above, columns to the left
                    // copy: y's first pixel and channel, x's first pixel and channel, how many pixels and channels
-  float f;         // layer norm: epsilon. attention: scale of the scores. pad: value. leaky ReLU: slope
+  float f;         // norms: epsilon. attention: scale of the scores. pad: value. leaky ReLU: slope
   int64_t weight;  // conv [c_out, kernel_h, kernel_w, c_in / groups]; depthwise [kernel_h, kernel_w, c]
   int64_t bias, scale, shift;  // [c_out]
 };

@@ -84,6 +84,11 @@ struct Kernels {
               int last);
   void (*layer_norm)(const View& x, const View& y, const float* weight, const float* bias, float epsilon, int first,
                      int last);
+  // Group `group` of `groups` of image n.
+  void (*group_norm)(const View& x, const View& y, const float* weight, const float* bias, float epsilon, int n,
+                     int group, int groups);
+  // Output rows [first, last) of n * h; `mode` is of df_resize.
+  void (*resize)(const View& x, const View& y, int mode, int first, int last);
   // Image n's mean over its pixels, of channels [first, last).
   void (*mean)(const View& x, const View& y, int n, int first, int last);
   // Head `head` of image n; queries [first, last); `scratch` holds attention_scratch(task) floats.

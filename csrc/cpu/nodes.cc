@@ -320,6 +320,34 @@ void Plan::add_node(const df_node& node, int index) {
       }, y});
       return;
     }
+    case DF_GROUP_NORM: {
+      const int groups = node.p[0];
+      if (!same_shape(tensor(x), out) || groups < 1 || out.shape.c % groups) refuse("a norm's shapes");
+      const float* weight = vector_at(node.weight, out.shape.c, out.shape.c);
+      const float* bias = vector_at(node.bias, out.shape.c, out.shape.c);
+      const float epsilon = node.f;
+      steps_.push_back({[=](Run& run) {
+        const View from = run.view(x), to = run.view(y);
+        parallel_for(from.n * groups, run.threads, [&](int piece, int) {
+          kernels().group_norm(from, to, weight, bias, epsilon, piece / groups, piece % groups, groups);
+        });
+      }, y});
+      return;
+    }
+    case DF_RESIZE: {
+      const df_tensor& s = tensor(x).shape;
+      const int mode = node.p[0], rows = out.shape.n * out.shape.h;
+      if (s.n != out.shape.n || s.c != out.shape.c) refuse("a change of size changes images or channels");
+      if (mode < DF_NEAREST || mode > DF_BILINEAR_CORNERS) refuse("a change of size is " + std::to_string(mode));
+      steps_.push_back({[=](Run& run) {
+        const View from = run.view(x), to = run.view(y);
+        const int pieces = pieces_for(rows, run.threads, 4);
+        parallel_for(pieces, run.threads, [&](int piece, int) {
+          kernels().resize(from, to, mode, cut(rows, pieces, piece), cut(rows, pieces, piece + 1));
+        });
+      }, y});
+      return;
+    }
     case DF_ATTENTION: {
       const df_tensor& s = tensor(x).shape;
       const int heads = node.p[0];

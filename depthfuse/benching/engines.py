@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from depthfuse.acceleration.running.cuda_graphs import capture
-from depthfuse.acceleration.running.other_engines import onnx_of, onnxruntime, openvino
+from depthfuse.acceleration.running.other_engines import executorch, onnx_of, onnxruntime, openvino
 
 OURS = "depthfuse"  # beside which all of `ENGINES` are measured
 
@@ -68,6 +68,11 @@ def _openvino(model: nn.Module, x: Tensor) -> Call:
     return lambda x: run(x.float())[0]
 
 
+def _executorch(model: nn.Module, x: Tensor) -> Call:
+    run = executorch(torch.export.export(model, (x,)), torch.get_num_threads())
+    return lambda x: run(x)[0]
+
+
 @dataclass(frozen=True)
 class Engine:
     """make: from a model and an example input to what runs it. packages: what it needs. dtypes: None for all."""
@@ -85,6 +90,7 @@ ENGINES: dict[str, Engine] = {
     "eager replayed": Engine(_replayed, on_cpu=False),
     "torch.compile": Engine(_compiled),
     "onnxruntime": Engine(_onnxruntime, ("onnxruntime", "onnxscript"), (torch.float32,), on_gpu=False),
+    "executorch": Engine(_executorch, ("executorch",), (torch.float32,), on_gpu=False),
     "openvino": Engine(_openvino, ("openvino", "onnxscript"), (torch.float32, torch.bfloat16), on_gpu=False),
 }
 

@@ -31,7 +31,9 @@ ARENA, INPUT, OUTPUT = range(3)
     MAP,
     AVERAGE_POOL,
     PAD,
-) = range(15)
+    GROUP_NORM,
+    RESIZE,
+) = range(17)
 # By their number in abi.h; those from "sigmoid" on are of ADD, MULTIPLY and MAP only.
 ACTIVATIONS = (
     "none",
@@ -46,6 +48,7 @@ ACTIVATIONS = (
     "tanh",
     "leaky_relu",
 )
+NEAREST, BILINEAR, BILINEAR_CORNERS = range(3)
 DIRECT, WINOGRAD_2, WINOGRAD_4 = 0, 2, 4
 _GROUPS = 8  # where a convolution's are, among its numbers
 _ERROR_BYTES = 256

@@ -131,10 +131,10 @@ def test_openvino_runs_bfloat16_by_a_hint_on_a_float32_graph(monkeypatch, dtype)
     assert model[0].weight.dtype == dtype
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", ["executorch", "onnxruntime", "openvino"])
 def test_engines_compute_the_same(name):
     if not available([name], torch.float32, CPU):
-        pytest.skip(f"{name} or onnxscript is not installed")
+        pytest.skip(f"{name} or what it needs is not installed")
     model, x = small_net().requires_grad_(False), image()
     torch.testing.assert_close(ENGINES[name].make(model, x)(x), model(x), rtol=1e-4, atol=1e-4)
 

@@ -137,6 +137,39 @@ def test_max_pool_that_rounds_up(kernel, stride, padding, size):
     assert torch.equal(single(native.MAX_POOL, x, wanted.shape, border=1, numbers=numbers), wanted)
 
 
+@pytest.mark.parametrize("groups", [1, 3, 21])
+@pytest.mark.parametrize("affine", [False, True])
+def test_group_norm(groups, affine):
+    x = image(2, 42, 9, 7) + 100
+    weight, bias = (torch.randn(42), torch.randn(42)) if affine else (None, None)
+    given = single(
+        native.GROUP_NORM, x, (2, 9, 7, 42), 1, numbers=(groups,), f=1e-3, weight=weight, bias=bias
+    )
+    wanted = F.group_norm(
+        x.double(),
+        groups,
+        None if weight is None else weight.double(),
+        None if bias is None else bias.double(),
+        1e-3,
+    )
+    # The mean errs by (w + h + some of a vector) units in the last place of its 100; the rest is small beside it.
+    bound = 40 * 2**-24 * 100 * (weight.abs().max() if affine else 1)
+    assert (given - nhwc(wanted)).abs().max() < bound
+
+
+@pytest.mark.parametrize("size", [(18, 14), (27, 7), (4, 5), (9, 7), (1, 1), (13, 30)])
+@pytest.mark.parametrize("mode", [native.NEAREST, native.BILINEAR, native.BILINEAR_CORNERS])
+def test_resize(size, mode):
+    x = image(2, 21, 9, 7)
+    options = {} if mode == native.NEAREST else {"align_corners": mode == native.BILINEAR_CORNERS}
+    wanted = F.interpolate(x, size, mode="bilinear" if options else "nearest", **options)
+    given = single(native.RESIZE, x, (2, *size, 21), 1, numbers=(mode,))
+    # Positions err by units in the last place of up to 9, times a difference of up to 2 * max |x|.
+    torch.testing.assert_close(
+        given, nhwc(wanted), rtol=0, atol=0 if not options else 9 * 4 * 2**-23 * float(x.abs().max())
+    )
+
+
 @pytest.mark.parametrize(
     "padding", [(0, 1, 0, 1), (2, 0, 1, 3), (-1, 2, -2, -1), (-3, 0, 0, 0), (0, 0, 40, 0)]
 )

@@ -192,12 +192,14 @@ def all_kinds():
         Node(native.AVERAGE_POOL, attended, averaged, numbers=(2, 2, 2, 2, 0, 0, 1, 1, 1, 1)),
         Node(native.MEAN, averaged, mean),
     ]
-    gated, mapped = builder.tensor((2, 6, 6, 16)), builder.tensor((2, 6, 6, 16))
-    outputs = [builder.tensor(shape, native.OUTPUT) for shape in ((2, 6, 6, 16), (2, 15, 14, 16))]
+    gated, mapped, normed, resized = (builder.tensor(s) for s in [*[(2, 6, 6, 16)] * 3, (2, 5, 9, 16)])
+    outputs = [builder.tensor(shape, native.OUTPUT) for shape in ((2, 5, 9, 16), (2, 15, 14, 16))]
     builder.nodes += [
         Node(native.MULTIPLY, pooled, gated, x2=mean),
         Node(native.MAP, gated, mapped, act="sigmoid"),
-        Node(native.TO_PLANES, mapped, outputs[0]),
+        Node(native.GROUP_NORM, mapped, normed, numbers=(4,)),
+        Node(native.RESIZE, normed, resized, numbers=(native.BILINEAR,)),
+        Node(native.TO_PLANES, resized, outputs[0]),
     ]
     builder.copy(padded, outputs[1])
     return builder
@@ -231,7 +233,7 @@ def test_damaged_plans_are_refused_or_harmless():
     """Any field of any structure set to any number: refused with a reason, or a plan that stays within its memory."""
     rng, refused, ran = random.Random(0), 0, 0
     weights = torch.zeros(16 * 12 * 12)
-    assert {node.op for node in all_kinds().nodes} == set(range(15))
+    assert {node.op for node in all_kinds().nodes} == set(range(17))
     for _ in range(4000):
         tensors, nodes = specs(all_kinds())
         for _ in range(rng.randint(1, 2)):

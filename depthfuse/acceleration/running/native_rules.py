@@ -134,6 +134,15 @@ def _batch_norm(lowering, x, weight, bias, mean, variance, training, momentum, e
     return _map(lowering, x, scale.float(), shift.float())
 
 
+def _group_norm(lowering, x, groups, weight=None, bias=None, eps=1e-5, *_) -> Value:
+    x = need(x, "a group norm", IMAGE)
+    if isinstance(weight, Value) or isinstance(bias, Value):
+        raise Unsupported("a group norm whose affine depends on the input")
+    affine = {"weight": weight and weight.values, "bias": bias and bias.values}
+    y = lowering.builder.tensor(lowering.shape(x))
+    return lowering.add(Node(native.GROUP_NORM, x.tensor, y, numbers=(groups,), f=eps, **affine), IMAGE)
+
+
 def _window_of_pool(lowering, x, kernel, stride, padding, dilation, ceil) -> tuple[Value, tuple[int, ...]]:
     """(The output, the numbers of the window); a last window that starts beyond the image is none, as in PyTorch."""
     kernel, stride, padding, dilation = (
@@ -404,7 +413,9 @@ def _select(lowering, x, dim, index) -> Value:
 
 
 def _cat(lowering, parts, dim=0) -> Value:
-    first = need(next(p for p in parts if isinstance(p, Value)), "cat", IMAGE, TOKENS, ROWS)
+    first = need(
+        next(p for p in parts if isinstance(p, Value)), "cat", IMAGE, ("n", "h", "w", "c"), TOKENS, ROWS
+    )
     axes, builder = first.axes, lowering.builder
     axis = axes[dim]
     if axis not in ("c", "hw"):
@@ -422,6 +433,25 @@ def _cat(lowering, parts, dim=0) -> Value:
         builder.copy(source.tensor, y, **{"y_channel" if axis == "c" else "y_pixel": at})
         at += length
     return Value(y, axes)
+
+
+def _resize(lowering: Lowering, x: Any, size: Any, scales: Any, mode: int) -> Value:
+    x = need(x, "a change of size", IMAGE)
+    n, h, w, c = lowering.shape(x)
+    if size is None:
+        size = [int(length * scale) for length, scale in zip((h, w), scales, strict=True)]
+        if any(new != length * scale for new, length, scale in zip(size, (h, w), scales, strict=True)):
+            raise Unsupported(f"a change of size by {scales}")  # PyTorch steps by the scale, not by the sizes
+    y = lowering.builder.tensor((n, *size, c))
+    return lowering.add(Node(native.RESIZE, x.tensor, y, numbers=(mode,)), IMAGE)
+
+
+def _nearest(lowering, x, size=None, scales=None) -> Value:
+    return _resize(lowering, x, size, scales, native.NEAREST)
+
+
+def _bilinear(lowering, x, size=None, align_corners=False, scales=None) -> Value:
+    return _resize(lowering, x, size, scales, native.BILINEAR_CORNERS if align_corners else native.BILINEAR)
 
 
 def _pad(lowering, x, padding, mode="constant", value=None) -> Value:
@@ -458,6 +488,7 @@ _ATEN = torch.ops.aten
 FUNCTIONS: dict[Any, Rule] = {
     _ATEN.layer_norm.default: _layer_norm,
     _ATEN.batch_norm.default: _batch_norm,
+    _ATEN.group_norm.default: _group_norm,
     _ATEN.max_pool2d.default: _max_pool,
     _ATEN.avg_pool2d.default: _average_pool,
     _ATEN.adaptive_avg_pool2d.default: _average,
@@ -495,5 +526,7 @@ FUNCTIONS: dict[Any, Rule] = {
     _ATEN.select.int: _select,
     _ATEN.cat.default: _cat,
     _ATEN.pad.default: _pad,
+    _ATEN.upsample_nearest2d.vec: _nearest,
+    _ATEN.upsample_bilinear2d.vec: _bilinear,
     _ATEN.sym_size.int: _sym_size,
 }

@@ -1,11 +1,12 @@
 """Run a whole plan through another project's engine, where that is installed, for one input shape on a CPU.
 
 The engine is given the plan's graph, weights folded, in PyTorch's own operations: nobody else knows ours. OpenVINO and
-ONNX Runtime read it as ONNX; torch.compile takes what `torch.export` makes of it.
+ONNX Runtime read it as ONNX; ExecuTorch and torch.compile take what `torch.export` makes of it.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.metadata
 import importlib.util
@@ -46,6 +47,14 @@ class Exported:
     @functools.cached_property
     def onnx(self) -> bytes:
         return onnx_of(self.program, self.inputs)
+
+
+def _in_rows(exported: Exported) -> torch.export.ExportedProgram:
+    """With weights that lie in no other order than their axes': ExecuTorch takes no others."""
+    twin = copy.deepcopy(exported.graph)
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        tensor.data = tensor.data.contiguous()
+    return Exported(twin, exported.inputs).program
 
 
 def onnx_of(model: nn.Module | torch.export.ExportedProgram, inputs: tuple[Tensor, ...]) -> bytes:
@@ -99,6 +108,31 @@ def onnxruntime(onnx: bytes, threads: int) -> Run:
     return run
 
 
+def executorch(program: torch.export.ExportedProgram, threads: int) -> Run:
+    """On XNNPACK. Several threads may call the result, in turn. All of a process's programs share one pool of threads,
+    so the number of the last one holds for all.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.extension.pybindings import portable_lib
+    from executorch.runtime import Runtime
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of ExecuTorch about torch
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+    if portable_lib._threadpool_get_thread_count() != threads:
+        portable_lib._unsafe_reset_threadpool(threads)
+    loaded = Runtime.get().load_program(lowered.buffer)
+    method, lock = loaded.load_method("forward"), threading.Lock()
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        with lock:  # its outputs lie in the program's own memory until the next call
+            return [y.clone() for y in method.execute([x.detach().contiguous() for x in inputs])]
+
+    run.kept = loaded  # type: ignore[attr-defined]  # a method does not keep its program
+    return run
+
+
 def _array(x: Tensor) -> Any:
     return x.detach().contiguous().numpy()
 
@@ -141,6 +175,9 @@ OTHER_ENGINES: dict[str, OtherEngine] = {
     ),
     "onnxruntime": OtherEngine(
         lambda exported, threads: onnxruntime(exported.onnx, threads), ("onnxruntime", "onnxscript")
+    ),
+    "executorch": OtherEngine(
+        lambda exported, threads: executorch(_in_rows(exported), threads), ("executorch",), quick=False
     ),
     "torch.compile": OtherEngine(lambda exported, threads: _torch_compile(exported), quick=False),
 }

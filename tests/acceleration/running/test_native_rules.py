@@ -40,6 +40,11 @@ FUNCTIONS = {
     "a gate on the left": lambda m, x: m.narrow(F.adaptive_avg_pool2d(x, 1)).tanh() * x,
     "a gate of pixels": lambda m, x: x * m.wide(x)[:, :1].sigmoid(),
     "a gate through a linear layer": lambda m, x: x[:, :5] * m.linear(x.mean((2, 3))).view(-1, 5, 1, 1),
+    "group norms": lambda m, x: F.group_norm(F.group_norm(x * m.gate, 4, m.norm.weight, m.norm.bias).relu(), 1),
+    "bigger": lambda m, x: F.interpolate(F.interpolate(x, scale_factor=2), (27, 15), mode="bilinear") * 2,
+    "smaller": lambda m, x: F.interpolate(F.interpolate(x, (5, 6)), (4, 3), mode="bilinear", align_corners=True) * 2,
+    "joined channels, innermost": lambda m, x: torch.cat([x, m.wide(x)], 1).permute(0, 2, 3, 1)
+    + torch.cat([m.wide(x).permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)], -1),
     "two products": lambda m, x: (x * m.narrow(x)) * x,
     "relu after a sum": lambda m, x: F.relu(m.narrow(F.max_pool2d(x, 3, 1, 1)) * m.gate + x.mean((2, 3), keepdim=True)),
     "batch norm first": lambda m, x: m.narrow(m.norm(x * m.gate).relu()) + x,
@@ -93,6 +98,7 @@ LEFT = {
     "every second row": lambda m, x: x[:, :, ::2],
     "another divisor": lambda m, x: F.avg_pool2d(x, 2, divisor_override=3),
     "columns as tokens": lambda m, x: x.permute(0, 3, 2, 1).reshape(2, 63, 12),
+    "a scale that does not divide": lambda m, x: F.interpolate(x, scale_factor=1.3) * 2,
     "joined images": lambda m, x: torch.cat([x, x], 0),
 }  # fmt: skip
 

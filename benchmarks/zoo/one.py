@@ -7,10 +7,16 @@ import sys
 import time
 from collections import Counter
 
+import torch
+
 import depthfuse
 from benchmarks.zoo.nets import ZOO
 from depthfuse.acceleration.checking.profile import count_operations
+from depthfuse.acceleration.planning.part import as_tuple
+from depthfuse.acceleration.planning.plan import Plan
 from depthfuse.acceleration.planning.program import Call
+from depthfuse.acceleration.running.native_engine import compiled, direct
+from depthfuse.measuring.accuracy import relative_error
 
 
 def row_of(key: str, tune: str) -> dict[str, object]:
@@ -34,6 +40,7 @@ def row_of(key: str, tune: str) -> dict[str, object]:
         if not entry.fused:
             left[entry.kind] += count.macs
     heavy = [f"{kind} {100 * n / macs:.1f} %" for kind, n in left.most_common(3) if macs and n > 0.001 * macs]
+    engine_error, engine_lacks = in_the_engine(plan, Call.of(*plan.signature.bind((image,), {})))
     seven = Call.of(*plan.signature.bind((image.repeat(7, 1, 1, 1),), {}))
     return {
         **row,
@@ -46,8 +53,21 @@ def row_of(key: str, tune: str) -> dict[str, object]:
         "others": report.unfused_count,
         "whole": plan.form is not None,
         "open_batch": plan.form is None or plan.form.takes(seven),
+        "engine_error": engine_error,
+        "engine_lacks": engine_lacks,
         "reason": ", ".join(heavy),
     }
+
+
+def in_the_engine(plan: Plan, call: Call) -> tuple[float | str, str]:
+    """(The native engine's error against the plan, what it lacks to run it); one of them is empty."""
+    try:
+        run = compiled(plan.module, call.tensors, direct)
+    except Exception as problem:  # the table is there to show whatever goes wrong
+        return "", (str(problem) or repr(problem)).splitlines()[0][:150]
+    with torch.no_grad():
+        pairs = zip(as_tuple(run(*call.tensors)), as_tuple(plan.module(*call.tensors)), strict=True)
+        return max(relative_error(given, wanted) for given, wanted in pairs), ""
 
 
 if __name__ == "__main__":

@@ -35,16 +35,25 @@ def compile_plan(
 
     algorithms: how each 3x3 convolution is computed; None measures it.
     """
-    if not isinstance(graph, fx.GraphModule) or any(x.dtype is not torch.float32 for x in inputs):
-        return None
     try:
-        lowering = Lowering(graph, algorithms or fastest_algorithm)
-        shapes, single = lowering.lower(inputs)
-        return _Compiled(lowering.builder.build(), shapes, single)
+        return compiled(graph, inputs, algorithms)
     except (Unsupported, Missing, ValueError) as reason:
         # torch.fx adds the node and its origin, in lines of their own
         logger.info("the native engine does not run this plan: %s", str(reason).splitlines()[0])
         return None
+
+
+def compiled(
+    graph: nn.Module, inputs: tuple[Tensor, ...], algorithms: Algorithms | None = None
+) -> Callable[..., Any]:
+    """As `compile_plan`; raises Unsupported, Missing or ValueError, with the reason, where the engine has none."""
+    if not isinstance(graph, fx.GraphModule):
+        raise Unsupported("a plan that is no single graph")
+    if any(x.dtype is not torch.float32 for x in inputs):
+        raise Unsupported("inputs that are not float32")
+    lowering = Lowering(graph, algorithms or fastest_algorithm)
+    shapes, single = lowering.lower(inputs)
+    return _Compiled(lowering.builder.build(), shapes, single)
 
 
 def direct(shape: Sequence[int], filters: int, padding: int) -> int:

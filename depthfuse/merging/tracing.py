@@ -67,7 +67,7 @@ class LayerTracer(fx.Tracer):
         self, root: nn.Module, concrete_args: dict[str, Any] | None = None
     ) -> fx.Graph:
         """The graph of `root`, which is left alone. Raises whatever its code raises on a proxy."""
-        own = _copy_around_tensors(root)
+        own = copy_around_tensors(root)
         self.root, self.graph, self.tensor_attrs = own, fx.Graph(tracer_cls=type(self)), {}
         self.submodule_paths = {module: path for path, module in own.named_modules()}
         for module, path in list(self.submodule_paths.items()):
@@ -134,7 +134,7 @@ class LayerTracer(fx.Tracer):
         return super().is_leaf_module(module, qualified_name)
 
 
-def _copy_around_tensors(model: nn.Module) -> nn.Module:
+def copy_around_tensors(model: nn.Module) -> nn.Module:
     """A copy of the modules that shares all tensors."""
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [v for m in model.modules() for v in m.__dict__.values() if isinstance(v, Tensor)]

@@ -49,7 +49,7 @@ def test_all_blocks_of_the_four_families_are_prunable(name, kwargs, blocks, cand
         ("convnextv2_atto", {}, "GRN"),
         ("tf_efficientnet_lite0", {}, "Conv2dSame"),
         ("swin_tiny_patch4_window7_224", {}, "unknown block type"),
-        ("regnetx_002", {}, "unknown block type"),
+        ("regnety_002", {}, "a gate depends on the input"),
     ],
 )
 def test_refusals_name_the_reason(name, kwargs, reason):
@@ -61,7 +61,7 @@ def test_refusals_name_the_reason(name, kwargs, reason):
     ("name", "kwargs", "left_out", "reason"),
     [
         ("vit_giant_patch14_dinov2", {"depth": 1, "img_size": 28}, ("ffn", "linear"), "ffn: GluMlp"),
-        ("resnet50d", {}, ("compact",), "compact: the average pool in the shortcut"),
+        ("resnet50d", {}, ("compact",), "compact: the shortcut reads 2 pixels"),
         (
             "resnet18",
             {"block_reduce_first": 2},

@@ -1,7 +1,8 @@
-"""Which blocks of a timm model can be pruned, and how. Importing this package registers all families."""
+"""Which blocks of a model can be pruned, and how. Importing this package registers all families."""
 
 from depthfuse.merging.adapters import convnext, drop, mobilenet, resnet, vit
-from depthfuse.merging.adapters.base import BlockInfo, Candidate, find_blocks, register
+from depthfuse.merging.adapters.base import Candidate, register
+from depthfuse.merging.adapters.finding import BlockInfo, find_blocks
 
 __all__ = [
     "BlockInfo",

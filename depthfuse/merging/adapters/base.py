@@ -12,16 +12,13 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from depthfuse.merging.computed_weights import foreign_hook, plain_type
 from depthfuse.merging.merged_blocks import TokenBatchNorm
-from depthfuse.merging.tracing import alone
 
 Lambda = float | Tensor
 
@@ -70,55 +67,9 @@ def register(*block_types: type[nn.Module]) -> Callable[[type[Candidate]], type[
     return add
 
 
-@dataclass(frozen=True)
-class BlockInfo:
-    """What depthfuse knows of one block of a model."""
-
-    path: str
-    block_type: str
-    candidates: tuple[type[Candidate], ...]  # empty: not prunable
-    reason: str  # why not prunable, or why some candidates are missing
-
-
-@alone
-def find_blocks(model: nn.Module) -> list[BlockInfo]:
-    """All blocks of a model in order, by type, prunable or not, each with the reason.
-
-    A block of unknown type is one of a numbered row (element of an `nn.Sequential` or `nn.ModuleList`, or "b1", "b2",
-    ...) whose class is defined by timm's models and that holds no smaller such block. A model without any
-    gives an empty list.
-    """
-    found: list[BlockInfo] = []
-
-    def visit(module: nn.Module, path: str, numbered: bool) -> bool:
-        known = sorted(_CANDIDATES.get(plain_type(module), ()), key=lambda c: not c.alone)
-        if known:
-            hooked = foreign_hook(module)
-            if hooked is not None:
-                reason = f"{hooked} has a forward hook, which a merged block would not call"
-                found.append(BlockInfo(path, plain_type(module).__name__, (), reason))
-                return True
-            refusals = {c.name: c.refusal(module) for c in known}
-            usable = tuple(c for c in known if refusals[c.name] is None)
-            if not any(c.alone for c in usable):
-                usable = ()
-            reasons = [f"{name}: {why}" if usable else why for name, why in refusals.items() if why]
-            found.append(
-                BlockInfo(path, plain_type(module).__name__, usable, "; ".join(dict.fromkeys(reasons)))
-            )
-            return True
-        container = isinstance(module, nn.Sequential | nn.ModuleList)
-        children = module.named_children()
-        inner = [visit(m, f"{path}.{n}" if path else n, container or n[-1:].isdigit()) for n, m in children]
-        if any(inner):
-            return True
-        if numbered and type(module).__module__.startswith("timm.models."):
-            found.append(BlockInfo(path, type(module).__name__, (), "unknown block type"))
-            return True
-        return False
-
-    visit(model, "", False)
-    return found
+def known_candidates(block_type: type[nn.Module]) -> tuple[type[Candidate], ...]:
+    """What is registered for a block type, those that may be the default first."""
+    return tuple(sorted(_CANDIDATES.get(block_type, ()), key=lambda c: not c.alone))
 
 
 def fixed(lam: Lambda, value: float) -> bool:

@@ -46,10 +46,12 @@ from depthfuse.merging.merged_blocks import MergedConv
 
 @dataclass(frozen=True)
 class Stage:
-    """conv -> norm -> act, where act may be part of timm's norm module; None after the last stage."""
+    """conv -> norm -> act, where act may be part of timm's norm module; None after the last stage, and where there is
+    none.
+    """
 
     conv: nn.Conv2d
-    norm: nn.BatchNorm2d
+    norm: nn.BatchNorm2d | None
     act: nn.Module | None
 
 
@@ -62,6 +64,10 @@ class Chain:
     drop_path: nn.Module | None
     end_act: nn.Module | None  # what the original block applies after the add (ResNet's ReLU)
     new_act: nn.Module | None  # what the pruned block applies there if the original has nothing
+    # What the original block applies before its first convolution (norm and activation of a pre-activation block); the
+    # pruned one has nothing there: a norm before zero padding is no convolution.
+    before: nn.Module | None = None
+    shortcut_after_before: bool = False  # whether the shortcut reads what `before` gives, too
 
 
 def stage_refusal(stage: Stage) -> str | None:
@@ -73,24 +79,30 @@ def stage_refusal(stage: Stage) -> str | None:
         return f"convolution padding {conv.padding!r} ({conv.padding_mode})"
     if any(len(set(pair)) != 1 for pair in (conv.kernel_size, conv.stride, conv.padding, conv.dilation)):
         return f"non-square convolution {conv.kernel_size}"
-    if plain_type(norm) not in (nn.BatchNorm2d, BatchNormAct2d) or norm.running_mean is None:
+    if norm is not None and (
+        plain_type(norm) not in (nn.BatchNorm2d, BatchNormAct2d) or norm.running_mean is None
+    ):
         return f"{plain_type(norm).__name__} in place of a batch norm with running statistics"
     if act is not None and any(True for _ in act.parameters()):
         return f"{plain_type(act).__name__} has weights of its own"
     return None
 
 
-def plain_norm(norm: nn.BatchNorm2d, z: Tensor) -> Tensor:
+def plain_norm(norm: nn.BatchNorm2d | None, z: Tensor) -> Tensor:
     """The batch norm alone, without the activation that timm's BatchNormAct2d adds."""
-    return nn.BatchNorm2d.forward(norm, z)
+    return z if norm is None else nn.BatchNorm2d.forward(norm, z)
 
 
-def norm_with_zero_value(norm: nn.BatchNorm2d, conv_bias: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor]:
+def norm_with_zero_value(
+    norm: nn.BatchNorm2d | nn.Identity, conv_bias: Tensor | None, z: Tensor
+) -> tuple[Tensor, Tensor]:
     """norm(z) for z = conv(x) [N, C, H, W], and the value [C] that the pair gives where x is zero.
 
     In training that value depends on the statistics of the batch, which torch gives back without a gradient: the
     gradient of the fill flows through the norm's weight and bias alone.
     """
+    if isinstance(norm, nn.Identity):
+        return z, z.new_zeros(z.shape[1]) if conv_bias is None else conv_bias
     if norm.training:
         momentum = norm.momentum
         norm.num_batches_tracked += 1
@@ -130,6 +142,13 @@ class ConvChain(Candidate):
         """The stages whose kernels shrink to 1x1 while lambda falls; they need no padding in the end."""
         return ()
 
+    @classmethod
+    def chain_refusal(cls, chain: Chain) -> str | None:
+        """Why such a chain cannot be merged in this way, or None."""
+        reasons = [stage_refusal(stage) for stage in chain.stages] + [shortcut_refusal(chain.shortcut)]
+        reason = next((reason for reason in reasons if reason), None)
+        return reason or overlay_refusal(chain, cls.annealed(chain))
+
     @staticmethod
     def tap(conv: nn.Conv2d) -> Tensor:
         """[O, I / groups, 1, 1]: what the kernel of an annealed stage shrinks to."""
@@ -138,7 +157,9 @@ class ConvChain(Candidate):
     def __init__(self, block: nn.Module):
         super().__init__(block)
         chain = self.read(block)
-        self.norms = nn.ModuleList(batch_norm_like(stage.norm) for stage in chain.stages)
+        self.norms = nn.ModuleList(
+            nn.Identity() if stage.norm is None else batch_norm_like(stage.norm) for stage in chain.stages
+        )
         self.acts = nn.ModuleList(
             own_activation(s.act) if s.act is not None else nn.Identity() for s in chain.stages
         )
@@ -161,6 +182,8 @@ class ConvChain(Candidate):
 
     def share_norms(self, block: nn.Module) -> None:
         for own, stage in zip(self.norms, self.read(block).stages, strict=True):
+            if stage.norm is None:
+                continue
             if not isinstance(stage.norm.weight, nn.Parameter | None):
                 raise SpecError(
                     "a batch norm computes its weight from other tensors, and such a weight cannot be shared: pass "
@@ -192,7 +215,11 @@ class ConvChain(Candidate):
 
     def forward(self, block: nn.Module, x: Tensor, lam: Lambda) -> Tensor:  # [N, C, H, W] -> [N, K, H', W']
         chain = self.read(block)
-        z, fill = x, None
+        if chain.before is not None:
+            given = x if fixed(lam, 0.0) else mix(lam, chain.before(x), x)
+        else:
+            given = x
+        z, fill = given, None
         for i, stage in enumerate(chain.stages):
             z = self._conv(i, stage.conv, z, lam, fill)
             fill = None
@@ -212,7 +239,7 @@ class ConvChain(Candidate):
         if chain.drop_path is not None:
             z = chain.drop_path(z)
         if chain.shortcut is not None:
-            z = z + shortcut_forward(chain.shortcut, x, lam)
+            z = z + shortcut_forward(chain.shortcut, given if chain.shortcut_after_before else x, lam)
         if chain.end_act is not None:
             z = chain.end_act(z)
         pruned = self.tail_norm(self.tail_act(z))
@@ -223,10 +250,11 @@ class ConvChain(Candidate):
         convs = []
         for i, (stage, norm) in enumerate(zip(chain.stages, self.norms, strict=True)):
             conv = LinearConv.from_conv(stage.conv)
+            affine = (conv.bias.new_ones(conv.out_channels),) if stage.norm is None else norm_affine(norm)
             if i in self.shrinking:
                 tap = self.tap(stage.conv).detach().double()
                 conv = replace(conv, weight=tap, padding=(0, 0), dilation=(1, 1))
-            convs.append(conv.scaled(*norm_affine(norm)))
+            convs.append(conv.scaled(*affine))
         merged = convs[0]
         for conv in convs[1:]:
             merged = compose(conv, merged)
@@ -251,29 +279,119 @@ class Compact(ConvChain):
         return tuple(i for i, stage in enumerate(chain.stages) if stage.conv.kernel_size != (1, 1))
 
     @classmethod
-    def refusal(cls, block: nn.Module) -> str | None:
-        reason = super().refusal(block)
+    def chain_refusal(cls, chain: Chain) -> str | None:
+        reason, annealed = super().chain_refusal(chain), cls.annealed(chain)
         if reason:
             return reason
-        chain = cls.read(block)
-        reasons = [centre_tap_refusal(chain.stages[i].conv) for i in cls.annealed(chain)]
+        reasons = [centre_tap_refusal(chain.stages[i].conv) for i in annealed]
         return next((reason for reason in reasons if reason), None)
 
 
+class LastCompact(Compact):
+    """Of two convolutions larger than 1x1 only the last is annealed: two 3x3 become one 3x3.
+
+    UPDP's FLOPs for ResNet-34 fit one saved 3x3 a block; two 3x3 merged exactly make a 5x5, which is slower than
+    both. With a 1x1 in second place the block needs no change at its borders either.
+    """
+
+    @classmethod
+    def annealed(cls, chain: Chain) -> tuple[int, ...]:
+        return (len(chain.stages) - 1,)
+
+
+class LastIdentity(LastCompact):
+    """The last convolution is annealed to the identity, lam * W + (1 - lam) * delta."""
+
+    name = "identity"
+
+    @staticmethod
+    def tap(conv: nn.Conv2d) -> Tensor:
+        eye = torch.eye(conv.out_channels, dtype=conv.weight.dtype, device=conv.weight.device)
+        return eye[:, :, None, None]
+
+    @classmethod
+    def chain_refusal(cls, chain: Chain) -> str | None:
+        reason = super().chain_refusal(chain)
+        if reason:
+            return reason
+        conv = chain.stages[-1].conv
+        if conv.in_channels != conv.out_channels or conv.stride != (1, 1) or conv.groups != 1:
+            return "the second convolution has a stride, groups or other channels out than in: no identity"
+        return None
+
+    def _conv(self, i: int, conv: nn.Conv2d, x: Tensor, lam: Lambda, fill: Tensor | None) -> Tensor:
+        if i in self.shrinking and fixed(lam, 0.0):
+            return x if conv.bias is None else x + conv.bias[:, None, None]
+        return super()._conv(i, conv, x, lam, fill)
+
+
+class Subsample(nn.Module):
+    """A shortcut without weights: every `stride`-th pixel, with channels of zeros before and after (option A of He et
+    al., CVPR 2016, for CIFAR).
+    """
+
+    def __init__(self, stride: tuple[int, int], before: int, after: int):
+        super().__init__()
+        self.stride, self.before, self.after = stride, before, after
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, before + C + after, H', W']
+        return F.pad(x[:, :, :: self.stride[0], :: self.stride[1]], (0, 0, 0, 0, self.before, self.after))
+
+    def as_conv(self, channels: int, like: Tensor) -> LinearConv:
+        eye = torch.eye(channels, dtype=torch.float64, device=like.device)
+        weight = F.pad(eye, (0, 0, self.before, self.after))
+        return LinearConv(weight[:, :, None, None], weight.new_zeros(len(weight)), stride=self.stride)
+
+
 def shortcut_refusal(shortcut: nn.Module | None) -> str | None:
-    """Why a shortcut is not linear, or None. Known: identity, conv + norm, average pool + conv + norm."""
-    if shortcut is None or plain_type(shortcut) is nn.Identity:
+    """Why a shortcut is not linear, or None. Known: identity, conv + norm, average pool + conv + norm, Subsample."""
+    if shortcut is None or plain_type(shortcut) in (nn.Identity, Subsample):
         return None
     if not isinstance(shortcut, nn.Sequential) or len(shortcut) not in (2, 3):
         return f"unknown shortcut {plain_type(shortcut).__name__}"
     *pool, conv, norm = shortcut
     for layer in pool:
         if plain_type(layer) is nn.AvgPool2d:
-            if layer.kernel_size != layer.stride or layer.padding != 0:
+            sizes = {*_pair(layer.kernel_size), *_pair(layer.stride)}
+            if len(sizes) > 1 or _pair(layer.padding) != (0, 0):
                 return "overlapping average pool in the shortcut"
         elif plain_type(layer) is not nn.Identity:
             return f"{plain_type(layer).__name__} in the shortcut"
-    return stage_refusal(Stage(conv, norm, None))
+    return stage_refusal(Stage(conv, None if plain_type(norm) is nn.Identity else norm, None))
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def overlay_refusal(chain: Chain, annealed: tuple[int, ...]) -> str | None:
+    """Why a merged chain and its shortcut cannot be one kernel, or None; see `algebra.add`."""
+    if chain.shortcut is None:
+        return None
+    size, padding, stride = 1, 0, 1  # of the merged kernel: all are square
+    for i, stage in enumerate(chain.stages):
+        conv = stage.conv
+        if i not in annealed:
+            size += (conv.kernel_size[0] - 1) * conv.dilation[0] * stride
+            padding += conv.padding[0] * stride
+        stride *= conv.stride[0]
+    side_size, side_padding, side_stride = 1, 0, 1
+    if isinstance(chain.shortcut, Subsample):
+        side_stride = chain.shortcut.stride[0] if len(set(chain.shortcut.stride)) == 1 else 0
+    elif isinstance(chain.shortcut, nn.Sequential):
+        *pool, conv, _ = chain.shortcut
+        if pool and isinstance(pool[0], nn.AvgPool2d):
+            side_size = side_stride = _pair(pool[0].kernel_size)[0]
+        side_size += (conv.kernel_size[0] - 1) * conv.dilation[0] * side_stride
+        side_padding = conv.padding[0] * side_stride
+        side_stride *= conv.stride[0]
+    if stride != side_stride:
+        return f"the branch has a stride of {stride}, the shortcut one of {side_stride}"
+    reach = max(padding, side_padding)
+    whole = reach + 1 + max(size - 1 - padding, side_size - 1 - side_padding)
+    if 2 * reach - whole != 2 * padding - size:
+        return f"the shortcut reads {side_size} pixels where the merged kernel of size {size} has no place for them"
+    return None
 
 
 def shortcut_forward(shortcut: nn.Module, x: Tensor, lam: Lambda) -> Tensor:
@@ -283,7 +401,7 @@ def shortcut_forward(shortcut: nn.Module, x: Tensor, lam: Lambda) -> Tensor:
     does; the pruned block averages them with zeros.
     """
     if isinstance(shortcut, nn.Sequential) and isinstance(shortcut[0], nn.AvgPool2d):
-        size = shortcut[0].kernel_size
+        size = _pair(shortcut[0].kernel_size)[0]
         cut = (0, -x.shape[-1] % size, 0, -x.shape[-2] % size)
         pooled = F.avg_pool2d(F.pad(x, cut), size)
         if any(cut) and not fixed(lam, 0.0):
@@ -294,11 +412,15 @@ def shortcut_forward(shortcut: nn.Module, x: Tensor, lam: Lambda) -> Tensor:
 
 def read_shortcut(shortcut: nn.Module, like: Tensor, channels: int) -> LinearConv:
     """A shortcut as one convolution."""
+    if isinstance(shortcut, Subsample):
+        return shortcut.as_conv(channels, like)
     if not isinstance(shortcut, nn.Sequential):
         return LinearConv.identity(channels, like)
     *pool, conv, norm = shortcut
-    side = LinearConv.from_conv(conv).scaled(*norm_affine(norm))
+    side = LinearConv.from_conv(conv)
+    if not isinstance(norm, nn.Identity):
+        side = side.scaled(*norm_affine(norm))
     if pool and isinstance(pool[0], nn.AvgPool2d):
-        size = pool[0].kernel_size
+        size = _pair(pool[0].kernel_size)[0]
         side = compose(side, LinearConv.average_pool(conv.in_channels, size, size, like))
     return side

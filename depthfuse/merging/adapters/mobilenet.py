@@ -6,7 +6,7 @@ from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidua
 from torch import nn
 
 from depthfuse.merging.adapters.base import register
-from depthfuse.merging.adapters.chain import Chain, Compact, ConvChain, Stage, stage_refusal
+from depthfuse.merging.adapters.chain import Chain, Compact, ConvChain, Stage
 
 
 @register(InvertedResidual, DepthwiseSeparableConv, EdgeResidual)
@@ -35,8 +35,7 @@ class MobileNetDense(ConvChain):
             return "space-to-depth convolution"
         if getattr(block, "has_pw_act", False):
             return "activation between the last convolution and the skip"
-        chain = cls.read(block)
-        return next((reason for reason in map(stage_refusal, chain.stages) if reason), None)
+        return cls.chain_refusal(cls.read(block))
 
 
 @register(InvertedResidual, DepthwiseSeparableConv, EdgeResidual)

@@ -1,0 +1,92 @@
+"""Which blocks of a model can be pruned, and how: by class where it is known, else by structure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from depthfuse.merging.adapters.base import Candidate, known_candidates
+from depthfuse.merging.adapters.structure import NoBlock, Unread, candidates_of
+from depthfuse.merging.computed_weights import foreign_hook, plain_type
+from depthfuse.merging.tracing import alone
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """What depthfuse knows of one block of a model."""
+
+    path: str
+    block_type: str
+    candidates: tuple[type[Candidate], ...]  # empty: not prunable
+    reason: str  # why not prunable, or why some candidates are missing
+
+
+@alone
+def find_blocks(model: nn.Module) -> list[BlockInfo]:
+    """All blocks of a model in order, prunable or not, each with the reason.
+
+    A block is a module of a class that depthfuse knows, or the largest one that computes a residual branch or a chain
+    of convolutions (`structure.py`) and holds no block of a known class. Listed as one that cannot be pruned is what
+    would be one but for something in its way, and what stands in a numbered row (element of an `nn.Sequential` or
+    `nn.ModuleList`, or "b1", "b2", ...) and holds two convolutions or linear layers, but no such block. A model without
+    any gives an empty list.
+    """
+    found: list[BlockInfo] = []
+
+    def visit(module: nn.Module, path: str, numbered: bool) -> bool:
+        kind = plain_type(module)
+        known = known_candidates(kind)
+        if known:
+            found.append(_info(module, path, known))
+            return True
+        reason, before = "", len(found)
+        if path and _may_be_block(module):
+            try:
+                found.append(_info(module, path, candidates_of(module)))
+                return True
+            except NoBlock:
+                pass
+            except Unread as problem:
+                reason = str(problem)
+        container = isinstance(module, nn.Sequential | nn.ModuleList)
+        children = module.named_children()
+        inner = [visit(m, f"{path}.{n}" if path else n, container or n[-1:].isdigit()) for n, m in children]
+        if reason and not any(info.candidates for info in found[before:]):
+            del found[before:]  # parts of what could have been a block
+        elif any(inner):
+            return True
+        if reason or (numbered and not kind.__module__.startswith("torch.nn.") and _products(module) > 1):
+            found.append(BlockInfo(path, kind.__name__, (), reason or "unknown block type"))
+            return True
+        return False
+
+    visit(model, "", False)
+    return found
+
+
+def _products(module: nn.Module) -> int:
+    return sum(isinstance(part, nn.Conv2d | nn.Linear) for part in module.modules())
+
+
+def _may_be_block(module: nn.Module) -> bool:
+    """Whether to read a module's structure: not where a part of it is a block of a known class."""
+    if isinstance(module, nn.ModuleList | nn.ModuleDict) or not any(True for _ in module.children()):
+        return False
+    if isinstance(module, nn.Sequential) and len(module) == 1:  # what is inside has the better name
+        return False
+    return not any(known_candidates(plain_type(part)) for part in module.modules())
+
+
+def _info(module: nn.Module, path: str, candidates: Sequence[type[Candidate]]) -> BlockInfo:
+    name = plain_type(module).__name__
+    hooked = foreign_hook(module)
+    if hooked is not None:
+        return BlockInfo(path, name, (), f"{hooked} has a forward hook, which a merged block would not call")
+    refusals = {c.name: c.refusal(module) for c in candidates}
+    usable = tuple(c for c in candidates if refusals[c.name] is None)
+    if not any(c.alone for c in usable):
+        usable = ()
+    reasons = [f"{name}: {why}" if usable else why for name, why in refusals.items() if why]
+    return BlockInfo(path, name, usable, "; ".join(dict.fromkeys(reasons)))

@@ -15,6 +15,7 @@ from depthfuse.errors import SpecError
 
 # {keyword: what the numbers in its value may be at most}. Names of layers are looked up in timm's own tables.
 _WIDTH, _SIDE, _FACTOR = 2**16, 2**11, 2**10
+_LARGEST = 2**24  # of a factory's arguments
 _KEYWORDS: dict[str, int] = {
     # what comes in and goes out
     **dict.fromkeys(("in_chans", "img_size"), _SIDE),
@@ -75,8 +76,6 @@ _NEVER = frozenset(
     )
 )
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# An architecture with, maybe, the tag of its weights. No scheme (hf-hub:, local-dir:), which makes timm read elsewhere.
-_MODEL = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_-]+)?")
 _WORD = re.compile(r"[A-Za-z0-9_.+-]{0,64}")
 _MOST_ITEMS, _MOST_NESTED = 64, 3
 
@@ -99,18 +98,10 @@ def allow_keywords(*names: str, at_most: int = _FACTOR) -> None:
         _KEYWORDS[name] = at_most
 
 
-def check_model_name(name: Any) -> str:
-    """Raise SpecError for a name that asks timm to look for a model elsewhere than in its own list."""
-    if not isinstance(name, str) or not _MODEL.fullmatch(name):
-        raise SpecError(
-            f"{name!r:.100} is no name of timm's own list (timm.list_models()), as are names with a scheme or a path: "
-            "build such a model by timm and pass it on"
-        )
-    return name
-
-
-def plain_arguments(arguments: Any) -> dict[str, Any]:
+def plain_arguments(arguments: Any, any_name: bool = False) -> dict[str, Any]:
     """Arguments of `timm.create_model` checked, sorted by name, with tuples for lists (JSON cannot tell them apart).
+
+    any_name: whether names that are not in the list are taken, too: for a factory of the user's own.
 
     Raises:
         SpecError: a keyword that is not in the list, or a value that is not plain or too large.
@@ -120,6 +111,8 @@ def plain_arguments(arguments: Any) -> dict[str, Any]:
             f"the model's arguments are a {type(arguments).__name__}, where names and values are expected"
         )
     unknown = [name for name in arguments if not isinstance(name, str) or name not in _KEYWORDS]
+    if any_name:
+        unknown = [name for name in unknown if not isinstance(name, str) or not _NAME.fullmatch(name)]
     if unknown:
         raise SpecError(
             f"the model argument {unknown[0]!r:.60} is refused, as it is none of those known to be harmless: "
@@ -136,9 +129,9 @@ def _plain(name: str, value: Any) -> Any:
         raise SpecError(f"the model argument {name} has {len(items)} items, where {_MOST_ITEMS} are the most")
     numbers = [item for item in items if isinstance(item, int | float) and not isinstance(item, bool)]
     for number in numbers:
-        if not abs(number) <= _KEYWORDS[name]:  # NaN too
+        if not abs(number) <= _KEYWORDS.get(name, _LARGEST):  # NaN too
             raise SpecError(
-                f"the model argument {name}={number!r:.40}: numbers up to {_KEYWORDS[name]} are taken"
+                f"the model argument {name}={number!r:.40}: numbers up to {_KEYWORDS.get(name, _LARGEST)} are taken"
             )
     if name in _LAYERS and sum(numbers) > _MOST_LAYERS:
         raise SpecError(

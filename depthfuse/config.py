@@ -144,9 +144,10 @@ class PruneConfig:
     """The whole job: baseline, supernet, search, progressive training, merge, acceleration, comparison."""
 
     model: str = "resnet34"
-    """Any timm model with prunable blocks (see `depthfuse inspect`)."""
+    """A model with prunable blocks (see `depthfuse inspect`): a name of timm's, torchvision:NAME, hf:FOLDER, or a
+    factory of your own, package.module:factory, which takes num_classes."""
     model_kwargs: tuple[str, ...] = ()
-    """Keyword arguments of timm.create_model, as name=value (img_size=32)."""
+    """Keyword arguments of what builds it (timm.create_model), as name=value (img_size=32)."""
     out: Path = Path("runs/prune")
     pretrained: bool = False
     """Take timm's pretrained weights as the baseline instead of training one."""

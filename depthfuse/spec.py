@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections import Counter
@@ -13,9 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from depthfuse.architecture import allow_keywords, check_model_name, plain_arguments
+from depthfuse.architecture import allow_keywords, plain_arguments
 from depthfuse.checkpoint import plain_json, read_json, save_text
 from depthfuse.errors import SpecError
+from depthfuse.origins import allow_origin, check_model_name, create, is_own
 from depthfuse.shapes import ShapesOnly, bytes_of_model
 from depthfuse.untrusted import MALFORMED, conform, parse_json
 
@@ -31,17 +31,18 @@ _SHAPE = {
 
 @dataclass(frozen=True)
 class ModelSource:
-    """How to build a timm model: its name and the keyword arguments of `timm.create_model`, as sorted pairs.
+    """How to build a model: its name (`depthfuse.origins`: a model of timm's or torchvision's, or a factory) and the
+    keyword arguments of what builds it, `timm.create_model` for one, as sorted pairs.
 
-    Wherever it comes from, it holds nothing but plain arguments of `depthfuse.architecture`'s list; raises SpecError
-    for others.
+    Wherever it comes from, it holds nothing but plain arguments of `depthfuse.architecture`'s list, or, for a factory,
+    plain arguments of any name; raises SpecError for others.
     """
 
     name: str
     arguments: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        plain = plain_arguments(dict(self.arguments))
+        plain = plain_arguments(dict(self.arguments), is_own(self.name))
         object.__setattr__(self, "arguments", tuple(plain.items()))
 
     @classmethod
@@ -52,7 +53,8 @@ class ModelSource:
     @classmethod
     def of_document(cls, name: Any, arguments: Any) -> ModelSource:
         """From what a file holds: anything. Raises SpecError for what is no name and no plain arguments."""
-        return cls(check_model_name(name), tuple(plain_arguments(arguments).items()))
+        name = check_model_name(name)
+        return cls(name, tuple(plain_arguments(arguments, is_own(name)).items()))
 
     @property
     def kwargs(self) -> dict[str, Any]:
@@ -65,45 +67,33 @@ class ModelSource:
             at_most_bytes: of all its tensors; the machine's memory by default. Weighed before anything is allocated.
 
         Raises:
-            SpecError: a name that timm does not know, arguments that it refuses, no pretrained weights for them, or a
-                model that is too large. OSError: pretrained weights that cannot be fetched.
+            SpecError: a name that is not known or not allowed, arguments that are refused, no pretrained weights for
+                them, a factory that fails, or that gives another model when it is called again, or a model that is too
+                large. OSError: pretrained weights that cannot be fetched.
         """
-        size = bytes_of_model(self.build_shapes())
+        shapes = self.build_shapes()
+        size = bytes_of_model(shapes)
         limit = _memory_bytes() if at_most_bytes is None else at_most_bytes
         if size > limit:
             raise SpecError(
                 f"{self.name!r} with the arguments {self.kwargs} takes {size / 1e6:,.0f} MB, where "
                 f"{limit / 1e6:,.0f} MB are the most"
             )
-        model = self._create(pretrained)
+        model = create(check_model_name(self.name), self.kwargs, pretrained)
+        if not pretrained and _shapes(shapes) != _shapes(model):
+            raise SpecError(
+                f"{self.name!r} gave models of other shapes when it was called twice with the arguments {self.kwargs}: "
+                "what is saved could not be loaded again"
+            )
         model.depthfuse_source = self
         return model
 
     def build_shapes(self) -> nn.Module:
         """The model with parameters that have shapes and no memory. Raises SpecError like `build`."""
         with ShapesOnly():
-            model = self._create(pretrained=False)
+            model = create(check_model_name(self.name), self.kwargs, pretrained=False)
         model.depthfuse_source = self
         return model
-
-    def _create(self, pretrained: bool) -> nn.Module:
-        import timm
-
-        if not timm.is_model(check_model_name(self.name)):
-            near = difflib.get_close_matches(self.name, timm.list_models(), n=5)
-            hint = f"; similar names: {', '.join(near)}" if near else ""
-            raise SpecError(f"timm has no model {self.name!r}{hint} (timm.list_models() lists all)")
-        try:
-            return timm.create_model(self.name, pretrained=pretrained, **self.kwargs)
-        except OSError:  # a download that failed
-            raise
-        except Exception as error:  # an argument out of place may fail anywhere in timm's code
-            what = "timm refused"
-            if pretrained and isinstance(error, RuntimeError):
-                what = "pretrained weights cannot be loaded with"
-            raise SpecError(
-                f"{what} the arguments {self.kwargs} for {self.name!r}: {type(error).__name__} {error}"
-            ) from error
 
     @staticmethod
     def of(model: nn.Module) -> ModelSource:
@@ -115,6 +105,10 @@ class ModelSource:
         name = config.get("architecture") or type(model).__name__
         classes = getattr(model, "num_classes", None)
         return ModelSource(name, (("num_classes", classes),) if isinstance(classes, int) else ())
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _memory_bytes() -> int:
@@ -199,4 +193,4 @@ class SubnetSpec:
         return cls.from_document(read_json(path), where=str(path))
 
 
-__all__ = ["KEEP", "BlockChoice", "ModelSource", "SubnetSpec", "allow_keywords"]
+__all__ = ["KEEP", "BlockChoice", "ModelSource", "SubnetSpec", "allow_keywords", "allow_origin"]

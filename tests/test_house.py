@@ -23,9 +23,9 @@ FLOORS = (
     ("data", "ops", "native"),
     ("kernels",),
     ("spec", "measured_cache"),
-    ("checkpoint", "architecture", "log"),
+    ("checkpoint", "architecture", "log", "origins"),
     ("untrusted",),
-    ("devices", "errors", "shapes", "_torchvision"),
+    ("devices", "errors", "shapes", "logits", "_torchvision"),
 )
 # Inside acceleration, the same: a plan is made, checked and run, and last put together.
 ACCELERATION = (("api",), ("model",), ("saving",), ("checking", "running"), ("planning",))

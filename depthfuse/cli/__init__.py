@@ -66,8 +66,8 @@ COMMANDS = {
         Command(
             "accelerate",
             "accelerate:accelerate",
-            "Accelerate a model for this machine and save it as one file: a timm model, the merged model of a run, or "
-            "anew what was accelerated on another machine.",
+            "Accelerate a model for this machine and save it as one file: a model by its name, the merged model of a "
+            "run, or anew what was accelerated on another machine.",
             (
                 "depthfuse accelerate resnet50 --pretrained --out fast.safetensors",
                 "depthfuse accelerate resnet18 --weights w.safetensors --model-kwargs in_chans=1 --out f.safetensors",
@@ -90,7 +90,7 @@ COMMANDS = {
         Command(
             "bench",
             "bench:bench",
-            "Latency of a timm model, or of the merged model of a run, accelerated, eager, and in whatever compilers "
+            "Latency of a model, or of the merged model of a run, accelerated, eager, and in whatever compilers "
             "are installed, side by side; and what each operation costs.",
             (
                 "depthfuse bench resnet34 --batch 1 8 --contenders eager",
@@ -100,16 +100,18 @@ COMMANDS = {
         Command(
             "inspect",
             "costs:inspect",
-            "Which blocks of a timm model can be pruned, why not the others, and what merging saves.",
+            "Which blocks of a model can be pruned, why not the others, and what merging saves.",
             (
                 "depthfuse inspect resnet34",
                 "depthfuse inspect deit_tiny_patch16_224 --model-kwargs img_size=32 patch_size=4",
+                "depthfuse inspect torchvision:resnet50",
+                "depthfuse inspect my_package.nets:build --model-kwargs width=32",
             ),
         ),
         Command(
             "latency",
             "costs:latency",
-            "What merging each block of a timm model saves: measured here, or predicted for a GPU that is not here. "
+            "What merging each block of a model saves: measured here, or predicted for a GPU that is not here. "
             "The table can be pruned by on another machine.",
             (
                 "depthfuse latency resnet34 --out table.json",

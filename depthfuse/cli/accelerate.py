@@ -18,10 +18,10 @@ from depthfuse.cli.command import Invocation
 from depthfuse.cli.models import (
     chosen_device,
     merged_model,
+    named_source,
     refuse_for,
     require_positive,
     run_folder,
-    timm_source,
 )
 from depthfuse.cli.tables import print_plain
 from depthfuse.config import DTYPES
@@ -37,11 +37,12 @@ _VERIFY = {"outputs": True, "blocks": "blocks", "off": False}
 @dataclass
 class AccelerateArguments:
     model: Annotated[str, tyro.conf.Positional]
-    """A timm model name, the output folder of a run that has been merged, or a file that this command wrote."""
+    """A name of timm's, torchvision:NAME, package.module:factory, the output folder of a run that has been merged, or a
+    file that this command wrote."""
     out: Path
     """The file to write, such as fast.safetensors. An earlier one is replaced once the new one is whole."""
     model_kwargs: tuple[str, ...] = ()
-    """Keyword arguments of timm.create_model, as name=value."""
+    """Keyword arguments of what builds it (timm.create_model), as name=value."""
     pretrained: bool = False
     """Take timm's pretrained weights."""
     weights: Path | None = None
@@ -141,7 +142,7 @@ def _model(given: AccelerateArguments) -> tuple[nn.Module, tuple[int, int, int]]
         return merged_model(folder)
     if given.pretrained and given.weights is not None:
         raise UsageError("--pretrained and --weights are two sources of weights: give one of them")
-    source = timm_source(given.model, given.model_kwargs)
+    source = named_source(given.model, given.model_kwargs)
     model = source.build(pretrained=given.pretrained)
     if given.weights is not None:
         model.load_state_dict(read_weights(given.weights, model))

@@ -14,9 +14,10 @@ from depthfuse.cli.command import Invocation
 @dataclass
 class BenchArguments:
     model: Annotated[str, tyro.conf.Positional]
-    """A timm model name (random weights), or the output folder of a run that has been merged."""
+    """A name of timm's, torchvision:NAME or package.module:factory (random weights), or the output folder of a run that
+    has been merged."""
     model_kwargs: tuple[str, ...] = ()
-    """Keyword arguments of timm.create_model, as name=value."""
+    """Keyword arguments of what builds it (timm.create_model), as name=value."""
     batch: tuple[int, ...] = (1, 8, 32, 128)
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     contenders: tuple[str, ...] = ()
@@ -80,12 +81,12 @@ def bench(invocation: Invocation) -> None:
 def _bench_model(given: BenchArguments) -> tuple[Any, tuple[int, int, int], Path]:
     """The model in evaluation mode, its input size (C, H, W), and the folder for results."""
     from depthfuse.benching.bench import randomised
-    from depthfuse.cli.models import merged_model, refuse_for, run_folder, timm_source
+    from depthfuse.cli.models import merged_model, named_source, refuse_for, run_folder
     from depthfuse.merging.model_inputs import input_size
 
     folder = run_folder(given.model)
     if folder is not None:
         refuse_for("the model of a run", model_kwargs=given.model_kwargs)
         return *merged_model(folder), folder
-    model = randomised(timm_source(given.model, given.model_kwargs).build())
+    model = randomised(named_source(given.model, given.model_kwargs).build())
     return model, input_size(model), Path("runs") / "bench" / given.model

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from depthfuse.errors import UsageError
+from depthfuse.origins import allow_named
 
 DONE, FAILED, WRONG_USAGE, BUDGET_MISSED, INTERRUPTED, READER_GONE = 0, 1, 2, 3, 130, 141
 EXIT_CODES = {
@@ -81,6 +82,7 @@ class Command:
         """Do it. Raises UsageError, other errors of depthfuse, or OSError; tyro raises SystemExit after --help."""
         if given.config is not None and not self.takes_config:
             raise UsageError(f"depthfuse {self.name} takes no --config")
+        allow_named(given.words)
         module, _, name = self.function.partition(":")
         function: Callable[[Invocation], int | None] = getattr(
             importlib.import_module(f"depthfuse.cli.{module}"), name

@@ -16,26 +16,26 @@ from depthfuse.config import LatencyDevice
 @dataclass
 class InspectArguments:
     model: Annotated[str, tyro.conf.Positional]
-    """A timm model name."""
+    """A name of timm's, torchvision:NAME, or package.module:factory."""
     model_kwargs: tuple[str, ...] = ()
-    """Keyword arguments of timm.create_model, as name=value."""
+    """Keyword arguments of what builds it (timm.create_model), as name=value."""
 
 
 def inspect(invocation: Invocation) -> None:
     given = invocation.settings(InspectArguments)
-    from depthfuse.cli.models import timm_source
+    from depthfuse.cli.models import named_source
     from depthfuse.costs.inspection import inspect_model
 
-    rows, remark = inspect_model(timm_source(given.model, given.model_kwargs).build())
+    rows, remark = inspect_model(named_source(given.model, given.model_kwargs).build())
     tables.print_inspection(given.model, rows, remark)
 
 
 @dataclass
 class LatencyArguments:
     model: Annotated[str, tyro.conf.Positional]
-    """A timm model name (random weights)."""
+    """A name of timm's, torchvision:NAME, or package.module:factory (random weights)."""
     model_kwargs: tuple[str, ...] = ()
-    """Keyword arguments of timm.create_model, as name=value."""
+    """Keyword arguments of what builds it (timm.create_model), as name=value."""
     batch: int = 1
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     device: LatencyDevice = "here"
@@ -55,7 +55,7 @@ class LatencyArguments:
 def latency(invocation: Invocation) -> None:
     given = invocation.settings(LatencyArguments)
     from depthfuse.benching.bench import randomised
-    from depthfuse.cli.models import chosen_device, require_positive, timm_source
+    from depthfuse.cli.models import chosen_device, named_source, require_positive
     from depthfuse.config import LatencyConfig
     from depthfuse.costs import latency
     from depthfuse.errors import ConfigError
@@ -65,7 +65,7 @@ def latency(invocation: Invocation) -> None:
     require_positive(batch=given.batch, rounds=given.rounds)
     if given.check and given.device != "here":
         raise ConfigError(f"--check measures here: it cannot check a prediction for {given.device}")
-    model = randomised(timm_source(given.model, given.model_kwargs).build())
+    model = randomised(named_source(given.model, given.model_kwargs).build())
     size = given.input_size or input_size(model)
     supernet = randomised(Supernet(model)).to(chosen_device(None))
     settings = LatencyConfig(

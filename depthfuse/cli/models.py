@@ -17,8 +17,8 @@ from depthfuse.runs.run import load
 from depthfuse.spec import ModelSource
 
 
-def timm_source(name: str, model_kwargs: Sequence[str]) -> ModelSource:
-    """A timm model by its name. Raises ConfigError for arguments that are not written name=value."""
+def named_source(name: str, model_kwargs: Sequence[str]) -> ModelSource:
+    """A model by its name. Raises ConfigError for arguments that are not written name=value."""
     return ModelSource.make(name, **parse_model_kwargs(tuple(model_kwargs)))
 
 
@@ -28,9 +28,7 @@ def run_folder(model: str) -> Path | None:
     if path.is_dir():
         return path
     if path.name != model and not path.exists():
-        raise ConfigError(
-            f"there is no folder or file {model}: give the name of a timm model, or a run's folder"
-        )
+        raise ConfigError(f"there is no folder or file {model}: give the name of a model, or a run's folder")
     return None
 
 

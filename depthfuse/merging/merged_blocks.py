@@ -41,6 +41,19 @@ class MergedFactorised(nn.Module):
         return self.norm(self.act(self.pointwise(self.depthwise(x)) + x))
 
 
+class SelfAttention(nn.Module):
+    """Attention of torch's or Hugging Face's, called as timm's is: x [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        if isinstance(self.attention, nn.MultiheadAttention):
+            return self.attention(x, x, x, need_weights=False, attn_mask=attn_mask)[0]
+        return self.attention(x, attn_mask)[0]
+
+
 class MergedTransformerBlock(nn.Module):
     """attention (+) -> fc -> act -> norm: a merged ViT block. The norm before the attention is folded into its qkv."""
 
@@ -51,11 +64,16 @@ class MergedTransformerBlock(nn.Module):
         self.attn, self.scale, self.fc, self.act, self.norm = attn, scale, fc, act, norm
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:  # [B, N, D]
         # is_causal only where asked for: timm's older attention does not know it
         causal = {"is_causal": True} if is_causal else {}
-        x = x + self.scale(self.attn(x, attn_mask=attn_mask, **causal))
+        mask = attention_mask if attn_mask is None else attn_mask  # timm's name, Hugging Face's
+        x = x + self.scale(self.attn(x, attn_mask=mask, **causal))
         return self.norm(self.act(self.fc(x)))
 
 
@@ -67,7 +85,11 @@ class MergedMlpBlock(nn.Module):
         self.norm, self.mlp, self.scale = norm, mlp, scale
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:  # [B, N, D]
         x = x + x  # oneDNN Graph refuses a product with a number
         return x + self.scale(self.mlp(self.norm(x)))
@@ -81,13 +103,23 @@ class MergedLinear(nn.Module):
         self.fc, self.act, self.norm = fc, act, norm
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:  # [B, N, D]
         return self.norm(self.act(self.fc(x)))
 
 
 class Dropped(nn.Identity):
-    """What is left of a block that was dropped. Takes what timm hands to its blocks beside x (attention masks)."""
+    """What is left of a block that was dropped. Takes what models hand to their blocks beside x (attention masks)."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         return x

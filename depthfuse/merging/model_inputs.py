@@ -1,4 +1,4 @@
-"""What a model is fed: the one rule for a timm model's input size, also where another model holds it.
+"""What a model is fed: the one rule for a model's input size, also where another model holds it.
 
 Others wrap timm's models: timm itself where only features are asked for, Hugging Face's TimmWrapper, your own.
 """
@@ -13,16 +13,22 @@ def fixed_image_size(model: nn.Module) -> tuple[int, int] | None:
     takes any size.
     """
     for module in model.modules():
-        size = getattr(getattr(module, "patch_embed", None), "img_size", None)
-        if size is not None:
-            return int(size[0]), int(size[1])
+        timm = getattr(getattr(module, "patch_embed", None), "img_size", None)
+        hugging_face = getattr(getattr(module, "patch_embeddings", None), "image_size", None)
+        torchvision = (
+            getattr(module, "image_size", None) if type(module).__name__ == "VisionTransformer" else None
+        )
+        for size in (timm, hugging_face, torchvision):
+            if size is not None:
+                height, width = (size, size) if isinstance(size, int) else size
+                return int(height), int(width)
     return None
 
 
 def known_input_size(model: nn.Module) -> tuple[int, int, int] | None:
-    """(C, H, W) that a timm model, or the one inside it, was made for, or None where it does not say.
+    """(C, H, W) that a model, or the one inside it, was made for, or None where it does not say.
 
-    Its fixed size where it has one, else its pretrained_cfg's; as many channels as its first layer takes.
+    Its fixed size where it has one, else that of timm's pretrained_cfg; as many channels as its first layer takes.
     """
     for holder in model.modules():
         config = getattr(holder, "pretrained_cfg", None) or getattr(holder, "default_cfg", None)
@@ -44,5 +50,5 @@ def known_input_size(model: nn.Module) -> tuple[int, int, int] | None:
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) that a timm model expects; 3 channels and 224 pixels where it does not say."""
+    """(C, H, W) that a model expects; 3 channels and 224 pixels where it does not say."""
     return known_input_size(model) or (3, 224, 224)

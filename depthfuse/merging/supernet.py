@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,7 +59,10 @@ class SwitchBlock(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args:  # an attention mask, which candidates know by its name
+            names = list(inspect.signature(self.block.forward).parameters)[1 : 1 + len(args)]
+            kwargs |= dict(zip(names, args, strict=True))
         if self.choice == KEEP:
             return self.block(x, **kwargs)
         candidate, lam = self.candidates[self.choice], self.lam

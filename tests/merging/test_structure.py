@@ -13,7 +13,8 @@ from depthfuse import Supernet, _torchvision, merge
 from depthfuse.errors import SpecError
 from depthfuse.merging.adapters import find_blocks
 from depthfuse.merging.adapters.base import known_candidates
-from depthfuse.merging.adapters.structure import Unread, structure_of
+from depthfuse.merging.adapters.reading import structure_of
+from depthfuse.merging.adapters.structure import Unread
 
 SIZE = (3, 32, 32)
 
@@ -134,6 +135,8 @@ TORCHVISION = {
     "mnasnet0_5": 16,
     "regnet_x_400mf": 22,
     "shufflenet_v2_x0_5": 16,
+    "convnext_tiny": 18,
+    "vit_b_32": 12,
 }
 
 
@@ -147,27 +150,69 @@ def model_of(name):
     return randomise_norms(models.get_model(name, weights=None)).eval(), TORCHVISION[name]
 
 
+_VIT = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "patch_size": 8,
+}
+_NARROW = {"hidden_sizes": [8, 16], "embedding_size": 8}
+HUGGING_FACE = {
+    "ViT": (_VIT, 2),
+    "DeiT": (_VIT, 2),
+    "ConvNext": ({"hidden_sizes": [8, 12], "depths": [2, 1], "num_stages": 2}, 3),
+    "ResNet": ({**_NARROW, "depths": [2, 2], "layer_type": "basic"}, 4),
+    "RegNet": ({**_NARROW, "depths": [1, 2], "layer_type": "x", "groups_width": 4}, 3),
+}
+
+
+def hugging_face(name):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    options, blocks = HUGGING_FACE[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(image_size=32, num_labels=5, **options)
+    return randomise_norms(getattr(transformers, f"{name}ForImageClassification")(config)).eval(), blocks
+
+
+BECOMES = {
+    "factorised": "MergedFactorised",
+    "drop": "Dropped",
+    "ffn": "MergedTransformerBlock",
+    "attention": "MergedMlpBlock",
+    "linear": "MergedLinear",
+}
+
+
+def every_candidate_merges_exactly(model, blocks, size):
+    supernet = Supernet(model).eval()
+    assert len(supernet.blocks) == blocks
+    x = torch.randn(2, *size)
+    with torch.no_grad():
+        wanted, given = model(x), supernet(x)
+    assert torch.equal(getattr(given, "logits", given), getattr(wanted, "logits", wanted))
+    options = supernet.options()
+    for candidate in dict.fromkeys(name for names in options.values() for name in names):
+        chosen = {path: candidate for path, names in options.items() if candidate in names}
+        supernet.set_choices(chosen)
+        randomise_norms(supernet)
+        merged = merge(supernet, size)
+        assert max(max(b.border, b.interior) for b in merged.merge_report.blocks) < 1e-10
+        assert merged.merge_report.output < 1e-10
+        kinds = {type(m).__name__ for path, m in merged.named_modules() if path in chosen}
+        assert kinds == {BECOMES.get(candidate, "MergedConv")}
+
+
 @pytest.mark.parametrize("name", [*OWN, *TORCHVISION])
 def test_every_candidate_merges_exactly(name):
     """`merge` compares each block, border and interior, and the output in float64."""
     model, blocks = model_of(name)
-    supernet = Supernet(model).eval()
-    assert len(supernet.blocks) == blocks
-    x = torch.randn(2, *SIZE)
-    with torch.no_grad():
-        assert torch.equal(supernet(x), model(x))
-    for candidate in ("dense", "compact", "identity", "drop"):
-        options = supernet.options()
-        chosen = {path: candidate for path, names in options.items() if candidate in names}
-        if not chosen:
-            continue
-        supernet.set_choices(chosen)
-        randomise_norms(supernet)
-        merged = merge(supernet, SIZE)
-        assert max(max(b.border, b.interior) for b in merged.merge_report.blocks) < 1e-10
-        assert merged.merge_report.output < 1e-10
-        kinds = [type(m).__name__ for path, m in merged.named_modules() if path in chosen]
-        assert set(kinds) == {"Dropped" if candidate == "drop" else "MergedConv"}
+    every_candidate_merges_exactly(model, blocks, (3, 224, 224) if name.startswith("vit") else SIZE)
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_every_candidate_of_hugging_face_merges_exactly(name):
+    every_candidate_merges_exactly(*hugging_face(name), SIZE)
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -229,6 +274,8 @@ VARIANTS = {
     "softmax": (lambda m, x: x + m.conv2(m.conv1(x).softmax(1)), "softmax"),
     "norm after activation": (lambda m, x: x + m.conv2(m.bn1(m.conv1(x).relu())), "a norm between"),
     "other weights on the branches": (lambda m, x: torch.add(x, m.conv2(m.conv1(x).relu()), alpha=2), "no skip"),
+    "an input that is written over": (lambda m, x: m.bn2(m.conv2(m.conv1(x.relu_()).relu())) + x, "writes over"),
+    "a factor": (lambda m, x: x + 0.1 * m.conv2(m.conv1(x).relu()), "mul"),
     "a pool": (lambda m, x: x + m.conv2(F.max_pool2d(m.conv1(x).relu(), 3, 1, 1)), "max_pool2d"),
 }  # fmt: skip
 
@@ -259,6 +306,14 @@ def test_what_is_no_single_branch_is_none(compute):
     model = around(Variant(compute), FiveLines(8)).eval()
     infos = {info.path: info for info in find_blocks(model)}
     assert not infos["1.0"].candidates
+
+
+def test_a_block_is_read_anew():
+    model = around(FiveLines(8), FiveLines(8)).eval()
+    assert all(info.candidates for info in find_blocks(model))
+    model[1][0].b = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Softmax(1))
+    infos = {info.path: info for info in find_blocks(model)}
+    assert "Softmax" in infos["1.0"].reason and infos["1.1"].candidates
 
 
 def test_a_block_with_a_hook_is_left_alone():

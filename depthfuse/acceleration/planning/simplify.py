@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from depthfuse.acceleration.planning import aten
+from depthfuse.acceleration.planning.branches import merge_branches
 from depthfuse.acceleration.planning.elements import permutation
 from depthfuse.acceleration.planning.graph import (
     all_numbers_known,
@@ -57,7 +58,8 @@ def _no_op(node: fx.Node) -> fx.Node | None:
         return source
     if name in ("detach", "alias", "lift_fresh", "to", "type_as", "contiguous", "positive"):
         return source
-    if name in ("clone", "lift_fresh_copy", "_to_copy"):
+    adds_nothing = name == "add" and type(node.args[1]) in (int, float) and node.args[1] == 0
+    if name in ("clone", "lift_fresh_copy", "_to_copy") or adds_nothing:
         # What the model copied for its caller is not to be the caller's own tensor, nor one of ours.
         return None if _is_ours_or_the_callers(source) and _is_given_back(node) else source
     if aten.shape_of(source) != aten.shape_of(node):
@@ -193,6 +195,7 @@ _RULES: tuple[Callable[[fx.Node], fx.Node | None], ...] = (
     _convolution,
     _linear,
     _silu,
+    merge_branches,
 )
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from depthfuse.acceleration.running.implementations import least_ms
-from depthfuse.acceleration.running.native_lowering import Algorithms, Lowering
-from depthfuse.acceleration.running.native_values import Unsupported
+from depthfuse.acceleration.running.native_lowering import Lowering
+from depthfuse.acceleration.running.native_values import Algorithms, Unsupported
 from depthfuse.measured_cache import MeasuredCache
 from depthfuse.native import plan as native
 from depthfuse.native.library import Missing, isa

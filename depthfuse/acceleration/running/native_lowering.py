@@ -7,27 +7,23 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from depthfuse.acceleration.running.native_rules import FUNCTIONS, MODULES
 from depthfuse.acceleration.running.native_values import (
+    FLAT,
     IMAGE,
     ROWS,
     TOKENS,
-    Axes,
+    Algorithms,
     Constant,
+    Draft,
     Unsupported,
     Value,
-    seen,
 )
 from depthfuse.native import plan as native
-from depthfuse.native.plan import Builder, Node
-
-# (input [n, h, w, c], filters, padding) -> how to compute a 3x3 convolution of stride 1
-Algorithms = Callable[[Sequence[int], int, int], int]
-_ELEMENTWISE = (native.ADD, native.MULTIPLY, native.MAP)
+from depthfuse.native.plan import Node
 
 
 class Lowering(fx.Interpreter):
@@ -35,9 +31,9 @@ class Lowering(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule, algorithms: Algorithms) -> None:
         super().__init__(graph)
-        self.builder, self.algorithms = Builder(), algorithms
+        self.draft = Draft(algorithms)
+        self.builder = self.draft.builder
         self._made: dict[fx.Node, Node] = {}  # by which node of the engine a node's result was written
-        self._current: fx.Node | None = None
 
     def lower(self, inputs: Sequence[Tensor]) -> tuple[list[tuple[int, ...]], bool]:
         """Fill `builder` for inputs of these shapes: (shapes of the outputs, whether there is one outside a tuple).
@@ -56,7 +52,9 @@ class Lowering(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op not in ("placeholder", "get_attr", "call_module", "call_function", "output"):
             raise Unsupported(f"{n.op} {n.target}")
-        self._current, before = n, len(self.builder.nodes)
+        source, before = n.args[0] if n.args else None, len(self.builder.nodes)
+        alone = isinstance(source, fx.Node) and len(source.users) == 1
+        self.draft.writer = self._made.get(source) if alone else None
         result = super().run_node(n)
         if len(self.builder.nodes) > before and isinstance(result, Value):
             self._made[n] = self.builder.nodes[-1]
@@ -70,69 +68,15 @@ class Lowering(fx.Interpreter):
         lower = MODULES.get(type(module))
         if lower is None or kwargs:
             raise Unsupported(f"{type(module).__name__} {target}")
-        return lower(self, module, *args)
+        return lower(self.draft, module, *args)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if not any(isinstance(a, Value) for a in tree_leaves((args, kwargs))):
             return self._constant(target, args, kwargs)
         lower = FUNCTIONS.get(target)
-        if lower is None or not _takes(lower, (self, *args), kwargs):
+        if lower is None or not _takes(lower, (self.draft, *args), kwargs):
             raise Unsupported(str(target))
-        return lower(self, *args, **kwargs)
-
-    # For the rules.
-
-    def shape(self, value: Value) -> tuple[int, int, int, int]:
-        """[n, h, w, c]."""
-        return self.builder.shape(value.tensor)
-
-    def size(self, value: Value) -> tuple[int, ...]:
-        """The shape that PyTorch sees."""
-        return seen(value.axes, self.shape(value))
-
-    def add(self, node: Node, axes: Axes) -> Value:
-        self.builder.nodes.append(node)
-        return Value(node.y, axes)
-
-    def activate_in_place(self, act: str, slope: float) -> bool:
-        """Let what wrote the current operation's input apply its activation, where nobody else reads it."""
-        assert self._current is not None
-        source = self._current.args[0]
-        node = self._made.get(source) if isinstance(source, fx.Node) else None
-        if node is None or len(source.users) > 1 or node.op not in _ELEMENTWISE or node.act != "none":
-            return False
-        node.act, node.f = act, slope
-        return True
-
-    def constant_like(self, constant: Constant, axes: Axes, shape: Sequence[int]) -> Value:
-        """A constant, broadcast to a value's shape: [h, w, c] of it, the same for each image."""
-        values = self._broadcast(constant, axes, shape)
-        if axes[0] != "n" or (shape[0] > 1 and not (values == values[:1]).all()):
-            raise Unsupported("a constant that is not the same for each image")
-        if axes == IMAGE:
-            values = values.permute(0, 2, 3, 1)
-        elif axes[-1] != "c":
-            raise Unsupported(f"a constant with the axes {axes}")
-        y = self.builder.tensor(shape)
-        return self.add(Node(native.CONSTANT, -1, y, weight=values[0].contiguous()), axes)
-
-    def constant_of_channels(self, constant: Any, axes: Axes, shape: Sequence[int]) -> Tensor | None:
-        """A constant as [c], where each channel has one value of it; None where it does not."""
-        if isinstance(constant, (int, float)):
-            return torch.full((shape[3],), float(constant))
-        if not isinstance(constant, Constant) or "c" not in axes:
-            return None
-        self._broadcast(constant, axes, shape)  # whether it can be
-        sizes = dict(zip(reversed(axes), reversed(constant.values.shape), strict=False))
-        if any(size > 1 for axis, size in sizes.items() if axis != "c"):
-            return None
-        return constant.values.float().reshape(-1).expand(shape[3])
-
-    def _broadcast(self, constant: Constant, axes: Axes, shape: Sequence[int]) -> Tensor:
-        try:
-            return torch.broadcast_to(constant.values, seen(axes, shape))
-        except RuntimeError as error:
-            raise Unsupported(f"a constant of {list(constant.values.shape)} with the axes {axes}") from error
+        return lower(self.draft, *args, **kwargs)
 
     # Tensors of the engine.
 
@@ -154,14 +98,14 @@ class Lowering(fx.Interpreter):
         """The shape that PyTorch sees of a result, which is copied out of the arena."""
         if not isinstance(value, Value):
             raise Unsupported("an output that does not depend on the input")
-        y = self.builder.tensor(self.shape(value), native.OUTPUT)
+        y = self.builder.tensor(self.draft.shape(value), native.OUTPUT)
         if value.axes[-1] == "c":
             self.builder.copy(value.tensor, y)
-        elif value.axes in (IMAGE, ("n", "c", "hw")):
+        elif value.axes in (IMAGE, ("n", "c", "hw"), FLAT):
             self.builder.nodes.append(Node(native.TO_PLANES, value.tensor, y))
         else:
             raise Unsupported(f"an output with the axes {value.axes}")
-        return self.size(value)
+        return self.draft.size(value)
 
     def _constant(self, target: Any, args: Any, kwargs: Any) -> Any:
         plain = fx.node.map_aggregate(args, lambda a: a.values if isinstance(a, Constant) else a)

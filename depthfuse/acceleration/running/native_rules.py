@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from depthfuse.acceleration.running.native_values import (
+    FLAT,
     IMAGE,
     ROWS,
     TOKENS,
     VIEWS,
     Constant,
+    Draft,
     Unsupported,
     Value,
     need,
@@ -27,9 +29,6 @@ from depthfuse.kernels.arguments import Window
 from depthfuse.native import plan as native
 from depthfuse.native.plan import Node
 
-if TYPE_CHECKING:
-    from depthfuse.acceleration.running.native_lowering import Lowering
-
 # Products.
 
 
@@ -38,19 +37,19 @@ def _tail(module: FusedConv2d | FusedLinear) -> dict[str, Any]:
     return {"act": module.act, **{name: tensors[name] for name in ("bias", "scale", "shift")}}
 
 
-def _residual(lowering: Lowering, residual: Any, like: Value) -> int:
+def _residual(draft: Draft, residual: Any, like: Value) -> int:
     if residual is None:
         return -1
     residual = need(residual, "a residual", like.axes)
-    if lowering.shape(residual) != lowering.shape(like):
+    if draft.shape(residual) != draft.shape(like):
         raise Unsupported("a residual that is broadcast")
     return residual.tensor
 
 
-def _conv(lowering: Lowering, module: FusedConv2d, x: Any, residual: Any = None) -> Value:
+def _conv(draft: Draft, module: FusedConv2d, x: Any, residual: Any = None) -> Value:
     x = need(x, "a convolution", IMAGE)
-    config, weight, builder = module.config(), module.weight, lowering.builder
-    n, h, w, c = lowering.shape(x)
+    config, weight, builder = module.config(), module.weight, draft.builder
+    n, h, w, c = draft.shape(x)
     filters, group_channels, *kernel = weight.shape
     stride, padding, dilation = (tuple(config[name]) for name in ("stride", "padding", "dilation"))
     if config.get("norm_eps") is not None:
@@ -58,16 +57,16 @@ def _conv(lowering: Lowering, module: FusedConv2d, x: Any, residual: Any = None)
     size = Window(stride, padding, dilation).output_size((h, w), kernel)
     y = Value(builder.tensor((n, *size, filters)), IMAGE)
     builder.pad(x.tensor, max(padding))
-    common = {"x2": _residual(lowering, residual, y), **_tail(module)}
+    common = {"x2": _residual(draft, residual, y), **_tail(module)}
     numbers = (*kernel, *stride, *padding, *dilation)
     groups = config["groups"]
     if groups == filters == c and group_channels == 1:
         taps = weight.permute(2, 3, 1, 0)
-        return lowering.add(
+        return draft.add(
             Node(native.DEPTHWISE, x.tensor, y.tensor, numbers=numbers, weight=taps, **common), IMAGE
         )
     square = groups == 1 and numbers == (3, 3, 1, 1, padding[0], padding[0], 1, 1)
-    algorithm = lowering.algorithms((n, h, w, c), filters, padding[0]) if square else native.DIRECT
+    algorithm = draft.algorithms((n, h, w, c), filters, padding[0]) if square else native.DIRECT
     node = Node(
         native.CONV,
         x.tensor,
@@ -78,48 +77,57 @@ def _conv(lowering: Lowering, module: FusedConv2d, x: Any, residual: Any = None)
         weight=weight.permute(0, 2, 3, 1),
         **common,
     )
-    return lowering.add(node, IMAGE)
+    return draft.add(node, IMAGE)
 
 
-def _linear(lowering: Lowering, module: FusedLinear, x: Any, residual: Any = None) -> Value:
+def _linear(draft: Draft, module: FusedLinear, x: Any, residual: Any = None) -> Value:
     x = need(x, "a linear layer")
-    if x.axes[-1] != "c" or module.config().get("norm_eps") is not None:
+    if (x.axes[-1] != "c" and x.axes != FLAT) or module.config().get("norm_eps") is not None:
         raise Unsupported(f"a linear layer over {x.axes}")
-    builder = lowering.builder
-    y = Value(builder.tensor((*lowering.shape(x)[:3], module.weight.shape[0])), x.axes)
-    common = {"x2": _residual(lowering, residual, y), **_tail(module)}
+    builder = draft.builder
+    if x.axes == FLAT:  # a convolution by a kernel as large as the image
+        n, h, w, c = draft.shape(x)
+        y = Value(builder.tensor((n, 1, 1, module.weight.shape[0])), ROWS)
+        taps = module.weight.view(-1, c, h, w).permute(0, 2, 3, 1)
+        common = {"x2": _residual(draft, residual, y), **_tail(module)}
+        return draft.add(
+            Node(native.CONV, x.tensor, y.tensor, numbers=(h, w, 1, 1, 0, 0, 1, 1), weight=taps, **common),
+            ROWS,
+        )
+    y = Value(builder.tensor((*draft.shape(x)[:3], module.weight.shape[0])), x.axes)
+    common = {"x2": _residual(draft, residual, y), **_tail(module)}
     numbers = (1, 1, 1, 1, 0, 0, 1, 1)
-    return lowering.add(
+    return draft.add(
         Node(native.CONV, x.tensor, y.tensor, numbers=numbers, weight=module.weight, **common), x.axes
     )
 
 
-def _attention(lowering: Lowering, module: FusedAttention, x: Any) -> Value:
+def _attention(draft: Draft, module: FusedAttention, x: Any) -> Value:
     x = need(x, "attention", TOKENS)
-    config, builder = module.config(), lowering.builder
-    *pixels, channels = lowering.shape(x)
+    config, builder = module.config(), draft.builder
+    *pixels, channels = draft.shape(x)
     y = builder.tensor((*pixels, channels // 3))
     scale = config["scale"] or (channels // 3 // config["heads"]) ** -0.5
-    return lowering.add(Node(native.ATTENTION, x.tensor, y, numbers=(config["heads"],), f=scale), x.axes)
+    return draft.add(Node(native.ATTENTION, x.tensor, y, numbers=(config["heads"],), f=scale), x.axes)
 
 
 # Norms and pools.
 
 
-def _layer_norm(lowering, x, shape, weight=None, bias=None, eps=1e-5, *_) -> Value:
+def _layer_norm(draft, x, shape, weight=None, bias=None, eps=1e-5, *_) -> Value:
     x = need(x, "a layer norm")
-    if x.axes[-1] != "c" or list(shape) != [lowering.shape(x)[3]]:
+    if x.axes[-1] != "c" or list(shape) != [draft.shape(x)[3]]:
         raise Unsupported(f"a layer norm over {shape} of {x.axes}")
     affine = {}
     for name, values in (("weight", weight), ("bias", bias)):
         if isinstance(values, Value):
             raise Unsupported("a layer norm whose affine depends on the input")
         affine[name] = None if values is None else values.values
-    y = lowering.builder.tensor(lowering.shape(x))
-    return lowering.add(Node(native.LAYER_NORM, x.tensor, y, f=eps, **affine), x.axes)
+    y = draft.builder.tensor(draft.shape(x))
+    return draft.add(Node(native.LAYER_NORM, x.tensor, y, f=eps, **affine), x.axes)
 
 
-def _batch_norm(lowering, x, weight, bias, mean, variance, training, momentum, eps, *_) -> Value:
+def _batch_norm(draft, x, weight, bias, mean, variance, training, momentum, eps, *_) -> Value:
     x = need(x, "a batch norm", IMAGE, ROWS)
     if training or not isinstance(mean, Constant) or not isinstance(variance, Constant):
         raise Unsupported("a batch norm with the statistics of its batch")
@@ -131,176 +139,172 @@ def _batch_norm(lowering, x, weight, bias, mean, variance, training, momentum, e
     shift = -mean.values.double() * scale
     if bias is not None:
         shift = shift + bias.values.double()
-    return _map(lowering, x, scale.float(), shift.float())
+    return _map(draft, x, scale.float(), shift.float())
 
 
-def _group_norm(lowering, x, groups, weight=None, bias=None, eps=1e-5, *_) -> Value:
+def _group_norm(draft, x, groups, weight=None, bias=None, eps=1e-5, *_) -> Value:
     x = need(x, "a group norm", IMAGE)
     if isinstance(weight, Value) or isinstance(bias, Value):
         raise Unsupported("a group norm whose affine depends on the input")
     affine = {"weight": weight and weight.values, "bias": bias and bias.values}
-    y = lowering.builder.tensor(lowering.shape(x))
-    return lowering.add(Node(native.GROUP_NORM, x.tensor, y, numbers=(groups,), f=eps, **affine), IMAGE)
+    y = draft.builder.tensor(draft.shape(x))
+    return draft.add(Node(native.GROUP_NORM, x.tensor, y, numbers=(groups,), f=eps, **affine), IMAGE)
 
 
-def _window_of_pool(lowering, x, kernel, stride, padding, dilation, ceil) -> tuple[Value, tuple[int, ...]]:
+def _window_of_pool(draft, x, kernel, stride, padding, dilation, ceil) -> tuple[Value, tuple[int, ...]]:
     """(The output, the numbers of the window); a last window that starts beyond the image is none, as in PyTorch."""
     kernel, stride, padding, dilation = (
         (p * 2)[:2] for p in (list(kernel), list(stride) or list(kernel), list(padding), list(dilation))
     )
-    n, h, w, c = lowering.shape(x)
+    n, h, w, c = draft.shape(x)
     size = list(Window(stride, padding, dilation).output_size((h, w), kernel))
     if ceil:
         for i, length in enumerate((h, w)):
             room = length + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1
             more = room % stride[i] and size[i] * stride[i] < length + padding[i]
             size[i] += bool(more)
-    y = Value(lowering.builder.tensor((n, *size, c)), IMAGE)
+    y = Value(draft.builder.tensor((n, *size, c)), IMAGE)
     return y, (*kernel, *stride, *padding, *dilation)
 
 
-def _max_pool(lowering, x, kernel, stride=(), padding=(0,), dilation=(1,), ceil=False) -> Value:
+def _max_pool(draft, x, kernel, stride=(), padding=(0,), dilation=(1,), ceil=False) -> Value:
     x = need(x, "a pool", IMAGE)
-    y, window = _window_of_pool(lowering, x, kernel, stride, padding, dilation, ceil)
+    y, window = _window_of_pool(draft, x, kernel, stride, padding, dilation, ceil)
     numbers = (*window, 0, int(ceil))
-    return lowering.add(Node(native.MAX_POOL, x.tensor, y.tensor, numbers=numbers), IMAGE)
+    return draft.add(Node(native.MAX_POOL, x.tensor, y.tensor, numbers=numbers), IMAGE)
 
 
-def _average_pool(
-    lowering, x, kernel, stride=(), padding=(0,), ceil=False, padded=True, divisor=None
-) -> Value:
+def _average_pool(draft, x, kernel, stride=(), padding=(0,), ceil=False, padded=True, divisor=None) -> Value:
     x = need(x, "a pool", IMAGE)
     if divisor is not None:
         raise Unsupported(f"a pool that divides by {divisor}")
-    y, window = _window_of_pool(lowering, x, kernel, stride, padding, (1,), ceil)
+    y, window = _window_of_pool(draft, x, kernel, stride, padding, (1,), ceil)
     numbers = (*window, int(padded), int(ceil))
-    return lowering.add(Node(native.AVERAGE_POOL, x.tensor, y.tensor, numbers=numbers), IMAGE)
+    return draft.add(Node(native.AVERAGE_POOL, x.tensor, y.tensor, numbers=numbers), IMAGE)
 
 
-def _average(lowering, x, size) -> Value:
+def _average(draft, x, size) -> Value:
     x = need(x, "a pool", IMAGE)
     if list(size) != [1, 1]:
         raise Unsupported(f"a pool to {size}")
-    n, _, _, c = lowering.shape(x)
-    return lowering.add(Node(native.MEAN, x.tensor, lowering.builder.tensor((n, 1, 1, c))), IMAGE)
+    n, _, _, c = draft.shape(x)
+    return draft.add(Node(native.MEAN, x.tensor, draft.builder.tensor((n, 1, 1, c))), IMAGE)
 
 
-def _mean(lowering, x, dims=None, keepdim=False) -> Value:
+def _mean(draft, x, dims=None, keepdim=False) -> Value:
     x = need(x, "a mean")
     reduced = {x.axes[d] for d in dims} if dims else set(x.axes)
     if "".join(sorted("".join(reduced))) != "hw":
         raise Unsupported(f"a mean over {reduced}")
-    n, _, _, c = lowering.shape(x)
+    n, _, _, c = draft.shape(x)
     axes = x.axes if keepdim else tuple(a for a in x.axes if a not in reduced)
-    return lowering.add(Node(native.MEAN, x.tensor, lowering.builder.tensor((n, 1, 1, c))), axes)
+    return draft.add(Node(native.MEAN, x.tensor, draft.builder.tensor((n, 1, 1, c))), axes)
 
 
 # Value by value.
 
 
-def _map(lowering: Lowering, x: Value, weight: Tensor | None = None, bias: Tensor | None = None) -> Value:
+def _map(draft: Draft, x: Value, weight: Tensor | None = None, bias: Tensor | None = None) -> Value:
     """weight * x + bias, both [c]."""
-    y = lowering.builder.tensor(lowering.shape(x))
-    return lowering.add(Node(native.MAP, x.tensor, y, weight=weight, bias=bias), x.axes)
+    y = draft.builder.tensor(draft.shape(x))
+    return draft.add(Node(native.MAP, x.tensor, y, weight=weight, bias=bias), x.axes)
 
 
-def _combine(lowering: Lowering, op: int, a: Any, b: Any) -> Value:
+def _combine(draft: Draft, op: int, a: Any, b: Any) -> Value:
     """A sum or a product of two values, of which one may be broadcast, or of a value and a constant."""
     value, other = (a, b) if isinstance(a, Value) else (b, a)
     if not isinstance(other, Value):
-        channels = lowering.constant_of_channels(other, value.axes, lowering.shape(value))
+        channels = draft.constant_of_channels(other, value.axes, draft.shape(value))
         if channels is not None:
-            return _map(lowering, value, **{"bias" if op == native.ADD else "weight": channels})
-        other = lowering.constant_like(other, value.axes, lowering.shape(value))
+            return _map(draft, value, **{"bias" if op == native.ADD else "weight": channels})
+        other = draft.constant_like(other, value.axes, draft.shape(value))
     other = need(other, "an operand", value.axes)
-    shapes = [lowering.shape(value), lowering.shape(other)]
+    shapes = [draft.shape(value), draft.shape(other)]
     whole = tuple(map(max, *shapes))
     if shapes[0] != whole:
         value, other = other, value
         shapes.reverse()
     if shapes[0] != whole or any(s not in (1, t) for s, t in zip(shapes[1], whole, strict=True)):
         raise Unsupported("two operands that are both broadcast")
-    y = lowering.builder.tensor(whole)
-    return lowering.add(Node(op, value.tensor, y, x2=other.tensor), value.axes)
+    y = draft.builder.tensor(whole)
+    return draft.add(Node(op, value.tensor, y, x2=other.tensor), value.axes)
 
 
-def _add(lowering, a, b) -> Value:
-    return _combine(lowering, native.ADD, a, b)
+def _add(draft, a, b) -> Value:
+    return _combine(draft, native.ADD, a, b)
 
 
-def _multiply(lowering, a, b) -> Value:
-    return _combine(lowering, native.MULTIPLY, a, b)
+def _multiply(draft, a, b) -> Value:
+    return _combine(draft, native.MULTIPLY, a, b)
 
 
-def _square(lowering, x) -> Value:
-    return _combine(lowering, native.MULTIPLY, x, x)
+def _square(draft, x) -> Value:
+    return _combine(draft, native.MULTIPLY, x, x)
 
 
-def _subtract(lowering, a, b) -> Value:
+def _subtract(draft, a, b) -> Value:
     if not isinstance(a, Value) or isinstance(b, Value):
         raise Unsupported("a difference of values")
-    return _combine(lowering, native.ADD, a, Constant(-b.values) if isinstance(b, Constant) else -b)
+    return _combine(draft, native.ADD, a, Constant(-b.values) if isinstance(b, Constant) else -b)
 
 
-def _divide(lowering, a, b) -> Value:
+def _divide(draft, a, b) -> Value:
     if not isinstance(a, Value) or isinstance(b, Value):
         raise Unsupported("a quotient of values")
-    return _combine(
-        lowering, native.MULTIPLY, a, Constant(1 / b.values) if isinstance(b, Constant) else 1 / b
-    )
+    return _combine(draft, native.MULTIPLY, a, Constant(1 / b.values) if isinstance(b, Constant) else 1 / b)
 
 
 def _activation(name: str) -> Callable[..., Value]:
-    return lambda lowering, x: _activate(lowering, x, name)
+    return lambda draft, x: _activate(draft, x, name)
 
 
-def _activate(lowering: Lowering, x: Any, act: str, slope: float = 0.0) -> Value:
+def _activate(draft: Draft, x: Any, act: str, slope: float = 0.0) -> Value:
     x = need(x, "an activation")
-    if lowering.activate_in_place(act, slope):
+    if draft.activate_in_place(act, slope):
         return x
-    y = lowering.builder.tensor(lowering.shape(x))
-    return lowering.add(Node(native.MAP, x.tensor, y, act=act, f=slope), x.axes)
+    y = draft.builder.tensor(draft.shape(x))
+    return draft.add(Node(native.MAP, x.tensor, y, act=act, f=slope), x.axes)
 
 
-def _gelu(lowering, x, approximate="none") -> Value:
-    return _activate(lowering, x, "gelu_tanh" if approximate == "tanh" else "gelu")
+def _gelu(draft, x, approximate="none") -> Value:
+    return _activate(draft, x, "gelu_tanh" if approximate == "tanh" else "gelu")
 
 
-def _leaky_relu(lowering, x, negative_slope=0.01) -> Value:
-    return _activate(lowering, x, "leaky_relu", negative_slope)
+def _leaky_relu(draft, x, negative_slope=0.01) -> Value:
+    return _activate(draft, x, "leaky_relu", negative_slope)
 
 
-def _hardtanh(lowering, x, low=-1.0, high=1.0) -> Value:
+def _hardtanh(draft, x, low=-1.0, high=1.0) -> Value:
     if (low, high) != (0, 6):
         raise Unsupported(f"a clamp to {low} and {high}")
-    return _activate(lowering, x, "relu6")
+    return _activate(draft, x, "relu6")
 
 
 # What moves values, or only names them anew.
 
 
-def _sym_size(lowering, x, dim) -> int:
-    return lowering.size(need(x, "a size"))[dim]
+def _sym_size(draft, x, dim) -> int:
+    return draft.size(need(x, "a size"))[dim]
 
 
-def _view(lowering: Lowering, x: Value, size: Sequence[int]) -> Value:
+def _view(draft: Draft, x: Value, size: Sequence[int]) -> Value:
     """x seen with another shape. Raises Unsupported where values would have to move."""
-    shape = lowering.shape(x)
+    shape = draft.shape(x)
     for axes in VIEWS:
         if seen(axes, shape) == tuple(size) and order(axes, shape) == order(x.axes, shape):
             return Value(x.tensor, axes)
     n, c = shape[0], shape[3]
     tokens = order(x.axes, shape) == order(("n", "h", "w", "c"), shape)
     if tokens and len(size) == 4 and (size[0], size[3]) == (n, c):  # rows of another length
-        y = lowering.builder.tensor(tuple(size))
-        lowering.builder.copy(x.tensor, y)
+        y = draft.builder.tensor(tuple(size))
+        draft.builder.copy(x.tensor, y)
         return Value(y, ("n", "h", "w", "c"))
-    raise Unsupported(f"{list(lowering.size(x))} of the axes {x.axes} seen as {list(size)}")
+    raise Unsupported(f"{list(draft.size(x))} of the axes {x.axes} seen as {list(size)}")
 
 
-def _reshape(lowering, x, size) -> Value:
+def _reshape(draft, x, size) -> Value:
     x = need(x, "a reshape")
-    size, given = list(size), lowering.size(x)
+    size, given = list(size), draft.size(x)
     if -1 in size:
         known = 1
         for length in size:
@@ -309,55 +313,55 @@ def _reshape(lowering, x, size) -> Value:
         for length in given:
             whole *= length
         size[size.index(-1)] = whole // max(1, known)
-    return _view(lowering, x, size)
+    return _view(draft, x, size)
 
 
-def _flatten(lowering, x, start=0, end=-1) -> Value:
-    size = lowering.size(need(x, "flatten"))
+def _flatten(draft, x, start=0, end=-1) -> Value:
+    size = draft.size(need(x, "flatten"))
     start, end = start % len(size), end % len(size)
-    return _reshape(lowering, x, [*size[:start], -1, *size[end + 1 :]])
+    return _reshape(draft, x, [*size[:start], -1, *size[end + 1 :]])
 
 
-def _unsqueeze(lowering, x, dim) -> Value:
-    size = list(lowering.size(need(x, "unsqueeze")))
+def _unsqueeze(draft, x, dim) -> Value:
+    size = list(draft.size(need(x, "unsqueeze")))
     size.insert(dim % (len(size) + 1), 1)
-    return _view(lowering, x, size)
+    return _view(draft, x, size)
 
 
-def _squeeze(lowering, x, dims) -> Value:
-    size = lowering.size(need(x, "squeeze"))
+def _squeeze(draft, x, dims) -> Value:
+    size = draft.size(need(x, "squeeze"))
     gone = {d % len(size) for d in ([dims] if isinstance(dims, int) else dims)}
-    return _view(lowering, x, [s for i, s in enumerate(size) if i not in gone or s != 1])
+    return _view(draft, x, [s for i, s in enumerate(size) if i not in gone or s != 1])
 
 
-def _permute(_lowering, x, dims) -> Value:
+def _permute(_draft, x, dims) -> Value:
     x = need(x, "permute")
     return Value(x.tensor, tuple(x.axes[d] for d in dims))
 
 
-def _transpose(lowering, x, a, b) -> Value:
+def _transpose(draft, x, a, b) -> Value:
     dims = list(range(len(need(x, "transpose").axes)))
     dims[a], dims[b] = dims[b], dims[a]
-    return _permute(lowering, x, dims)
+    return _permute(draft, x, dims)
 
 
-def _matrix_transpose(lowering, x) -> Value:
-    return _transpose(lowering, x, -2, -1)
+def _matrix_transpose(draft, x) -> Value:
+    return _transpose(draft, x, -2, -1)
 
 
-def _contiguous(_lowering, x, memory_format=torch.contiguous_format) -> Value:
+def _contiguous(_draft, x, memory_format=torch.contiguous_format) -> Value:
     """Outputs are written so, and between operations nobody sees a layout."""
     if memory_format != torch.contiguous_format:
         raise Unsupported(f"an output in {memory_format}")
     return need(x, "contiguous")
 
 
-def _part(lowering: Lowering, x: Any, dim: int, first: int, count: int) -> Value:
+def _part(draft: Draft, x: Any, dim: int, first: int, count: int) -> Value:
     """`count` of x from `first` on, along an axis."""
     x = need(x, "a part", IMAGE, ("n", "h", "w", "c"), TOKENS, ROWS)
-    axis, builder = x.axes[dim], lowering.builder
-    n, h, w, c = lowering.shape(x)
-    if count == lowering.size(x)[dim]:
+    axis, builder = x.axes[dim], draft.builder
+    n, h, w, c = draft.shape(x)
+    if count == draft.size(x)[dim]:
         return x
     if axis == "c":
         y = builder.tensor((n, h, w, count))
@@ -374,107 +378,106 @@ def _part(lowering: Lowering, x: Any, dim: int, first: int, count: int) -> Value
     return Value(y, x.axes)
 
 
-def _slice(lowering, x, dim=0, start=None, end=None, step=1) -> Value:
-    size = lowering.size(need(x, "a slice"))[dim]
+def _slice(draft, x, dim=0, start=None, end=None, step=1) -> Value:
+    size = draft.size(need(x, "a slice"))[dim]
     first, last, _ = slice(start, end).indices(size)
     if step != 1 or last <= first:
         raise Unsupported(f"a slice of {last - first} in steps of {step}")
-    return _part(lowering, x, dim, first, last - first)
+    return _part(draft, x, dim, first, last - first)
 
 
-def _split_sizes(lowering, x, sizes, dim=0) -> list[Value]:
+def _split_sizes(draft, x, sizes, dim=0) -> list[Value]:
     parts, at = [], 0
     for size in sizes:
-        parts.append(_part(lowering, x, dim, at, size))
+        parts.append(_part(draft, x, dim, at, size))
         at += size
     return parts
 
 
-def _split(lowering, x, size, dim=0) -> list[Value]:
-    whole = lowering.size(need(x, "split"))[dim]
-    return _split_sizes(lowering, x, [min(size, whole - at) for at in range(0, whole, size)], dim)
+def _split(draft, x, size, dim=0) -> list[Value]:
+    whole = draft.size(need(x, "split"))[dim]
+    return _split_sizes(draft, x, [min(size, whole - at) for at in range(0, whole, size)], dim)
 
 
-def _chunk(lowering, x, chunks, dim=0) -> list[Value]:
-    whole = lowering.size(need(x, "chunk"))[dim]
-    return _split(lowering, x, max(1, -(-whole // chunks)), dim)
+def _chunk(draft, x, chunks, dim=0) -> list[Value]:
+    whole = draft.size(need(x, "chunk"))[dim]
+    return _split(draft, x, max(1, -(-whole // chunks)), dim)
 
 
-def _getitem(_lowering, values, index) -> Value:
+def _getitem(_draft, values, index) -> Value:
     return values[index]
 
 
-def _select(lowering, x, dim, index) -> Value:
+def _select(draft, x, dim, index) -> Value:
     x = need(x, "select", TOKENS)
     if dim % 3 != 1:
         raise Unsupported(f"select along axis {dim}")
-    part = _part(lowering, x, dim, index % lowering.size(x)[1], 1)
+    part = _part(draft, x, dim, index % draft.size(x)[1], 1)
     return Value(part.tensor, ROWS)
 
 
-def _cat(lowering, parts, dim=0) -> Value:
+def _cat(draft, parts, dim=0) -> Value:
     first = need(
         next(p for p in parts if isinstance(p, Value)), "cat", IMAGE, ("n", "h", "w", "c"), TOKENS, ROWS
     )
-    axes, builder = first.axes, lowering.builder
+    axes, builder = first.axes, draft.builder
     axis = axes[dim]
     if axis not in ("c", "hw"):
         raise Unsupported(f"cat along {axis}")
-    n, h, w, c = lowering.shape(first)
+    n, h, w, c = draft.shape(first)
     lengths = [
-        (p.values.shape if isinstance(p, Constant) else lowering.size(need(p, "cat", axes)))[dim]
-        for p in parts
+        (p.values.shape if isinstance(p, Constant) else draft.size(need(p, "cat", axes)))[dim] for p in parts
     ]
     whole = sum(lengths)
     y, at = builder.tensor((n, h, w, whole) if axis == "c" else (n, 1, whole, c)), 0
     for part, length in zip(parts, lengths, strict=True):
         shape = (n, h, w, length) if axis == "c" else (n, 1, length, c)
-        source = lowering.constant_like(part, axes, shape) if isinstance(part, Constant) else part
+        source = draft.constant_like(part, axes, shape) if isinstance(part, Constant) else part
         builder.copy(source.tensor, y, **{"y_channel" if axis == "c" else "y_pixel": at})
         at += length
     return Value(y, axes)
 
 
-def _resize(lowering: Lowering, x: Any, size: Any, scales: Any, mode: int) -> Value:
+def _resize(draft: Draft, x: Any, size: Any, scales: Any, mode: int) -> Value:
     x = need(x, "a change of size", IMAGE)
-    n, h, w, c = lowering.shape(x)
+    n, h, w, c = draft.shape(x)
     if size is None:
         size = [int(length * scale) for length, scale in zip((h, w), scales, strict=True)]
         if any(new != length * scale for new, length, scale in zip(size, (h, w), scales, strict=True)):
             raise Unsupported(f"a change of size by {scales}")  # PyTorch steps by the scale, not by the sizes
-    y = lowering.builder.tensor((n, *size, c))
-    return lowering.add(Node(native.RESIZE, x.tensor, y, numbers=(mode,)), IMAGE)
+    y = draft.builder.tensor((n, *size, c))
+    return draft.add(Node(native.RESIZE, x.tensor, y, numbers=(mode,)), IMAGE)
 
 
-def _nearest(lowering, x, size=None, scales=None) -> Value:
-    return _resize(lowering, x, size, scales, native.NEAREST)
+def _nearest(draft, x, size=None, scales=None) -> Value:
+    return _resize(draft, x, size, scales, native.NEAREST)
 
 
-def _bilinear(lowering, x, size=None, align_corners=False, scales=None) -> Value:
-    return _resize(lowering, x, size, scales, native.BILINEAR_CORNERS if align_corners else native.BILINEAR)
+def _bilinear(draft, x, size=None, align_corners=False, scales=None) -> Value:
+    return _resize(draft, x, size, scales, native.BILINEAR_CORNERS if align_corners else native.BILINEAR)
 
 
-def _pad(lowering, x, padding, mode="constant", value=None) -> Value:
+def _pad(draft, x, padding, mode="constant", value=None) -> Value:
     x = need(x, "a padding", IMAGE)
     left, right, above, below, *more = [*padding, 0, 0, 0, 0][: max(4, len(padding))]
     if mode != "constant" or len(more) > 2:
         raise Unsupported(f"a padding {list(padding)} of mode {mode}")
-    n, h, w, c = lowering.shape(x)
+    n, h, w, c = draft.shape(x)
     fill = 0.0 if value is None else float(value)
     if (left, right, above, below) != (0, 0, 0, 0):
-        y = lowering.builder.tensor((n, h + above + below, w + left + right, c))
-        x = lowering.add(Node(native.PAD, x.tensor, y, numbers=(above, left), f=fill), IMAGE)
+        y = draft.builder.tensor((n, h + above + below, w + left + right, c))
+        x = draft.add(Node(native.PAD, x.tensor, y, numbers=(above, left), f=fill), IMAGE)
     if any(more):  # channels
         before, after = more
         if before < 0 or after < 0:
             raise Unsupported("channels cut off by a padding")
         fills = [Constant(torch.full((1, count, 1, 1), fill)) for count in (before, after)]
         parts = [fills[0]] * bool(before) + [x] + [fills[1]] * bool(after)
-        x = _cat(lowering, parts, 1)
+        x = _cat(draft, parts, 1)
     return x
 
 
-def _identity(_lowering, x, **_) -> Value:
+def _identity(_draft, x, **_) -> Value:
     return need(x, "a copy")
 
 

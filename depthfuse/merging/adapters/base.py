@@ -53,11 +53,14 @@ class Candidate(nn.Module):
         """The merged module, equal to `forward(block, x, 0)` in eval mode. Computed in float64, cast once."""
 
 
-_CANDIDATES: dict[type[nn.Module], list[type[Candidate]]] = {}
+_CANDIDATES: dict[type[nn.Module] | str, list[type[Candidate]]] = {}
 
 
-def register(*block_types: type[nn.Module]) -> Callable[[type[Candidate]], type[Candidate]]:
-    """Class decorator: offer a candidate for these block types. The first one registered is the default."""
+def register(*block_types: type[nn.Module] | str) -> Callable[[type[Candidate]], type[Candidate]]:
+    """Class decorator: offer a candidate for these block types. The first one registered is the default.
+
+    A type of a library that may not be installed is named: "package.module.Class".
+    """
 
     def add(candidate: type[Candidate]) -> type[Candidate]:
         for block_type in block_types:
@@ -69,7 +72,9 @@ def register(*block_types: type[nn.Module]) -> Callable[[type[Candidate]], type[
 
 def known_candidates(block_type: type[nn.Module]) -> tuple[type[Candidate], ...]:
     """What is registered for a block type, those that may be the default first."""
-    return tuple(sorted(_CANDIDATES.get(block_type, ()), key=lambda c: not c.alone))
+    name = f"{block_type.__module__}.{block_type.__qualname__}"
+    known = _CANDIDATES.get(block_type) or _CANDIDATES.get(name, ())
+    return tuple(sorted(known, key=lambda c: not c.alone))
 
 
 def fixed(lam: Lambda, value: float) -> bool:

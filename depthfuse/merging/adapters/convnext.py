@@ -1,4 +1,5 @@
-"""ConvNeXt V1 blocks: depthwise conv -> norm -> fc1 -> GELU -> fc2 -> LayerScale (+) skip.
+"""ConvNeXt V1 blocks: depthwise conv -> norm -> fc1 -> GELU -> fc2 -> LayerScale (+) skip; timm's, and what
+`reading.py` finds to be one.
 
 Pruned (UPDP, fig. 2): conv [LN | BN] fc1 [GELU | -] fc2 (+) [- | GELU BN]. Only the depthwise convolution is padded,
 so borders need no remedy.
@@ -7,6 +8,7 @@ so borders need no remedy.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from timm.layers import Mlp
@@ -30,12 +32,53 @@ from depthfuse.merging.computed_weights import plain_type
 from depthfuse.merging.merged_blocks import MergedConv, MergedFactorised
 
 
+@dataclass(frozen=True)
+class ConvNeXtParts:
+    """The layers of a block; references to its own modules."""
+
+    depthwise: nn.Conv2d
+    norm: nn.Module
+    fc1: nn.Module  # linear, or a 1x1 convolution
+    act: nn.Module
+    drop: nn.Module | None  # after the activation
+    fc2: nn.Module
+    channels_last: bool  # whether norm, fc1 and fc2 take [N, H, W, C]
+    gamma: Tensor | None  # [C] values
+    drop_path: nn.Module | None
+
+
 @register(ConvNeXtBlock)
 class ConvNeXtFactorised(Candidate):
     """Depthwise then one 1x1 convolution, the skip beside them."""
 
     name = "factorised"
     layer_norms = True
+
+    @staticmethod
+    def read(block: nn.Module) -> ConvNeXtParts:
+        """The block's layers."""
+        mlp = block.mlp
+        return ConvNeXtParts(
+            block.conv_dw,
+            block.norm,
+            mlp.fc1,
+            mlp.act,
+            mlp.drop1,
+            mlp.fc2,
+            not block.use_conv_mlp,
+            block.gamma,
+            block.drop_path,
+        )
+
+    @classmethod
+    def parts_refusal(cls, parts: ConvNeXtParts) -> str | None:
+        """Why such parts cannot be merged, or None."""
+        conv = parts.depthwise
+        if plain_type(conv) is not nn.Conv2d:
+            return f"{plain_type(conv).__name__}: padding depends on the input size"
+        if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+            return f"convolution padding {conv.padding!r} ({conv.padding_mode})"
+        return None
 
     @classmethod
     def refusal(cls, block: nn.Module) -> str | None:
@@ -45,16 +88,15 @@ class ConvNeXtFactorised(Candidate):
             return f"{plain_type(block.mlp.norm).__name__} inside the MLP"
         if not isinstance(block.shortcut, nn.Identity):
             return "the block changes shape between input and skip"
-        if plain_type(block.conv_dw) is not nn.Conv2d:
-            return f"{plain_type(block.conv_dw).__name__}: padding depends on the input size"
-        return None
+        return cls.parts_refusal(cls.read(block))
 
     def __init__(self, block: nn.Module):
         super().__init__(block)
-        channels = block.conv_dw.out_channels
-        self.norm = new_batch_norm(channels, block.conv_dw.weight)
-        self.act = own_activation(block.mlp.act)
-        self.tail_norm = new_batch_norm(channels, block.conv_dw.weight)
+        parts = self.read(block)
+        channels, like = parts.depthwise.out_channels, parts.depthwise.weight
+        self.norm = new_batch_norm(channels, like)
+        self.act = own_activation(parts.act)
+        self.tail_norm = new_batch_norm(channels, like)
 
     def depthwise(self, conv: nn.Conv2d, x: Tensor, lam: Lambda) -> Tensor:
         return conv(x)
@@ -63,44 +105,46 @@ class ConvNeXtFactorised(Candidate):
         self, block: nn.Module, x: Tensor, lam: Lambda, norm_lam: Lambda | None = None
     ) -> Tensor:  # [N, C, H, W] -> [N, C, H, W]
         norm_lam = lam if norm_lam is None else norm_lam
-        mlp, channels_last = block.mlp, not block.use_conv_mlp
-        z = self.depthwise(block.conv_dw, x, lam)
+        parts = self.read(block)
+        channels_last = parts.channels_last
+        z = self.depthwise(parts.depthwise, x, lam)
         h = self.norm(z)
         if not fixed(norm_lam, 0.0):
             if channels_last:
-                original = block.norm(z.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+                original = parts.norm(z.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             else:
-                original = block.norm(z)
+                original = parts.norm(z)
             h = mix(norm_lam, original, h)
-        width, hidden, pixels = z.shape[1], mlp.fc1.weight.shape[0], z.numel() // z.shape[1]
+        width, hidden, pixels = z.shape[1], parts.fc1.weight.shape[0], z.numel() // z.shape[1]
         if fixed(lam, 0.0) and (hidden + pixels) * width < 2 * hidden * pixels:
             # Nothing stands between fc1 and fc2. With enough pixels it is cheaper to multiply their weights once
             # than the map, four times as wide, by each.
-            fc1, fc2 = mlp.fc1.weight.flatten(1), mlp.fc2.weight.flatten(1)
-            bias = mlp.fc2.bias if mlp.fc1.bias is None else F.linear(mlp.fc1.bias, fc2, mlp.fc2.bias)
+            fc1, fc2 = parts.fc1.weight.flatten(1), parts.fc2.weight.flatten(1)
+            bias = parts.fc2.bias if parts.fc1.bias is None else F.linear(parts.fc1.bias, fc2, parts.fc2.bias)
             z = F.conv2d(h, (fc2 @ fc1)[:, :, None, None], bias)
         else:
-            h = mlp.fc1(h.permute(0, 2, 3, 1) if channels_last else h)
+            h = parts.fc1(h.permute(0, 2, 3, 1) if channels_last else h)
             if not fixed(lam, 0.0):
                 h = mix(lam, self.act(h), h)
-            h = mlp.fc2(mlp.drop1(h))
+            h = parts.fc2(h if parts.drop is None else parts.drop(h))
             z = h.permute(0, 3, 1, 2) if channels_last else h
-        if block.gamma is not None:
-            z = z * block.gamma.reshape(1, -1, 1, 1)
-        z = block.drop_path(z) + x
+        if parts.gamma is not None:
+            z = z * parts.gamma.reshape(1, -1, 1, 1)
+        z = (z if parts.drop_path is None else parts.drop_path(z)) + x
         pruned = self.tail_norm(self.act(z))
         return pruned if fixed(lam, 0.0) else mix(lam, z, pruned)
 
     def _linear_parts(self, block: nn.Module) -> tuple[LinearConv, LinearConv]:
-        read = LinearConv.from_conv if block.use_conv_mlp else LinearConv.from_linear
-        depthwise = LinearConv.from_conv(block.conv_dw).scaled(*norm_affine(self.norm))
-        pointwise = compose(read(block.mlp.fc2), read(block.mlp.fc1))
-        if block.gamma is not None:
-            pointwise = pointwise.scaled(block.gamma.detach().double())
+        parts = self.read(block)
+        read = LinearConv.from_linear if parts.channels_last else LinearConv.from_conv
+        depthwise = LinearConv.from_conv(parts.depthwise).scaled(*norm_affine(self.norm))
+        pointwise = compose(read(parts.fc2), read(parts.fc1))
+        if parts.gamma is not None:
+            pointwise = pointwise.scaled(parts.gamma.detach().double().reshape(-1))
         return depthwise, pointwise
 
     def merge(self, block: nn.Module) -> nn.Module:
-        like = block.conv_dw.weight
+        like = self.read(block).depthwise.weight
         depthwise, pointwise = self._linear_parts(block)
         tail = copy.deepcopy(self.act), copy.deepcopy(self.tail_norm)
         return MergedFactorised(depthwise.to_conv(like), pointwise.to_conv(like), *tail)
@@ -113,9 +157,9 @@ class ConvNeXtDense(ConvNeXtFactorised):
     name = "dense"
 
     def merge(self, block: nn.Module) -> nn.Module:
-        like = block.conv_dw.weight
+        like = self.read(block).depthwise.weight
         depthwise, pointwise = self._linear_parts(block)
-        merged = add(compose(pointwise, depthwise), LinearConv.identity(block.conv_dw.in_channels, like))
+        merged = add(compose(pointwise, depthwise), LinearConv.identity(depthwise.in_channels, like))
         return MergedConv(merged.to_conv(like), copy.deepcopy(self.act), copy.deepcopy(self.tail_norm))
 
 
@@ -128,8 +172,8 @@ class ConvNeXtCompact(ConvNeXtDense):
     name = "compact"
 
     @classmethod
-    def refusal(cls, block: nn.Module) -> str | None:
-        return super().refusal(block) or centre_tap_refusal(block.conv_dw)
+    def parts_refusal(cls, parts: ConvNeXtParts) -> str | None:
+        return super().parts_refusal(parts) or centre_tap_refusal(parts.depthwise)
 
     def depthwise(self, conv: nn.Conv2d, x: Tensor, lam: Lambda) -> Tensor:
         tap = centre_tap(conv)

@@ -7,15 +7,21 @@ from typing import Any
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidual, InvertedResidual
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.resnet import BasicBlock, Bottleneck
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from depthfuse.merging.adapters.base import Candidate, Lambda, fixed, mix, register
+from depthfuse.merging.adapters.vit import TRANSFORMER_BLOCKS
 from depthfuse.merging.merged_blocks import Dropped
 
 
 @register(
-    BasicBlock, Bottleneck, InvertedResidual, DepthwiseSeparableConv, EdgeResidual, ConvNeXtBlock, Block
+    BasicBlock,
+    Bottleneck,
+    InvertedResidual,
+    DepthwiseSeparableConv,
+    EdgeResidual,
+    ConvNeXtBlock,
+    *TRANSFORMER_BLOCKS,
 )
 class Drop(Candidate):
     """lam * block(x) + (1 - lam) * x."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from depthfuse.merging.adapters.base import Candidate, known_candidates
-from depthfuse.merging.adapters.structure import NoBlock, Unread, candidates_of
+from depthfuse.merging.adapters.found import candidates_of
+from depthfuse.merging.adapters.structure import NoBlock, Unread
 from depthfuse.merging.computed_weights import foreign_hook, plain_type
 from depthfuse.merging.tracing import alone
 
@@ -28,7 +29,7 @@ def find_blocks(model: nn.Module) -> list[BlockInfo]:
     """All blocks of a model in order, prunable or not, each with the reason.
 
     A block is a module of a class that depthfuse knows, or the largest one that computes a residual branch or a chain
-    of convolutions (`structure.py`) and holds no block of a known class. Listed as one that cannot be pruned is what
+    of convolutions (`reading.py`) and holds no block of a known class. Listed as one that cannot be pruned is what
     would be one but for something in its way, and what stands in a numbered row (element of an `nn.Sequential` or
     `nn.ModuleList`, or "b1", "b2", ...) and holds two convolutions or linear layers, but no such block. A model without
     any gives an empty list.

@@ -1,69 +1,19 @@
-"""Blocks by what they compute, whatever their class: a residual branch x + f(x), or a chain of convolutions.
-
-A module is traced to its layers and the graph is read: convolution, batch norm and activation in a row, with a shortcut
-beside it or none. What stands in the way is named. torchvision's, Hugging Face's and a user's own blocks come in here;
-the families of the paper are known by class.
+"""What a block is made of, by the paths of its layers: a chain of convolutions with or without a skip, or the parts of
+a ConvNeXt block. `reading.py` finds it out.
 """
 
 from __future__ import annotations
 
-import operator
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, DropPath
-from torch import fx, nn
+from timm.layers import BatchNormAct2d
+from torch import nn
 
-from depthfuse.merging.adapters.base import Candidate, own_activation
-from depthfuse.merging.adapters.chain import (
-    Chain,
-    Compact,
-    ConvChain,
-    LastCompact,
-    LastIdentity,
-    Stage,
-    Subsample,
-)
-from depthfuse.merging.adapters.drop import Drop
+from depthfuse.merging.adapters.base import own_activation
+from depthfuse.merging.adapters.chain import Chain, Stage
+from depthfuse.merging.adapters.convnext import ConvNeXtParts
 from depthfuse.merging.computed_weights import plain_type
-from depthfuse.merging.tracing import LayerTracer, copy_around_tensors
-
-_MOST_STAGES = 4  # what is longer is a network, not a block
-
-_ACTIVATIONS = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Mish,
-    nn.Hardswish,
-    nn.Hardtanh,
-    nn.ELU,
-    nn.CELU,
-    nn.SELU,
-    nn.Tanh,
-    nn.Softplus,
-)
-# Functions, and methods of tensors, that are an activation without further arguments but `inplace`.
-_ACTIVATION_FUNCTIONS: dict[Any, type[nn.Module]] = {
-    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), nn.ReLU),
-    **dict.fromkeys((torch.tanh, F.tanh, "tanh"), nn.Tanh),
-    F.relu6: nn.ReLU6,
-    F.gelu: nn.GELU,
-    F.silu: nn.SiLU,
-    F.mish: nn.Mish,
-    F.hardswish: nn.Hardswish,
-    F.elu: nn.ELU,
-    F.leaky_relu: nn.LeakyReLU,
-}
-_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-_DROPOUTS = (nn.Dropout, nn.Dropout2d)
 
 
 class Unread(Exception):
@@ -134,345 +84,34 @@ def _alone(layer: nn.Module) -> nn.Module:
     return layer if isinstance(layer, nn.BatchNorm2d) else own_activation(layer)
 
 
+@dataclass(frozen=True)
+class ConvNeXtStructure:
+    """The parts of a ConvNeXt block by their paths."""
+
+    depthwise: Layer
+    norm: Layer
+    fc1: Layer
+    act: Layer
+    drop: Layer | None
+    fc2: Layer
+    gamma: str | None
+    drop_path: Layer | None
+
+    def parts(self, block: nn.Module) -> ConvNeXtParts:
+        """The layers of `block` itself."""
+        gamma = None
+        if self.gamma is not None:
+            holder, _, name = self.gamma.rpartition(".")
+            gamma = getattr(block.get_submodule(holder), name)
+        optional = (None if layer is None else layer.of(block) for layer in (self.drop, self.drop_path))
+        drop, drop_path = optional
+        depthwise, norm, fc1, act, fc2 = (
+            layer.of(block) for layer in (self.depthwise, self.norm, self.fc1, self.act, self.fc2)
+        )
+        return ConvNeXtParts(depthwise, norm, fc1, act, drop, fc2, True, gamma, drop_path)
+
+
 def _in_a_row(layers: Sequence[nn.Module]) -> nn.Module | None:
     if not layers:
         return None
     return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
-
-
-class _BlockTracer(LayerTracer):
-    """Stochastic depth, by whatever library, is one layer, and so is each activation."""
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return _is_drop_path(module) or super().is_leaf_module(module, qualified_name)
-
-
-def _is_drop_path(module: nn.Module) -> bool:
-    return isinstance(module, DropPath) or type(module).__name__.endswith(("DropPath", "StochasticDepth"))
-
-
-_read: weakref.WeakKeyDictionary[nn.Module, Structure | Unread] = weakref.WeakKeyDictionary()
-
-
-def structure_of(block: nn.Module) -> Structure:
-    """How a module computes a block. Raises Unread with what stands in the way, NoBlock where it looks like none."""
-    known = _read.get(block)
-    if known is None:
-        try:
-            known = _Reader(block).structure()
-        except Unread as problem:
-            known = problem
-        _read[block] = known
-    if isinstance(known, Unread):
-        raise known
-    return known
-
-
-def read_chain(block: nn.Module) -> Chain:
-    return structure_of(block).chain(block)
-
-
-class _Reader:
-    """Reads the graph of one module."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
-        convs = sum(isinstance(m, nn.Conv2d) for m in block.modules())
-        if not 2 <= convs <= 2 * _MOST_STAGES:
-            raise NoBlock(f"{convs} convolutions")
-        tracer = _BlockTracer()
-        try:
-            # Dropout and stochastic depth may be functions, which do nothing in evaluation mode.
-            self.graph = tracer.trace(copy_around_tensors(block).eval())
-        except Exception as error:  # the block's own code, on a proxy
-            raise NoBlock(f"its code cannot be followed ({type(error).__name__})") from error
-        for path, module in tracer.root.named_modules():
-            for name, value in vars(module).items():
-                if isinstance(value, fx.Proxy) and name not in module._parameters:
-                    raise Unread(f"it keeps a value beside its output, in {f'{path}.{name}'.lstrip('.')}")
-        calls = [node.target for node in self.graph.nodes if node.op == "call_module"]
-        weights = [t for t in calls if any(True for _ in block.get_submodule(t).parameters())]
-        if len(set(weights)) < len(weights):
-            raise Unread("a layer that is called twice")
-        given = [node for node in self.graph.nodes if node.op == "placeholder" and node.users]
-        if len(given) != 1:
-            raise NoBlock(f"{len(given)} inputs")
-        self.x = given[0]
-        sums = sum(_is_sum(node) for node in self.graph.nodes)
-        if sums > 1:
-            raise NoBlock(f"{sums} sums")
-
-    def structure(self) -> Structure:
-        (output,) = next(node for node in self.graph.nodes if node.op == "output").args
-        if not isinstance(output, fx.Node):
-            raise NoBlock("its output is no single tensor")
-        end: list[Layer] = []
-        node = output
-        while (act := self._activation(node)) is not None or self._does_nothing(node):
-            if act is not None:
-                end.insert(0, act)
-            node = self._before(node)
-        if not _is_sum(node):
-            main, fork, side = self._row(node, self.x), self.x, None
-        else:
-            a, b = self._operands(node)
-            rows = [self._ancestors(a), self._ancestors(b)]
-            fork = next(n for n in rows[0] if n in rows[1])
-            sides = [self._row(a, fork), self._row(b, fork)]
-            sides.sort(key=lambda row: sum(kind == "conv" for kind, _ in row))
-            side, main = sides
-        before, stages, drop_path = self._stages(main, residual=side is not None)
-        if fork is not self.x:
-            if before:
-                raise Unread("a norm or activation before each branch")
-            before = self._layers_before(fork)
-        if len(stages) < 2:
-            raise NoBlock("fewer than two convolutions in a row")
-        if len(stages) > _MOST_STAGES:
-            raise NoBlock(f"a chain of {len(stages)} convolutions")
-        if side is None and stages[-1][1] is None and not end:
-            raise NoBlock("the norm of its last convolution, if there is one, is no part of it")
-        has_act = any(acts or self._acts_of_norm(norm) for _, norm, acts in stages)
-        if not has_act and not before:
-            raise Unread("no activation that could be removed: the block is linear already")
-        return Structure(
-            tuple(stages),
-            None if side is None else self._shortcut(side),
-            drop_path,
-            tuple(end),
-            tuple(before),
-            fork is not self.x,
-        )
-
-    # From the graph to rows of layers.
-
-    def _before(self, node: fx.Node) -> fx.Node:
-        """The one tensor that a node reads."""
-        inputs = node.all_input_nodes
-        if len(inputs) != 1:
-            raise Unread(_obstacle(node, self.block))
-        return inputs[0]
-
-    def _operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
-        if len(node.all_input_nodes) != 2 or len(node.args) != 2 or node.kwargs:
-            raise Unread("a sum that is no skip")
-        return tuple(node.all_input_nodes)
-
-    def _ancestors(self, node: fx.Node) -> list[fx.Node]:
-        """A node, what it reads, and so on to the input."""
-        row = [node]
-        while node is not self.x:
-            node = self._before(node)
-            row.append(node)
-        return row
-
-    def _row(self, node: fx.Node, start: fx.Node) -> list[tuple[str, Any]]:
-        """The layers from `start` to `node`, in order: (kind, Layer or what describes it)."""
-        row: list[tuple[str, Any]] = []
-        while node is not start:
-            if node is self.x or node.op == "get_attr":
-                raise Unread("a branch that does not read the block's input")
-            if _is_sum(node):
-                raise NoBlock("a sum within a chain")
-            if len(node.users) > 1:
-                raise Unread(f"{_name(node, self.block)} has two readers")
-            kind = self._kind(node)
-            if kind is not None:
-                row.insert(0, kind)
-            node = self._before(node)
-        return row
-
-    def _kind(self, node: fx.Node) -> tuple[str, Any] | None:
-        """(kind, layer) of a node, None for what does nothing."""
-        act = self._activation(node)
-        if act is not None:
-            return "act", act
-        if node.op == "call_module":
-            module, layer = self.block.get_submodule(node.target), Layer(node.target)
-            kind = plain_type(module)
-            if self._does_nothing(node):
-                return None
-            if _is_drop_path(module):
-                return "drop path", layer
-            if issubclass(kind, nn.Conv2d):
-                return "conv", layer
-            if kind is BatchNormAct2d and not isinstance(module.drop, nn.Identity):
-                raise Unread("dropout inside a norm")
-            if kind in (nn.BatchNorm2d, BatchNormAct2d):
-                return "norm", layer
-            if kind in _DROPOUTS:
-                return "act", layer
-            if kind is nn.AvgPool2d:
-                return "pool", layer
-        elif node.target is operator.getitem:
-            strides = _subsampling(node.args[1])
-            if strides is not None:
-                return "subsample", strides
-        elif node.target is F.pad:
-            padding = _channel_padding(node)
-            if padding is not None:
-                return "pad", padding
-        raise Unread(_obstacle(node, self.block))
-
-    def _does_nothing(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and plain_type(self.block.get_submodule(node.target)) is nn.Identity
-
-    def _activation(self, node: fx.Node) -> Layer | None:
-        if node.op == "call_module":
-            module = self.block.get_submodule(node.target)
-            fits = isinstance(module, _ACTIVATIONS) and not any(True for _ in module.parameters())
-            return Layer(node.target) if fits else None
-        kind = _ACTIVATION_FUNCTIONS.get(node.target) if isinstance(node.target, str | Callable) else None
-        if kind is None or node.op not in ("call_function", "call_method"):
-            return None
-        options = {name: value for name, value in node.kwargs.items() if name not in ("inplace", "input")}
-        extra = [a for a in node.args[1:] if not isinstance(a, bool)]
-        if kind is nn.LeakyReLU and len(extra) == 1:
-            options["negative_slope"] = extra.pop()
-        return None if extra else Layer(None, kind(**options))
-
-    def _acts_of_norm(self, norm: Layer | None) -> bool:
-        module = None if norm is None else norm.of(self.block)
-        return isinstance(module, BatchNormAct2d) and not isinstance(module.act, nn.Identity)
-
-    # From rows of layers to a chain.
-
-    def _stages(
-        self, row: list[tuple[str, Any]], residual: bool
-    ) -> tuple[list[Layer], list[tuple[Layer, Layer | None, tuple[Layer, ...]]], Layer | None]:
-        """(Layers before the first convolution, stages, stochastic depth)."""
-        before: list[Layer] = []
-        stages: list[list[Any]] = []
-        drop_path = None
-        for kind, layer in row:
-            if drop_path is not None:
-                raise Unread("a layer after stochastic depth")
-            if kind == "conv":
-                stages.append([layer, None, []])
-            elif not stages and kind in ("norm", "act"):
-                before.append(layer)
-            elif kind == "norm" and stages and stages[-1][1] is None and not stages[-1][2]:
-                stages[-1][1] = layer
-            elif kind == "act" and stages:
-                stages[-1][2].append(layer)
-            elif kind == "drop path":
-                drop_path = layer
-            else:
-                raise Unread(f"a {kind} between the convolutions")
-        if residual and stages:
-            _, norm, acts = stages[-1]
-            if acts or self._acts_of_norm(norm):
-                raise Unread("an activation between the last convolution and the skip")
-        return before, [(conv, norm, tuple(acts)) for conv, norm, acts in stages], drop_path
-
-    def _layers_before(self, fork: fx.Node) -> list[Layer]:
-        layers, node = [], fork
-        while node is not self.x:
-            kind = self._kind(node)
-            if kind is not None:
-                if kind[0] not in ("norm", "act"):
-                    raise Unread(f"a {kind[0]} before both branches")
-                layers.insert(0, kind[1])
-            node = self._before(node)
-        return layers
-
-    def _shortcut(self, row: list[tuple[str, Any]]) -> tuple[Layer, ...]:
-        kinds = [kind for kind, _ in row]
-        if kinds in (["subsample"], ["pad"], ["subsample", "pad"]):
-            stride = row[0][1] if kinds[0] == "subsample" else (1, 1)
-            before, after = row[-1][1] if kinds[-1] == "pad" else (0, 0)
-            return (Layer(None, Subsample(stride, before, after)),)
-        if kinds not in ([], ["conv"], ["conv", "norm"], ["pool", "conv"], ["pool", "conv", "norm"]):
-            raise Unread(f"a shortcut of {', '.join(kinds)}")
-        if "norm" in kinds and self._acts_of_norm(row[-1][1]):
-            raise Unread("an activation in the shortcut")
-        return tuple(layer for _, layer in row)
-
-
-def _is_sum(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and node.target in _SUMS
-
-
-def _subsampling(index: Any) -> tuple[int, int] | None:
-    """(rows, columns) of x[:, :, ::rows, ::columns]."""
-    if not isinstance(index, tuple) or len(index) != 4 or not all(isinstance(i, slice) for i in index):
-        return None
-    if any(i.start not in (None, 0) or i.stop is not None for i in index):
-        return None
-    steps = [1 if i.step is None else i.step for i in index]
-    return (steps[2], steps[3]) if steps[:2] == [1, 1] else None
-
-
-def _channel_padding(node: fx.Node) -> tuple[int, int] | None:
-    """(before, after) of a padding of channels with zeros."""
-    names = ("input", "pad", "mode", "value")
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    padding = given.get("pad")
-    plain = given.get("mode", "constant") == "constant" and given.get("value") in (None, 0, 0.0)
-    if not plain or not isinstance(padding, tuple | list) or len(padding) != 6 or any(padding[:4]):
-        return None
-    if not all(isinstance(n, int) and n >= 0 for n in padding):
-        return None
-    return padding[4], padding[5]
-
-
-def _name(node: fx.Node, block: nn.Module) -> str:
-    """What a node computes, for a reason."""
-    if node.op == "call_module":
-        return f"{plain_type(block.get_submodule(node.target)).__name__} {node.target}"
-    return getattr(node.target, "__name__", str(node.target))
-
-
-def _obstacle(node: fx.Node, block: nn.Module) -> str:
-    if node.target in _PRODUCTS:
-        return "a gate depends on the input"
-    if len(node.all_input_nodes) > 1:
-        return f"branches meet ({_name(node, block)})"
-    return _name(node, block)
-
-
-class Found(ConvChain):
-    """A chain that was found by structure."""
-
-    read = staticmethod(read_chain)
-
-    @classmethod
-    def refusal(cls, block: nn.Module) -> str | None:
-        try:
-            return cls.chain_refusal(cls.read(block))
-        except Unread as problem:
-            return str(problem)
-
-
-class FoundDense(Found):
-    """The whole block as one convolution."""
-
-
-class FoundCompact(Compact, Found):
-    """The whole block as one 1x1 convolution."""
-
-
-class FoundLastCompact(LastCompact, Found):
-    """Two convolutions as one of the size of the first."""
-
-
-class FoundLastIdentity(LastIdentity, Found):
-    """Two convolutions as the first."""
-
-
-class FoundDrop(Drop):
-    """A block with an identity for a skip, dropped whole."""
-
-    @classmethod
-    def refusal(cls, block: nn.Module) -> str | None:
-        same = type(read_chain(block).shortcut) is nn.Identity
-        return None if same else "no identity skip: input and output may differ in shape"
-
-
-def candidates_of(block: nn.Module) -> tuple[type[Candidate], ...]:
-    """What suits a block by its structure, the default first. Raises Unread."""
-    chain = read_chain(block)
-    wide = [stage.conv.kernel_size != (1, 1) for stage in chain.stages]
-    if wide == [True, True]:
-        return FoundLastCompact, FoundDense, FoundLastIdentity, FoundDrop
-    return (FoundDense, FoundCompact, FoundDrop) if any(wide) else (FoundDense, FoundDrop)

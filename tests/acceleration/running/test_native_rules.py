@@ -28,6 +28,7 @@ class Net(nn.Module):
         self.norm, self.grouped = nn.BatchNorm2d(12), nn.Conv2d(12, 24, 3, padding=1, groups=3)
         self.wide, self.linear = nn.Conv2d(12, 36, 1), nn.Linear(12, 5)
         self.gate = nn.Parameter(torch.randn(12, 1, 1))
+        self.over = nn.Linear(12 * 63, 5)
         self.places = nn.Parameter(torch.randn(1, 63, 12))
 
     def forward(self, x):
@@ -73,6 +74,8 @@ FUNCTIONS = {
     "tokens and back": lambda m, x: m.narrow((x.flatten(2).mT + m.places).mT.reshape(2, 12, 9, 7)),
     "tokens in other rows": lambda m, x: m.linear((x.flatten(2).mT + m.places).reshape(2, 7, 9, 12)),
     "views": lambda m, x: x.mean((2, 3)).unsqueeze(-1).unsqueeze(-1).squeeze(-1) * 2,
+    "a classifier over an image": lambda m, x: m.over(m.narrow(x).flatten(1)).relu(),
+    "a flat image": lambda m, x: m.narrow(x).flatten(1) * 2,
     "a classifier without flatten": lambda m, x: m.linear(x.mean(dim=(-2, -1))),
 }  # fmt: skip
 

@@ -42,13 +42,17 @@ def known_input_size(model: nn.Module) -> tuple[int, int, int] | None:
         return None
     channels, height, width = size or (3, 224, 224)
     height, width = fixed or (height, width)
+    return getattr(holder, "in_chans", None) or _first_channels(model) or channels, height, width
+
+
+def _first_channels(model: nn.Module) -> int | None:
+    """What the first convolution takes; one of many channels sits behind a patch embedding of another kind."""
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    # a first convolution of many channels sits behind a patch embedding of another kind
-    if first is not None and first.groups == 1 and first.in_channels <= 16:
-        channels = first.in_channels
-    return getattr(holder, "in_chans", None) or channels, height, width
+    return first.in_channels if first is not None and first.groups == 1 and first.in_channels <= 16 else None
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) that a model expects; 3 channels and 224 pixels where it does not say."""
-    return known_input_size(model) or (3, 224, 224)
+    """(C, H, W) that a model expects; 224 pixels, and as many channels as its first layer takes, where it does not
+    say.
+    """
+    return known_input_size(model) or (_first_channels(model) or 3, 224, 224)

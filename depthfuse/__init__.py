@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from depthfuse.data import DataConfig, open_data
     from depthfuse.merging.merge import merge
     from depthfuse.merging.supernet import Supernet, recalibrate
+    from depthfuse.origins import allow_origin
     from depthfuse.runs.run import load, prune
     from depthfuse.searching.search import search
     from depthfuse.spec import BlockChoice, ModelSource, SubnetSpec

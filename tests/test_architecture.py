@@ -118,8 +118,8 @@ def test_further_keywords_are_allowed_by_code(monkeypatch):
         *("resnet18\0", "resnet18\n", None, 3, ["resnet18"], "resnet18.a1_in1k.b"),
     ],
 )
-def test_only_names_of_timms_own_list_are_models(name):
-    with pytest.raises(SpecError, match="no name of timm's own list"):
+def test_only_names_of_known_forms_are_models(name):
+    with pytest.raises(SpecError, match="names no model: expected a name of timm's own list"):
         ModelSource.of_document(name, {}).build()
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from depthfuse import _torchvision
 from depthfuse.errors import SpecError
+from depthfuse.untrusted import is_out_of_memory
 
 if TYPE_CHECKING:  # the command line asks here before it knows whether anything will run
     from torch import nn
@@ -183,6 +184,8 @@ def _refused(who: str, name: str, arguments: Mapping[str, Any], instead: str | N
     except (OSError, SpecError):  # a download that failed; ours
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         what = instead if instead and isinstance(error, RuntimeError) else f"{who} refused"
         raise SpecError(
             f"{what} the arguments {dict(arguments)} for {name!r}: {type(error).__name__} {error}"

@@ -15,7 +15,6 @@ all multiply-accumulates, in fused modules. Exit status 1 where a net fails.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -24,9 +23,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.zoo.nets import ZOO, Net
+from benchmarks.zoo.rows import RESULTS, read, write
 from depthfuse.benching.bench import machine
 
-RESULTS = Path(__file__).parents[1] / "results"
 COLUMNS = (
     *(
         "library",
@@ -58,24 +57,6 @@ def measure(net: Net, tune: str, limit_s: float) -> dict[str, object]:
         lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
         return {**row, "reason": lines[-1][:300]}
     return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def read(path: Path) -> dict[str, dict[str, str]]:
-    """{library/net: row} of what is there already."""
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        return {f"{row['library']}/{row['net']}": row for row in csv.DictReader(file)}
-
-
-def write(path: Path, rows: dict[str, dict]) -> None:
-    """All rows, in the order of the zoo."""
-    temporary = path.with_suffix(".part")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows[net.key] for net in ZOO if net.key in rows)
-    temporary.replace(path)
 
 
 def table(rows: dict[str, dict]) -> str:
@@ -157,7 +138,7 @@ def main() -> int:
             continue
         row = {name: "" for name in COLUMNS} | measure(net, options.tune, options.limit_s)
         rows[net.key] = {name: str(value) for name, value in row.items()}
-        write(path, rows)
+        write(path, COLUMNS, rows)
         found = f"{row['share']} % fused" if row["verified"] else f"FAILED {row['reason']}"
         print(f"[{number}/{len(nets)}] {net.key}: {found} {row['seconds']} s {row['reason']}", flush=True)
     rows = {net.key: rows[net.key] for net in ZOO if net.key in rows}

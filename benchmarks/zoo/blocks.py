@@ -12,7 +12,6 @@ differs by more than 1e-10.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,13 +19,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.zoo.nets import ZOO, Net
+from benchmarks.zoo.rows import RESULTS, read, write
 from depthfuse.benching.bench import machine
 from depthfuse.errors import DepthfuseError
 from depthfuse.merging.adapters import find_blocks
 from depthfuse.merging.merge import LARGEST_ERROR, merge
 from depthfuse.merging.supernet import Supernet
 
-RESULTS = Path(__file__).parents[1] / "results"
 COLUMNS = ("library", "kind", "net", "blocks", "prunable", "error", "classes", "candidates", "reasons")
 
 
@@ -108,22 +107,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of blocks.csv and blocks.md")
     options = parser.parse_args()
     path = options.out / "blocks.csv"
-    rows: dict[str, dict[str, str]] = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = {f"{row['library']}/{row['net']}": row for row in csv.DictReader(file)}
+    rows = read(path)
     nets = [net for net in ZOO if any(text in net.key for text in options.only)]
     for number, net in enumerate(nets, 1):
         if net.key in rows and not options.again:
             continue
         row = {name: str(value) for name, value in row_of(net).items()}
         rows[net.key] = row
-        ordered = [rows[each.key] for each in ZOO if each.key in rows]
-        options.out.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(ordered)
+        write(path, COLUMNS, rows)
         print(
             f"[{number}/{len(nets)}] {net.key}: {row['prunable']} of {row['blocks']} {row['error']}",
             flush=True,

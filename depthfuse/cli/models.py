@@ -12,6 +12,7 @@ from depthfuse.checkpoint import load_json
 from depthfuse.config import parse_model_kwargs
 from depthfuse.costs.table import CostTable
 from depthfuse.errors import ConfigError, UsageError
+from depthfuse.origins import is_own
 from depthfuse.runs.report import RESULTS
 from depthfuse.runs.run import load
 from depthfuse.spec import ModelSource
@@ -27,7 +28,7 @@ def run_folder(model: str) -> Path | None:
     path = Path(model)
     if path.is_dir():
         return path
-    if path.name != model and not path.exists():
+    if path.name != model and not path.exists() and not is_own(model):
         raise ConfigError(f"there is no folder or file {model}: give the name of a model, or a run's folder")
     return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -84,13 +86,7 @@ class MergedMlpBlock(nn.Module):
         super().__init__()
         self.norm, self.mlp, self.scale = norm, mlp, scale
 
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:  # [B, N, D]
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:  # [B, N, D]; masks are of no use
         x = x + x  # oneDNN Graph refuses a product with a number
         return x + self.scale(self.mlp(self.norm(x)))
 
@@ -102,24 +98,12 @@ class MergedLinear(nn.Module):
         super().__init__()
         self.fc, self.act, self.norm = fc, act, norm
 
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:  # [B, N, D]
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:  # [B, N, D]; masks are of no use
         return self.norm(self.act(self.fc(x)))
 
 
 class Dropped(nn.Identity):
     """What is left of a block that was dropped. Takes what models hand to their blocks beside x (attention masks)."""
 
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         return x

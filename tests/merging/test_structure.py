@@ -331,15 +331,15 @@ def test_a_model_is_left_as_it_was():
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
 
-def test_families_are_known_by_class_first():
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "convnext_atto", "vit_tiny_patch16_224"])
+def test_families_are_known_by_class_first(name):
     timm = pytest.importorskip("timm")
-    for name in ("resnet18", "mobilenetv2_100"):
-        for info in find_blocks(timm.create_model(name)):
-            module = timm.create_model(name).get_submodule(info.path)
-            assert (
-                info.candidates == known_candidates(type(module))[: len(info.candidates)]
-                or "drop" in info.reason
-            )
+    model = timm.create_model(name)
+    infos = find_blocks(model)
+    assert infos
+    for info in infos:
+        known = known_candidates(type(model.get_submodule(info.path)))
+        assert info.candidates and set(info.candidates) <= set(known)
 
 
 def random_block(rng):

@@ -13,10 +13,11 @@ import time
 import pytest
 import torch
 from fake_clock import Clock
+from small_run import CONFIG
 
-from depthfuse import PruneConfig, Supernet, load, open_data
+from depthfuse import Supernet, load, open_data
 from depthfuse.checkpoint import load_json, load_tensors
-from depthfuse.config import FinetuneConfig, LatencyConfig, SearchConfig, SupernetConfig, TrainConfig, to_yaml
+from depthfuse.config import SearchConfig, to_yaml
 from depthfuse.costs.table import CostTable
 from depthfuse.data import DataConfig, DataError
 from depthfuse.errors import BudgetError, CheckpointError, ConfigError, CostError, SpecError
@@ -24,21 +25,6 @@ from depthfuse.runs import report
 from depthfuse.runs.run import STAGES, Run, prune
 from depthfuse.spec import SubnetSpec
 from depthfuse.training.evaluation import top1
-
-CONFIG = PruneConfig(
-    model="resnet18",
-    model_kwargs=("channels=(8,12,16,24)", "layers=(1,1,1,1)", "in_chans=1"),
-    data=DataConfig(max_train_images=640, batch_size=64, holdout=0.1),
-    baseline=TrainConfig(epochs=1, lr=2e-3, warmup_epochs=0.0),
-    supernet=SupernetConfig(epochs=1, warmup_epochs=0.0),
-    search=SearchConfig(
-        blocks=2, population=4, parents=2, generations=1, calibration_images=64, losing_merges=True
-    ),
-    finetune=FinetuneConfig(epochs=2, warmup_epochs=0.0),
-    latency=LatencyConfig(rounds=3),
-    cpu=True,
-    checkpoint_seconds=0.0,
-)
 
 
 @pytest.fixture(scope="module")

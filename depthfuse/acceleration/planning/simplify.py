@@ -58,7 +58,7 @@ def _no_op(node: fx.Node) -> fx.Node | None:
         return source
     if name in ("detach", "alias", "lift_fresh", "to", "type_as", "contiguous", "positive"):
         return source
-    adds_nothing = name == "add" and type(node.args[1]) in (int, float) and node.args[1] == 0
+    adds_nothing = name == "add" and any(type(n) in (int, float) and n == 0 for n in node.args[1:2])
     if name in ("clone", "lift_fresh_copy", "_to_copy") or adds_nothing:
         # What the model copied for its caller is not to be the caller's own tensor, nor one of ours.
         return None if _is_ours_or_the_callers(source) and _is_given_back(node) else source

@@ -7,6 +7,7 @@ come in here; the families of the paper are known by class.
 
 from __future__ import annotations
 
+import logging
 import operator
 import weakref
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from depthfuse.merging.adapters.chain import Subsample
 from depthfuse.merging.adapters.structure import ConvNeXtStructure, Layer, NoBlock, Structure, Unread
 from depthfuse.merging.computed_weights import plain_type
 from depthfuse.merging.tracing import LayerTracer, copy_around_tensors
+
+log = logging.getLogger(__name__)
 
 _MOST_STAGES = 4  # what is longer is a network, not a block
 
@@ -112,6 +115,7 @@ class _Reader:
             # Dropout and stochastic depth may be functions, which do nothing in evaluation mode.
             self.graph = tracer.trace(copy_around_tensors(block).eval())
         except Exception as error:  # the block's own code, on a proxy
+            log.debug("%s is not read as a block: %s: %s", type(block).__name__, type(error).__name__, error)
             raise NoBlock(f"its code cannot be followed ({type(error).__name__})") from error
         for path, module in tracer.root.named_modules():
             for name, value in vars(module).items():

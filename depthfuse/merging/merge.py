@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from depthfuse.errors import CheckpointError, MergeError
 from depthfuse.merging.computed_weights import compute_weights, in_float64, private_copy
 from depthfuse.merging.folding import fold_batch_norms
+from depthfuse.merging.merged_blocks import first_of
 from depthfuse.merging.model_inputs import input_size
 from depthfuse.merging.outputs import tensors_of
 from depthfuse.merging.supernet import Supernet, SwitchBlock
@@ -175,7 +176,7 @@ def check(
         merged = block.fuse()
         if path in passes.blocks:  # a model may leave blocks out, where it is asked for early features only
             args, kwargs, wanted = passes.blocks.pop(path)
-            border, interior = _split_error(merged(*args, **kwargs), wanted, _reach(merged))
+            border, interior = _split_error(first_of(merged(*args, **kwargs)), wanted, _reach(merged))
             errors.append(BlockError(path, block.choice, border, interior))
         reference.set_submodule(path, merged)
     folded = fold_batch_norms(reference)
@@ -224,8 +225,8 @@ def _run_watched(model: nn.Module, blocks: Mapping[str, nn.Module], x: Tensor) -
         # copies, as a block may write over its input, and the next one over its output
         given[path] = tuple(a.clone() if isinstance(a, Tensor) else a for a in args), kwargs
 
-    def after(path: str, _block: nn.Module, _args: tuple, output: Tensor) -> None:
-        seen[path] = (*given.pop(path), output.clone())
+    def after(path: str, _block: nn.Module, _args: tuple, output: Any) -> None:
+        seen[path] = (*given.pop(path), first_of(output).clone())
 
     handles = []
     for path, block in blocks.items():

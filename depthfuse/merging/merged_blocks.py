@@ -102,6 +102,50 @@ class MergedLinear(nn.Module):
         return self.norm(self.act(self.fc(x)))
 
 
+def first_of(output: Any) -> Tensor:
+    """What a block gives: the first value of a tuple, or the value itself."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_first(output: Any, first: Tensor) -> Any:
+    """What a block returns, with another first value."""
+    return (first, *output[1:]) if isinstance(output, tuple) else first
+
+
+class MergedFeedForward(nn.Module):
+    """A block whose feed-forward branch is one linear layer -> act -> norm. `block` is the code of the original one."""
+
+    def __init__(self, block: nn.Module, act: nn.Module, norm: nn.Module):
+        super().__init__()
+        self.block, self.act, self.norm = block, act, norm
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:  # what the block returns
+        output = self.block(x, *args, **kwargs)
+        return with_first(output, self.norm(self.act(first_of(output))))
+
+
+class ChannelScale(nn.Module):
+    """x * gamma, a value for each channel: of [..., C] with `shape` (-1,), of [N, C, H, W] with (-1, 1, 1)."""
+
+    def __init__(self, gamma: Tensor, shape: tuple[int, ...]):
+        super().__init__()
+        self.gamma, self.shape = gamma, shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma.reshape(self.shape)
+
+
+class WithNones(nn.Module):
+    """A merged block in the place of one that returns `count` values: its output, and None for the others."""
+
+    def __init__(self, merged: nn.Module, count: int):
+        super().__init__()
+        self.merged, self.count = merged, count
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> tuple[Any, ...]:  # masks are of no use
+        return (self.merged(x), *[None] * (self.count - 1))
+
+
 class Dropped(nn.Identity):
     """What is left of a block that was dropped. Takes what models hand to their blocks beside x (attention masks)."""
 

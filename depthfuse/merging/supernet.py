@@ -20,9 +20,11 @@ from depthfuse.merging.computed_weights import (
     compute_weights,
     copies_of_computed,
     has_computed,
+    plain_type,
     private_copy,
     refresh,
 )
+from depthfuse.merging.merged_blocks import first_of, with_first
 from depthfuse.merging.tracing import alone
 from depthfuse.spec import KEEP, ModelSource, SubnetSpec
 
@@ -61,7 +63,8 @@ class SwitchBlock(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args:  # an attention mask, which candidates know by its name
-            names = list(inspect.signature(self.block.forward).parameters)[1 : 1 + len(args)]
+            # of the class: who traces the model puts something else in the place of the block's own
+            names = list(inspect.signature(plain_type(self.block).forward).parameters)[2 : 2 + len(args)]
             kwargs |= dict(zip(names, args, strict=True))
         if self.choice == KEEP:
             return self.block(x, **kwargs)
@@ -76,7 +79,8 @@ class SwitchBlock(nn.Module):
             return self.block(x, **kwargs)
         if self.mixing in ("op", "random") or fixed(lam, 0.0):
             return candidate(self.block, x, lam, **kwargs)
-        return mix(lam, self.block(x, **kwargs), candidate(self.block, x, 0.0, **kwargs))
+        original, pruned = self.block(x, **kwargs), candidate(self.block, x, 0.0, **kwargs)
+        return with_first(original, mix(lam, first_of(original), first_of(pruned)))
 
     def fuse(self) -> nn.Module:
         """timm's contract (`timm.models.reparameterize_model`): the merged block, or the original where it is kept.

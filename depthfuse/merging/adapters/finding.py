@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from depthfuse.merging.adapters.base import Candidate, known_candidates
+from depthfuse.merging.adapters.feed_forward_candidates import CANDIDATES as FEED_FORWARD
+from depthfuse.merging.adapters.feed_forward_reading import feed_forward_of
 from depthfuse.merging.adapters.found import candidates_of
 from depthfuse.merging.adapters.structure import NoBlock, Unread
 from depthfuse.merging.computed_weights import foreign_hook, plain_type
@@ -54,7 +56,17 @@ def find_blocks(model: nn.Module) -> list[BlockInfo]:
         container = isinstance(module, nn.Sequential | nn.ModuleList)
         children = module.named_children()
         inner = [visit(m, f"{path}.{n}" if path else n, container or n[-1:].isdigit()) for n, m in children]
-        if reason and not any(info.candidates for info in found[before:]):
+        inside = any(info.candidates for info in found[before:])
+        if path and not inside and _products(module) > 1:
+            try:
+                feed_forward_of(module, anew=True)
+                found[before:] = [_info(module, path, FEED_FORWARD)]
+                return True
+            except NoBlock:
+                pass
+            except Unread as problem:
+                reason = reason or str(problem)
+        if reason and not inside:
             del found[before:]  # parts of what could have been a block
         elif any(inner):
             return True

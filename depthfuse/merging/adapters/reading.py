@@ -15,71 +15,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, DropPath, LayerNorm2d
+from timm.layers import BatchNormAct2d
 from torch import fx, nn
 
 from depthfuse.merging.adapters.chain import Subsample
+from depthfuse.merging.adapters.layers import (
+    ACTIVATION_FUNCTIONS,
+    ACTIVATIONS,
+    DROPOUTS,
+    IN_PLACE,
+    PRODUCTS,
+    BlockTracer,
+    is_drop_path,
+    is_layer_norm,
+    is_sum,
+)
 from depthfuse.merging.adapters.structure import ConvNeXtStructure, Layer, NoBlock, Structure, Unread
 from depthfuse.merging.computed_weights import plain_type
-from depthfuse.merging.tracing import LayerTracer, copy_around_tensors
+from depthfuse.merging.tracing import copy_around_tensors
 
 log = logging.getLogger(__name__)
 
 _MOST_STAGES = 4  # what is longer is a network, not a block
-
-_ACTIVATIONS = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Mish,
-    nn.Hardswish,
-    nn.Hardtanh,
-    nn.ELU,
-    nn.CELU,
-    nn.SELU,
-    nn.Tanh,
-    nn.Softplus,
-)
-# Functions, and methods of tensors, that are an activation without further arguments but `inplace`.
-_ACTIVATION_FUNCTIONS: dict[Any, type[nn.Module]] = {
-    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), nn.ReLU),
-    **dict.fromkeys((torch.tanh, F.tanh, "tanh"), nn.Tanh),
-    F.relu6: nn.ReLU6,
-    F.gelu: nn.GELU,
-    F.silu: nn.SiLU,
-    F.mish: nn.Mish,
-    F.hardswish: nn.Hardswish,
-    F.elu: nn.ELU,
-    F.leaky_relu: nn.LeakyReLU,
-}
-_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_IN_PLACE = (F.relu_, torch.relu_, "relu_")
-_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-_DROPOUTS = (nn.Dropout, nn.Dropout2d)
-
-
-class _BlockTracer(LayerTracer):
-    """Stochastic depth and layer norm over the last axis, by whatever library, are one layer."""
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return (
-            _is_drop_path(module) or _is_layer_norm(module) or super().is_leaf_module(module, qualified_name)
-        )
-
-
-def _is_drop_path(module: nn.Module) -> bool:
-    return isinstance(module, DropPath) or type(module).__name__.endswith(("DropPath", "StochasticDepth"))
-
-
-def _is_layer_norm(module: nn.Module) -> bool:
-    """Over the last axis alone."""
-    last = getattr(module, "data_format", "channels_last") == "channels_last" and not isinstance(
-        module, LayerNorm2d
-    )
-    return isinstance(module, nn.LayerNorm) and last and len(module.normalized_shape) == 1
-
 
 _read: weakref.WeakKeyDictionary[nn.Module, Structure | ConvNeXtStructure | Unread] = (
     weakref.WeakKeyDictionary()
@@ -110,7 +67,7 @@ class _Reader:
             raise NoBlock(f"{products} convolutions and linear layers")
         if not any(isinstance(m, nn.Conv2d) for m in block.modules()):
             raise NoBlock("no convolution")
-        tracer = _BlockTracer()
+        tracer = BlockTracer()
         try:
             # Dropout and stochastic depth may be functions, which do nothing in evaluation mode.
             self.graph = tracer.trace(copy_around_tensors(block).eval())
@@ -132,7 +89,7 @@ class _Reader:
         if len(given) != 1:
             raise NoBlock(f"{len(given)} inputs")
         self.x = given[0]
-        sums = sum(_is_sum(node) for node in self.graph.nodes)
+        sums = sum(is_sum(node) for node in self.graph.nodes)
         if sums > 1:
             raise NoBlock(f"{sums} sums")
 
@@ -146,7 +103,7 @@ class _Reader:
             if act is not None:
                 end.insert(0, act)
             node = self._before(node)
-        if not _is_sum(node):
+        if not is_sum(node):
             main, fork, side = self._row(node, self.x), self.x, None
         else:
             a, b = self._operands(node)
@@ -208,7 +165,7 @@ class _Reader:
         while node is not start:
             if node is self.x or node.op == "get_attr":
                 raise Unread("a branch that does not read the block's input")
-            if _is_sum(node):
+            if is_sum(node):
                 raise NoBlock("a sum within a chain")
             if len(node.users) > 1:
                 raise Unread(f"{_name(node, self.block)} has two readers")
@@ -228,7 +185,7 @@ class _Reader:
             kind = plain_type(module)
             if self._does_nothing(node):
                 return None
-            if _is_drop_path(module):
+            if is_drop_path(module):
                 return "drop path", layer
             if issubclass(kind, nn.Conv2d):
                 return "conv", layer
@@ -236,15 +193,15 @@ class _Reader:
                 raise Unread("dropout inside a norm")
             if kind in (nn.BatchNorm2d, BatchNormAct2d):
                 return "norm", layer
-            if _is_layer_norm(module):
+            if is_layer_norm(module):
                 return "layer norm", layer
             if kind is nn.Linear:
                 return "linear", layer
-            if kind in _DROPOUTS:
+            if kind in DROPOUTS:
                 return "dropout", layer
             if kind is nn.AvgPool2d:
                 return "pool", layer
-        elif node.target in _PRODUCTS and len(node.args) == 2:
+        elif node.target in PRODUCTS and len(node.args) == 2:
             factors = [n.target for n in node.args if isinstance(n, fx.Node) and n.op == "get_attr"]
             if len(factors) == 1:
                 return "scale", factors[0]
@@ -266,7 +223,7 @@ class _Reader:
         """Whether a node is an activation that writes over its input."""
         if node.op == "call_module":
             return getattr(self.block.get_submodule(node.target), "inplace", False) is True
-        return node.target in _IN_PLACE or node.kwargs.get("inplace") is True
+        return node.target in IN_PLACE or node.kwargs.get("inplace") is True
 
     def _does_nothing(self, node: fx.Node) -> bool:
         return node.op == "call_module" and plain_type(self.block.get_submodule(node.target)) is nn.Identity
@@ -274,9 +231,9 @@ class _Reader:
     def _activation(self, node: fx.Node) -> Layer | None:
         if node.op == "call_module":
             module = self.block.get_submodule(node.target)
-            fits = isinstance(module, _ACTIVATIONS) and not any(True for _ in module.parameters())
+            fits = isinstance(module, ACTIVATIONS) and not any(True for _ in module.parameters())
             return Layer(node.target) if fits else None
-        kind = _ACTIVATION_FUNCTIONS.get(node.target) if isinstance(node.target, str | Callable) else None
+        kind = ACTIVATION_FUNCTIONS.get(node.target) if isinstance(node.target, str | Callable) else None
         if kind is None or node.op not in ("call_function", "call_method"):
             return None
         options = {name: value for name, value in node.kwargs.items() if name not in ("inplace", "input")}
@@ -371,10 +328,6 @@ def _convnext(row: list[tuple[str, Any]]) -> ConvNeXtStructure:
     return ConvNeXtStructure(depthwise, norm, fc1, act, drop, fc2, gamma, drop_path)
 
 
-def _is_sum(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and node.target in _SUMS
-
-
 def _subsampling(index: Any) -> tuple[int, int] | None:
     """(rows, columns) of x[:, :, ::rows, ::columns]."""
     if not isinstance(index, tuple) or len(index) != 4 or not all(isinstance(i, slice) for i in index):
@@ -406,7 +359,7 @@ def _name(node: fx.Node, block: nn.Module) -> str:
 
 
 def _obstacle(node: fx.Node, block: nn.Module) -> str:
-    if node.target in _PRODUCTS and len(node.all_input_nodes) > 1:
+    if node.target in PRODUCTS and len(node.all_input_nodes) > 1:
         return "a gate depends on the input"
     if len(node.all_input_nodes) > 1:
         return f"branches meet ({_name(node, block)})"

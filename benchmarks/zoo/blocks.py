@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from timm.utils import reparameterize_model
 
 from benchmarks.zoo.nets import ZOO, Net
 from benchmarks.zoo.rows import RESULTS, read, write
@@ -32,6 +33,7 @@ COLUMNS = ("library", "kind", "net", "blocks", "prunable", "error", "classes", "
 def row_of(net: Net) -> dict[str, object]:
     """What is found in one net, and its merged twin's error."""
     model, image = net.build()
+    model = reparameterize_model(model)  # RepVGG, MobileOne and others: what they deploy
     infos = find_blocks(model)
     prunable = [info for info in infos if info.candidates]
     row: dict[str, object] = {
@@ -71,7 +73,8 @@ def table(rows: list[dict[str, str]]) -> str:
         "",
         f"Written by `python -m benchmarks.zoo.blocks`: torch {facts['torch']}, timm {facts['timm']}, random weights. "
         "Error: of the net with every prunable block merged by its default candidate against the pruned net, the "
-        "largest of any block and of the output, relative, in float64.",
+        "largest of any block and of the output, relative, in float64. Nets with branches that are one convolution after "
+        "training (RepVGG, MobileOne) are taken after `timm.utils.reparameterize_model`.",
         "",
         f"**{len(rows)} nets, {sum(int(row['prunable']) > 0 for row in rows)} with blocks that can be pruned, "
         f"{len(twins)} merged twins within {LARGEST_ERROR:.0e}.**",

@@ -54,15 +54,15 @@ _TIMM = {
 }
 _TORCHVISION = {
     "CNN": """
-        alexnet vgg11 resnet18 resnext50_32x4d densenet121 squeezenet1_1 googlenet inception_v3 mobilenet_v2
-        mobilenet_v3_small shufflenet_v2_x0_5 mnasnet0_5 efficientnet_b0 efficientnet_v2_s regnet_y_400mf convnext_tiny
+        alexnet vgg11 vgg16_bn resnet18 resnet50 resnext50_32x4d densenet121 squeezenet1_1 googlenet inception_v3 mobilenet_v2
+        mobilenet_v3_small shufflenet_v2_x0_5 mnasnet0_5 efficientnet_b0 efficientnet_v2_s regnet_x_400mf regnet_y_400mf convnext_tiny
     """,
     "ViT": "vit_b_32 swin_t swin_v2_t",
     "hybrid": "maxvit_t",
 }
 _HUGGING_FACE = {
-    "CNN": "resnet mobilenet_v2 convnext",
-    "ViT": "vit deit swin segformer dinov2",
+    "CNN": "resnet mobilenet_v2 mobilenet_v2_fixed_padding convnext",
+    "ViT": "vit deit swin segformer dinov2 beit poolformer",
 }
 
 
@@ -114,6 +114,9 @@ def _hugging_face(name: str) -> nn.Module:
             {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"},
         ),
         "mobilenet_v2": ("MobileNetV2", {}),
+        "mobilenet_v2_fixed_padding": ("MobileNetV2", {"tf_padding": False}),
+        "beit": ("Beit", small),
+        "poolformer": ("PoolFormer", {}),
         "segformer": ("Segformer", {}),
     }
     cls, arguments = classes[name]

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from depthfuse.errors import SpecError
 from depthfuse.merging.adapters import BlockInfo, find_blocks
 from depthfuse.merging.adapters.base import Lambda, fixed, mix
+from depthfuse.merging.adapters.rows import gather
 from depthfuse.merging.computed_weights import (
     compute_weights,
     copies_of_computed,
@@ -137,6 +138,8 @@ class Supernet(nn.Module):
         self.model.eval()
         refresh(self.model)
         for info in prunable:
+            if info.length > 1:
+                gather(self.model, info.path, info.length)
             parent, _, name = info.path.rpartition(".")
             parent_module = self.model.get_submodule(parent)
             switch = SwitchBlock(getattr(parent_module, name), info)

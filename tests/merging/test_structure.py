@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from merged_twins import every_candidate_merges_exactly, the_path_begins_at_the_original
 from nets import randomise_norms
 from torch import nn
 
@@ -163,6 +164,7 @@ HUGGING_FACE = {
     "DeiT": (_VIT, 2),
     "ConvNext": ({"hidden_sizes": [8, 12], "depths": [2, 1], "num_stages": 2}, 3),
     "ResNet": ({**_NARROW, "depths": [2, 2], "layer_type": "basic"}, 4),
+    "MobileNetV2": ({"depth_multiplier": 0.35, "tf_padding": False}, 17),
     "RegNet": ({**_NARROW, "depths": [1, 2], "layer_type": "x", "groups_width": 4}, 3),
 }
 
@@ -184,50 +186,22 @@ BECOMES = {
 }
 
 
-def every_candidate_merges_exactly(model, blocks, size):
-    supernet = Supernet(model).eval()
-    assert len(supernet.blocks) == blocks
-    x = torch.randn(2, *size)
-    with torch.no_grad():
-        wanted, given = model(x), supernet(x)
-    assert torch.equal(getattr(given, "logits", given), getattr(wanted, "logits", wanted))
-    options = supernet.options()
-    for candidate in dict.fromkeys(name for names in options.values() for name in names):
-        chosen = {path: candidate for path, names in options.items() if candidate in names}
-        supernet.set_choices(chosen)
-        randomise_norms(supernet)
-        merged = merge(supernet, size)
-        assert max(max(b.border, b.interior) for b in merged.merge_report.blocks) < 1e-10
-        assert merged.merge_report.output < 1e-10
-        kinds = {type(m).__name__ for path, m in merged.named_modules() if path in chosen}
-        assert kinds == {BECOMES.get(candidate, "MergedConv")}
-
-
 @pytest.mark.parametrize("name", [*OWN, *TORCHVISION])
 def test_every_candidate_merges_exactly(name):
     """`merge` compares each block, border and interior, and the output in float64."""
     model, blocks = model_of(name)
-    every_candidate_merges_exactly(model, blocks, (3, 224, 224) if name.startswith("vit") else SIZE)
+    every_candidate_merges_exactly(model, blocks, (3, 224, 224) if name.startswith("vit") else SIZE, BECOMES)
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_every_candidate_of_hugging_face_merges_exactly(name):
-    every_candidate_merges_exactly(*hugging_face(name), SIZE)
+    every_candidate_merges_exactly(*hugging_face(name), SIZE, BECOMES)
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_the_path_from_the_original_is_continuous(name):
     """At lambda = 1 the block itself, and close to it just before: what is mixed is the same block."""
-    model, _ = model_of(name)
-    model, x = model.double(), torch.randn(2, *SIZE, dtype=torch.float64)
-    supernet = Supernet(model).eval()
-    for candidate in ("dense", "compact", "identity"):
-        chosen = {path: candidate for path, names in supernet.options().items() if candidate in names}
-        with torch.no_grad():
-            supernet.set_choices(chosen, 1.0)
-            assert torch.equal(supernet(x), model(x))
-            supernet.set_choices(chosen, 1 - 1e-9)
-            torch.testing.assert_close(supernet(x), model(x), rtol=1e-4, atol=1e-5)
+    the_path_begins_at_the_original(model_of(name)[0], SIZE, tolerance=1e-4)
 
 
 def test_a_pruned_block_trains():

@@ -192,7 +192,7 @@ class _Reader:
             if linears == 2 and kind not in ("norm", "nothing"):
                 break
             if before is None:
-                raise (Unread if linears else NoBlock)(path)
+                raise (Unread if linears or path == "a gate" else NoBlock)(path)
             if len(node.users) > 1:
                 raise Unread(f"{kind} {path} has two readers")
             stateful = kind in ("norm", "linear")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from depthfuse.merging.adapters.base import Candidate, known_candidates
 from depthfuse.merging.adapters.feed_forward_candidates import CANDIDATES as FEED_FORWARD
 from depthfuse.merging.adapters.feed_forward_reading import feed_forward_of
 from depthfuse.merging.adapters.found import candidates_of
+from depthfuse.merging.adapters.rows import pairs_of
 from depthfuse.merging.adapters.structure import NoBlock, Unread
 from depthfuse.merging.computed_weights import foreign_hook, plain_type
 from depthfuse.merging.tracing import alone
@@ -24,6 +26,7 @@ class BlockInfo:
     block_type: str
     candidates: tuple[type[Candidate], ...]  # empty: not prunable
     reason: str  # why not prunable, or why some candidates are missing
+    length: int = 1  # how many layers of an nn.Sequential the block is, from the one at `path`
 
 
 @alone
@@ -31,10 +34,11 @@ def find_blocks(model: nn.Module) -> list[BlockInfo]:
     """All blocks of a model in order, prunable or not, each with the reason.
 
     A block is a module of a class that depthfuse knows, or the largest one that computes a residual branch or a chain
-    of convolutions (`reading.py`) and holds no block of a known class. Listed as one that cannot be pruned is what
-    would be one but for something in its way, and what stands in a numbered row (element of an `nn.Sequential` or
-    `nn.ModuleList`, or "b1", "b2", ...) and holds two convolutions or linear layers, but no such block. A model without
-    any gives an empty list.
+    of convolutions (`reading.py`) and holds no block of a known class, or one that ends in a feed-forward branch
+    (`feed_forward_reading.py`) and holds no other, or two neighbouring convolutions of a long plain row (`rows.py`).
+    Listed as one that cannot be pruned is what would be one but for something in its way, and what stands in a
+    numbered row (element of an `nn.Sequential` or `nn.ModuleList`, or "b1", "b2", ...) and holds two convolutions or
+    linear layers, but no such block. A model without any gives an empty list.
     """
     found: list[BlockInfo] = []
 
@@ -56,6 +60,7 @@ def find_blocks(model: nn.Module) -> list[BlockInfo]:
         container = isinstance(module, nn.Sequential | nn.ModuleList)
         children = module.named_children()
         inner = [visit(m, f"{path}.{n}" if path else n, container or n[-1:].isdigit()) for n, m in children]
+        found.extend(_rows(module, path))
         inside = any(info.candidates for info in found[before:])
         if path and not inside and _products(module) > 1:
             try:
@@ -68,15 +73,33 @@ def find_blocks(model: nn.Module) -> list[BlockInfo]:
                 reason = reason or str(problem)
         if reason and not inside:
             del found[before:]  # parts of what could have been a block
-        elif any(inner):
+        elif inside or any(inner):
             return True
         if reason or (numbered and not kind.__module__.startswith("torch.nn.") and _products(module) > 1):
-            found.append(BlockInfo(path, kind.__name__, (), reason or "unknown block type"))
+            found.append(BlockInfo(path, kind.__name__, (), reason or _unknown(module)))
             return True
         return False
 
     visit(model, "", False)
     return found
+
+
+def _unknown(module: nn.Module) -> str:
+    if callable(getattr(module, "reparameterize", None)):
+        return "branches that are to become one: call timm.utils.reparameterize_model first"
+    return "unknown block type"
+
+
+def _rows(module: nn.Module, path: str) -> list[BlockInfo]:
+    """Neighbouring convolutions of a long plain row."""
+    infos = []
+    for first, layers in pairs_of(module):
+        try:
+            info = _info(layers, f"{path}.{first}" if path else first, candidates_of(layers))
+        except Unread:
+            continue
+        infos.append(dataclasses.replace(info, block_type="two convolutions", length=len(layers)))
+    return infos
 
 
 def _products(module: nn.Module) -> int:

@@ -73,8 +73,8 @@ def table(rows: list[dict[str, str]]) -> str:
         "",
         f"Written by `python -m benchmarks.zoo.blocks`: torch {facts['torch']}, timm {facts['timm']}, random weights. "
         "Error: of the net with every prunable block merged by its default candidate against the pruned net, the "
-        "largest of any block and of the output, relative, in float64. Nets with branches that are one convolution after "
-        "training (RepVGG, MobileOne) are taken after `timm.utils.reparameterize_model`.",
+        "largest of any block and of the output, relative, in float64. Branches that are one convolution after training "
+        "(RepVGG, MobileOne) are made one first, by `timm.utils.reparameterize_model`.",
         "",
         f"**{len(rows)} nets, {sum(int(row['prunable']) > 0 for row in rows)} with blocks that can be pruned, "
         f"{len(twins)} merged twins within {LARGEST_ERROR:.0e}.**",

@@ -54,8 +54,9 @@ _TIMM = {
 }
 _TORCHVISION = {
     "CNN": """
-        alexnet vgg11 vgg16_bn resnet18 resnet50 resnext50_32x4d densenet121 squeezenet1_1 googlenet inception_v3 mobilenet_v2
-        mobilenet_v3_small shufflenet_v2_x0_5 mnasnet0_5 efficientnet_b0 efficientnet_v2_s regnet_x_400mf regnet_y_400mf convnext_tiny
+        alexnet vgg11 vgg16_bn resnet18 resnet50 resnext50_32x4d densenet121 squeezenet1_1 googlenet inception_v3
+        mobilenet_v2 mobilenet_v3_small shufflenet_v2_x0_5 mnasnet0_5 efficientnet_b0 efficientnet_v2_s regnet_x_400mf
+        regnet_y_400mf convnext_tiny
     """,
     "ViT": "vit_b_32 swin_t swin_v2_t",
     "hybrid": "maxvit_t",

@@ -17,7 +17,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from timm.utils import reparameterize_model
 
 from benchmarks.zoo.nets import ZOO, Net
 from benchmarks.zoo.rows import RESULTS, read, write
@@ -33,6 +32,8 @@ COLUMNS = ("library", "kind", "net", "blocks", "prunable", "error", "classes", "
 def row_of(net: Net) -> dict[str, object]:
     """What is found in one net, and its merged twin's error."""
     model, image = net.build()
+    from timm.utils import reparameterize_model  # after depthfuse, which makes torchvision importable
+
     model = reparameterize_model(model)  # RepVGG, MobileOne and others: what they deploy
     infos = find_blocks(model)
     prunable = [info for info in infos if info.candidates]
@@ -73,8 +74,8 @@ def table(rows: list[dict[str, str]]) -> str:
         "",
         f"Written by `python -m benchmarks.zoo.blocks`: torch {facts['torch']}, timm {facts['timm']}, random weights. "
         "Error: of the net with every prunable block merged by its default candidate against the pruned net, the "
-        "largest of any block and of the output, relative, in float64. Branches that are one convolution after training "
-        "(RepVGG, MobileOne) are made one first, by `timm.utils.reparameterize_model`.",
+        "largest of any block and of the output, relative, in float64. Branches that are one convolution after "
+        "training (RepVGG, MobileOne) are made one first, by `timm.utils.reparameterize_model`.",
         "",
         f"**{len(rows)} nets, {sum(int(row['prunable']) > 0 for row in rows)} with blocks that can be pruned, "
         f"{len(twins)} merged twins within {LARGEST_ERROR:.0e}.**",

@@ -114,12 +114,13 @@ class Schedule:
         self._refuse_steps("the Trainer")
         transformers = _first_there("Hugging Face's Trainer", "transformers")
         schedule = self
+        base: Any = transformers.TrainerCallback
         if isinstance(self.subnet.model, transformers.PreTrainedModel):
             # The Trainer saves weights by the names of old files, and loads them without naming them back: a model
             # that was renamed, as ViT was, goes on with the weights that it has, and a warning. This keeps the names.
             self.subnet.model._weight_conversions = []
 
-        class SetLambda(transformers.TrainerCallback):
+        class SetLambda(base):
             def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 schedule._follow(state.global_step, state.max_steps)
 
@@ -146,10 +147,10 @@ class Schedule:
         self._refuse_steps("Lightning's Trainer")
         names = ["lightning.pytorch", "pytorch_lightning"]
         names.sort(key=lambda name: name not in sys.modules)  # the one that the user has imported
-        lightning = _first_there("Lightning", *names)
         schedule = self
+        base: Any = _first_there("Lightning", *names).Callback
 
-        class SetLambda(lightning.Callback):
+        class SetLambda(base):
             steps: float = 0.0
 
             def on_train_start(self, trainer: Any, pl_module: Any) -> None:

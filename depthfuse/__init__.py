@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from depthfuse.runs.run import load, prune
     from depthfuse.searching.search import search
     from depthfuse.spec import BlockChoice, ModelSource, SubnetSpec
+    from depthfuse.training.schedule import Schedule
 
 _torchvision.ensure_before_timm()
 
@@ -27,6 +28,7 @@ __all__ = [
     "DataConfig",
     "ModelSource",
     "PruneConfig",
+    "Schedule",
     "SubnetSpec",
     "Supernet",
     "accelerate",
@@ -47,6 +49,7 @@ _WHERE = {
     "DataConfig": "data",
     "ModelSource": "spec",
     "PruneConfig": "config",
+    "Schedule": "training.schedule",
     "SubnetSpec": "spec",
     "Supernet": "merging.supernet",
     "accelerate": "acceleration",

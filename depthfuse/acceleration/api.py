@@ -31,7 +31,7 @@ from depthfuse.devices import capability_of
 from depthfuse.errors import AccelerationError, CheckpointError, DepthfuseError
 from depthfuse.measured_cache import MeasuredCache, environment
 from depthfuse.measuring.timing import time_interleaved
-from depthfuse.merging.model_inputs import known_input_size
+from depthfuse.merging.model_inputs import check_one_device, known_input_size
 from depthfuse.merging.tracing import one_at_a_time
 from depthfuse.ops import onednn, resolve_backend
 from depthfuse.untrusted import MALFORMED, is_out_of_memory
@@ -88,9 +88,9 @@ def accelerate(
         An AcceleratedModel, which is called as the model is; `print(result.report())` shows what was fused.
 
     Raises:
-        AccelerationError: the model is in training mode, it does not take the example, no input size is known, it keeps
-            state between calls or draws random numbers, the outputs differ (the first wrong operation is named), or an
-            engine asked for by name is not installed.
+        AccelerationError: the model is in training mode or on several devices, it does not take the example, no input
+            size is known, it keeps state between calls or draws random numbers, the outputs differ (the first wrong
+            operation is named), or an engine asked for by name is not installed.
         TypeError: arguments that the model's `forward` does not have.
         ValueError: an unknown `tune`, `verify`, `backend` or engine.
         depthfuse.ops.BackendError: a backend asked for by name cannot run here.
@@ -119,6 +119,7 @@ def _accelerate(
     main = main_dtype(model)
     if main is None:
         raise AccelerationError(f"{type(model).__name__} has no weights: there is nothing to accelerate")
+    check_one_device(model, AccelerationError, needs_values=True)
     device = next(t.device for t in [*model.parameters(), *model.buffers()] if t.dtype == main)
     dtypes = fast_dtypes(main, device) if dtype == "auto" else (dtype or main,)
     if not set(dtypes) <= {torch.float32, torch.float16, torch.bfloat16, torch.float64}:

@@ -50,10 +50,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.attention = attention
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, **others: Any) -> Tensor:
         if isinstance(self.attention, nn.MultiheadAttention):
-            return self.attention(x, x, x, need_weights=False, attn_mask=attn_mask)[0]
-        return self.attention(x, attn_mask)[0]
+            return self.attention(x, x, x, need_weights=False, attn_mask=attn_mask, **others)[0]
+        return self.attention(x, attn_mask, **others)[0]
 
 
 class MergedTransformerBlock(nn.Module):
@@ -71,11 +71,13 @@ class MergedTransformerBlock(nn.Module):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         attention_mask: Tensor | None = None,
+        **others: Any,  # what Hugging Face's models hand through to their attention, such as use_cache
     ) -> Tensor:  # [B, N, D]
         # is_causal only where asked for: timm's older attention does not know it
-        causal = {"is_causal": True} if is_causal else {}
+        if is_causal:
+            others["is_causal"] = True
         mask = attention_mask if attn_mask is None else attn_mask  # timm's name, Hugging Face's
-        x = x + self.scale(self.attn(x, attn_mask=mask, **causal))
+        x = x + self.scale(self.attn(x, attn_mask=mask, **others))
         return self.norm(self.act(self.fc(x)))
 
 

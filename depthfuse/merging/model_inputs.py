@@ -1,11 +1,15 @@
-"""What a model is fed: the one rule for a model's input size, also where another model holds it.
+"""What a model is fed, and where: the one rule for a model's input size, also where another model holds it, and that
+its parameters lie on one device.
 
 Others wrap timm's models: timm itself where only features are asked for, Hugging Face's TimmWrapper, your own.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import nn
+
+from depthfuse.errors import DepthfuseError, SpecError
 
 
 def fixed_image_size(model: nn.Module) -> tuple[int, int] | None:
@@ -56,3 +60,31 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     say.
     """
     return known_input_size(model) or (_first_channels(model) or 3, 224, 224)
+
+
+def check_one_device(
+    model: nn.Module, error: type[DepthfuseError] = SpecError, needs_values: bool = False
+) -> None:
+    """Raise `error` where the parameters of a model lie on several devices, naming two of them; with `needs_values`
+    also where they lie on "meta", which keeps shapes only.
+
+    Parameters without dimensions are not asked: PyTorch takes them from the CPU anywhere. Nor is a model of shapes,
+    inside `depthfuse.shapes.ShapesOnly`, which has both kinds.
+    """
+    if torch.empty(0).is_meta:
+        return
+    places: dict[str, str] = {}  # {device: one of its parameters}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim:
+            places.setdefault(str(parameter.device), name)
+    (here, first), *others = places.items() or [("", "")]
+    lost = "meta" in places and (needs_values or len(places) > 1)
+    load = "what is on meta has no values: load its weights first, as with load_state_dict(..., assign=True)"
+    if others:
+        there, second = others[0]
+        todo = load if lost else "move all of it to one, model.to(device)"
+        raise error(
+            f"{type(model).__name__} lies on more than one device, {first} on {here} and {second} on {there}: {todo}"
+        )
+    if lost:
+        raise error(f"{type(model).__name__} lies on meta: {load}")

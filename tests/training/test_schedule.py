@@ -299,7 +299,7 @@ def lightning_double(monkeypatch, name):
     """A module of Lightning's name with the class that its callbacks inherit."""
     for other in ("lightning", "lightning.pytorch", "pytorch_lightning"):
         monkeypatch.setitem(sys.modules, other, None)
-    for part in {name.partition(".")[0], name}:
+    for part in (name.partition(".")[0], name):  # what is returned is the last one
         module = ModuleType(part)
         module.Callback = type("Callback", (), {})
         monkeypatch.setitem(sys.modules, part, module)

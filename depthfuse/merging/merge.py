@@ -16,7 +16,7 @@ from depthfuse.errors import CheckpointError, MergeError
 from depthfuse.merging.computed_weights import compute_weights, in_float64, private_copy
 from depthfuse.merging.folding import fold_batch_norms
 from depthfuse.merging.merged_blocks import first_of
-from depthfuse.merging.model_inputs import input_size
+from depthfuse.merging.model_inputs import check_one_device, input_size
 from depthfuse.merging.outputs import tensors_of
 from depthfuse.merging.supernet import Supernet, SwitchBlock
 from depthfuse.merging.tracing import alone
@@ -87,6 +87,7 @@ def merge(
             f"lambda is not 0 in {', '.join(moving)}: finish progressive training before merging"
         )
 
+    check_one_device(subnet, MergeError, needs_values=True)
     report = check(subnet, check_size or input_size(subnet.model), tolerance=tolerance)
     merged = private_copy(subnet.model)
     compute_weights(merged)
@@ -124,14 +125,16 @@ def load_merged(spec: SubnetSpec, tensors: Mapping[str, Tensor], where: str | Pa
     """
     with ShapesOnly():
         shapes = _structure(spec, spec.source.build_shapes()).state_dict()
-    check_same_shapes(shapes, tensors, where)
+    check_same_shapes(shapes, tensors, where, spec.source.name)
     model = _structure(spec, spec.source.build(at_most_bytes=bytes_of_source(tensors.values())))
     model.load_state_dict(dict(tensors))
     return model
 
 
-def check_same_shapes(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str | Path) -> None:
-    """Raise CheckpointError, naming `where`, unless two state dicts have the same names and shapes."""
+def check_same_shapes(
+    wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str | Path, name: str = ""
+) -> None:
+    """Raise CheckpointError, naming `where` and the model, unless two state dicts have the same names and shapes."""
     faults = [f"lacks {name}" for name in wanted if name not in given]
     faults += [f"has {name} besides" for name in given if name not in wanted]
     faults += [
@@ -140,7 +143,8 @@ def check_same_shapes(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor],
         if name in given and given[name].shape != wanted[name].shape
     ]
     if faults:
-        raise CheckpointError(f"{where} holds the weights of another model: {', '.join(faults[:3])}")
+        than = f" than {name}" if name else ""
+        raise CheckpointError(f"{where} holds the weights of another model{than}: {', '.join(faults[:3])}")
 
 
 def _structure(spec: SubnetSpec, model: nn.Module) -> nn.Module:

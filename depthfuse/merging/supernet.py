@@ -26,6 +26,7 @@ from depthfuse.merging.computed_weights import (
     refresh,
 )
 from depthfuse.merging.merged_blocks import first_of, with_first
+from depthfuse.merging.model_inputs import check_one_device
 from depthfuse.merging.tracing import alone
 from depthfuse.spec import KEEP, ModelSource, SubnetSpec
 
@@ -104,7 +105,7 @@ class SwitchBlock(nn.Module):
 
 
 class Supernet(nn.Module):
-    """A copy of a timm model whose prunable blocks carry switches. The model given is left alone.
+    """A copy of a model whose prunable blocks carry switches. The model given is left alone.
 
     With every block at "keep" the output equals the model's bit for bit. `set_choices` selects a subnet; `sample` draws
     one. After search, `Supernet(...).subnet(spec)` keeps only the chosen switches, for progressive training.
@@ -117,13 +118,14 @@ class Supernet(nn.Module):
     the subnet is merged. A block with a forward hook inside is not prunable. A model that holds a timm model, at any
     depth, is taken like one.
 
-    Raises SpecError where the model has no prunable block; the message lists the reasons. MergeError: the model cannot
-    be copied.
+    Raises SpecError where the model has no prunable block (the message lists the reasons) or lies on several devices.
+    MergeError: the model cannot be copied.
     """
 
     @alone
     def __init__(self, model: nn.Module, separate_norms: bool = True, border_remedy: bool = True):
         super().__init__()
+        check_one_device(model)
         self.source = ModelSource.of(model)
         infos = find_blocks(model)
         prunable = [info for info in infos if info.candidates]
@@ -188,7 +190,9 @@ class Supernet(nn.Module):
         blocks = self.blocks
         unknown = [path for path in chosen if path not in blocks]
         if unknown:
-            raise SpecError(f"no prunable block {', '.join(unknown[:5])}; this model has {', '.join(blocks)}")
+            raise SpecError(
+                f"no prunable block {', '.join(unknown[:5])}; this model has {', '.join(blocks)} ({self.source.name})"
+            )
         for path, name in chosen.items():
             if name != KEEP and name not in blocks[path].candidates:
                 known = ", ".join([KEEP, *blocks[path].candidates])

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from nets import build
 from torch import nn
 
-from depthfuse import accelerate
+from depthfuse import Supernet, accelerate, merge
 from depthfuse.errors import AccelerationError, MergeError, SpecError
 from depthfuse.merging.model_inputs import check_one_device
 from depthfuse.shapes import ShapesOnly
@@ -65,3 +66,20 @@ def test_models_of_shapes_pass():
         check_one_device(model, needs_values=True)
     with pytest.raises(SpecError, match="more than one device"):
         check_one_device(model)
+
+
+def test_supernets_and_merges_name_two_devices():
+    model, size = build("resnet")
+    supernet = Supernet(model).eval()
+    supernet.set_choices({"layer1.0": "dense"})
+    supernet.model.fc.to("meta")
+    with pytest.raises(MergeError, match="conv1.weight on cpu and model.fc.weight on meta"):
+        merge(supernet, size)
+    for path in ("layer1.0.conv2", "fc"):
+        model, _ = build("resnet")
+        model.get_submodule(path).to("meta")
+        with pytest.raises(SpecError, match=f"conv1.weight on cpu and {path}.weight on meta"):
+            Supernet(model)
+    supernet = Supernet(build("resnet")[0].to("meta")).eval()  # of shapes, to be loaded later
+    with pytest.raises(MergeError, match="no values"):
+        merge(supernet, size)

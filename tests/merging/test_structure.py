@@ -316,6 +316,13 @@ def test_families_are_known_by_class_first(name):
         assert info.candidates and set(info.candidates) <= set(known)
 
 
+def test_a_layer_of_a_known_block_that_is_no_convolution():
+    timm = pytest.importorskip("timm")
+    infos = find_blocks(timm.create_model("mixnet_s"))
+    mixed = [info for info in infos if "MixedConv2d" in info.reason]
+    assert mixed and not any(info.candidates for info in mixed)
+
+
 def random_block(rng):
     """A block by a grammar, and whether it can be pruned."""
     width, stride = rng.choice([4, 6, 8]), rng.choice([1, 1, 2])

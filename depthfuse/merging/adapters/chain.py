@@ -280,10 +280,10 @@ class Compact(ConvChain):
 
     @classmethod
     def chain_refusal(cls, chain: Chain) -> str | None:
-        reason, annealed = super().chain_refusal(chain), cls.annealed(chain)
-        if reason:
+        reason = super().chain_refusal(chain)
+        if reason:  # a layer may be no convolution at all
             return reason
-        reasons = [centre_tap_refusal(chain.stages[i].conv) for i in annealed]
+        reasons = [centre_tap_refusal(chain.stages[i].conv) for i in cls.annealed(chain)]
         return next((reason for reason in reasons if reason), None)
 
 

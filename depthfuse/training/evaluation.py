@@ -87,7 +87,7 @@ def check_task(task: Task, net: nn.Module, data: DataBundle) -> None:
         raise TaskError(f"the loss of {task.name} is {kind}, expected a single number with a gradient")
     if bool(torch.isfinite(output).all()) and not bool(torch.isfinite(loss)):
         raise TrainingDiverged(
-            f"the loss of {task.name} is {float(loss)} on the first images already, of outputs that are finite: "
+            f"the loss of {task.name} is {loss.item()} on the first images already, of outputs that are finite: "
             "correct the task or its targets"
         )
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from task_nets import build_detector, build_segmenter
 from torch import nn
 
@@ -374,6 +375,70 @@ def test_masks_and_boxes_move_with_their_images():
     assert out[0, 0, 0] == -1.0
     classes = torch.arange(3)
     assert targets.moved(classes, shift[:3], flip[:3], 4, 32) is classes
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two splits of four images and masks of other sizes; the masks with a palette, and in grey."""
+    images, masks, _ = draw("val", 32, 1)
+    for split, numbers in (("train", range(4)), ("val", range(4, 8))):
+        for name in ("images", "masks"):
+            (tmp_path / split / name).mkdir(parents=True)
+        for number in numbers:
+            picture = Image.fromarray(images[number].movedim(0, -1).numpy())
+            mask = Image.fromarray(masks[number].numpy())
+            if number % 2:
+                mask.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+            picture.resize((64, 32)).save(tmp_path / split / "images" / f"{number}.bmp")
+            mask.resize((64, 32), Image.Resampling.NEAREST).save(tmp_path / split / "masks" / f"{number}.png")
+    return tmp_path
+
+
+def opened(folder, **changes):
+    settings = {"img_size": 32, "batch_size": 2, "holdout": 0.25, "augment": "none"} | changes
+    return open_data(DataConfig(data=str(folder), **settings), num_classes=None, targets="masks")
+
+
+def test_a_folder_of_masks(pictures):
+    data = opened(pictures)
+    images, masks = next(iter(data.val_loader()))
+    assert images.shape == (4, 3, 32, 32) and data.class_names == ["0", "1", "2"]
+    assert torch.equal(masks, draw("val", 32, 1)[1][4:8])  # twice as wide and back, never between two classes
+    assert data.train_batches() == 1 and len(next(iter(data.holdout_loader()))[1]) == 1
+
+
+def test_a_folder_of_masks_that_cannot_be_used_is_named(pictures):
+    masks = pictures / "train" / "masks"
+    with pytest.raises(DataError, match="trained on and measured on"):
+        opened(pictures, val_split="train")
+    whole = (masks / "0.png").read_bytes()
+    for broken, message in (
+        (whole[:60], "cannot read .*masks/0.png"),
+        ((pictures / "train" / "images" / "0.bmp").read_bytes(), "0.png: it is of Pillow's mode RGB"),
+    ):
+        (masks / "0.png").write_bytes(broken)
+        with pytest.raises(DataError, match=message):
+            opened(pictures)
+    Image.new("L", (8, 8)).save(masks / "0.png")
+    with pytest.raises(DataError, match=r"has \(8, 8\) pixels, its image \(64, 32\)"):
+        opened(pictures)
+    (masks / "0.png").rename(masks / "9.png")
+    with pytest.raises(DataError, match="train has no mask of the name '0'"):
+        opened(pictures)
+    (pictures / "train" / "images" / "0.bmp").unlink()
+    with pytest.raises(DataError, match="train has no image of the name '9'"):
+        opened(pictures)
+    (masks / "9.png").rename(masks / "1.gif")
+    with pytest.raises(DataError, match="1.png and 1.gif are of one name"):
+        opened(pictures)
+    for path in (pictures / "val" / "masks").iterdir():
+        path.unlink()
+    (masks / "1.gif").unlink()
+    with pytest.raises(DataError, match="masks is empty"):
+        opened(pictures)
+    (pictures / "val" / "masks").rmdir()
+    with pytest.raises(DataError, match="masks does not exist: a split of masks needs"):
+        opened(pictures)
 
 
 def test_tensors_that_do_not_fit_are_named():

@@ -14,6 +14,7 @@ from depthfuse.data import decoding, embedded, folder, order, scanning, shapes, 
 from depthfuse.data.bundle import DataBundle, IndexedBundle
 from depthfuse.data.config import DataConfig
 from depthfuse.data.images import ArrayImages, DecodedImages, ImageSource, class_names
+from depthfuse.data.mask_folder import open_mask_folder
 from depthfuse.data.pixels import DecodedOnce, PixelSource
 from depthfuse.data.stream import StreamBundle
 from depthfuse.data.targets import Targets
@@ -45,8 +46,8 @@ def open_data(
         num_classes: outputs of the model, which must be the classes of the data; None does not check.
         in_chans: input channels of the model, 1 or 3.
         model_cfg: the model's `pretrained_cfg`: size, normalisation and crop of its input.
-        targets: what is to be learned of an image. "shapes" have all three, data of the user's own what it likes, and
-            all else classes.
+        targets: what is to be learned of an image. "shapes" have all three, a folder classes or masks, data of the
+            user's own what it likes, and all else classes.
 
     Raises:
         DataError: naming what is missing, empty, unknown, or does not fit.
@@ -58,10 +59,12 @@ def open_data(
         bundle = shapes.open_shapes(config, in_chans, targets)
     elif origins.is_own(config.data):
         bundle = _open_own(config, in_chans)
+    elif targets == "masks" and Path(config.data).is_dir():
+        bundle = open_mask_folder(config, transforms.resolve_format(config, in_chans, model_cfg))
     elif targets != "classes":
         raise DataError(
-            f"{config.data} has a class for each image, and {targets} are needed: {shapes.NAME} has some, or give "
-            "data of your own, package.module:factory"
+            f"{config.data} has a class for each image, and {targets} are needed: {shapes.NAME} has some, a "
+            "folder may have masks (SPLIT/images, SPLIT/masks), or give data of your own, package.module:function"
         )
     elif config.data == EMBEDDED:
         bundle = _open_embedded(config, in_chans)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 Targets = Literal["classes", "masks", "boxes"]
 
-_IGNORED = 255
+IGNORED = 255  # of a mask, as in Pascal VOC and Cityscapes
 
 
 def form_of(targets: Tensor) -> Targets | None:
@@ -31,7 +31,7 @@ def moved(targets: Tensor, shift: Tensor, flip: Tensor, padding: int, size: int)
     """Targets of images of `size` pixels a side that went through `crop`."""
     form = form_of(targets)
     if form == "masks":
-        return crop(targets[:, None], shift, flip, padding, border=_IGNORED)[:, 0]
+        return crop(targets[:, None], shift, flip, padding, border=IGNORED)[:, 0]
     if form == "boxes":
         return _moved_boxes(targets, (shift - padding) / size, flip)
     return targets

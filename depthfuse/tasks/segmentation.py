@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from depthfuse.data.targets import IGNORED
 from depthfuse.errors import TaskError
 from depthfuse.tasks.task import Score, Task, class_loss, shape_of
-
-IGNORED = 255  # of a mask: pixels that count nowhere, as in Pascal VOC and Cityscapes
 
 
 class Segmentation(Task):

@@ -54,7 +54,7 @@ def _read(split: Path, format: InputFormat) -> tuple[Tensor, Tensor]:
             f"{split} has no {missing} of the name {shown(name)!r} (images/NAME.jpg, masks/NAME.png)"
         )
     pairs = [_pair(images[name], masks[name], format) for name in images]
-    return tuple(torch.stack(of_all) for of_all in zip(*pairs, strict=True))
+    return torch.stack([image for image, _ in pairs]), torch.stack([mask for _, mask in pairs])
 
 
 def _by_stem(directory: Path) -> dict[str, Path]:

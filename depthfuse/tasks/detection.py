@@ -145,10 +145,10 @@ def _by_cell(maps: Tensor) -> Tensor:
     return maps.float().flatten(2).transpose(1, 2)
 
 
-def _centres(height: int, width: int, like: Tensor) -> Tensor:
+def _centres(height: int, width: int, device: torch.device) -> Tensor:
     """[h * w, 2]: x and y of the cells' centres, in cells."""
     y, x = torch.meshgrid(
-        torch.arange(height, device=like.device), torch.arange(width, device=like.device), indexing="ij"
+        torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
     )
     return torch.stack([x, y], dim=-1).view(-1, 2) + 0.5
 
@@ -156,7 +156,7 @@ def _centres(height: int, width: int, like: Tensor) -> Tensor:
 def _boxes(output: Tensor) -> Tensor:
     """[N, h * w, 4] float32: x1, y1, x2, y2 of each cell's box, in cells."""
     distances = F.softplus(_by_cell(output[:, :4]))
-    centres = _centres(*output.shape[-2:], output)
+    centres = _centres(output.shape[-2], output.shape[-1], output.device)
     return torch.cat([centres - distances[..., :2], centres + distances[..., 2:]], dim=-1)
 
 
@@ -169,7 +169,7 @@ def _assigned(targets: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]
     size = torch.tensor([width, height], device=targets.device).repeat(2)
     boxes = targets[..., 1:].float() * size  # [N, M, 4]
     middle = (boxes[..., :2] + boxes[..., 2:]) / 2
-    points = _centres(height, width, targets)[:, None]  # [P, 1, 2]
+    points = _centres(height, width, targets.device)[:, None]  # [P, 1, 2]
     lower, upper = points - boxes[:, None, :, :2], boxes[:, None, :, 2:] - points  # [N, P, M, 2]
     apart = (points - middle[:, None]).abs().amax(-1)  # [N, P, M]
     within = (torch.minimum(lower, upper).amin(-1) > 0) & (apart < _RADIUS)

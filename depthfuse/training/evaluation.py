@@ -48,9 +48,11 @@ def evaluate(
         for index, (images, targets) in enumerate(batches):
             if divided is not None and index % divided.num_processes != divided.process_index:
                 continue
-            counts.append(task.measure(task.read(net(images.to(device))), targets.to(device)).double())
-            if task.divisible:
-                counts = [counts[0] + counts[1]] if len(counts) > 1 else counts
+            found = task.measure(task.read(net(images.to(device))), targets.to(device)).double()
+            if task.divisible and counts:
+                counts[0] = counts[0] + found
+            else:
+                counts.append(found)
     whole = torch.cat(counts) if counts else torch.zeros(0, dtype=torch.float64, device=device)
     if divided is not None:
         # a process that had no batch does not know how many numbers the others have

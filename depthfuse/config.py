@@ -100,7 +100,8 @@ class SearchConfig:
     """evolution; milp: exact optimum of summed losses of single blocks, the cheapest; greedy; random, uniform:
     controls; pick: the best of an earlier search's subnets, without scoring more."""
     metric: Literal["top1", "loss"] = "top1"
-    """What ranks subnets on held-out images. The loss is finer where those are few."""
+    """What ranks subnets on held-out images: top1, or the metric of another task; or the loss, which is finer where
+    those are few."""
     force: tuple[str, ...] = ()
     """Blocks to prune in any case: "layer1.0", or with its candidate "layer1.0=compact"."""
     exclude: tuple[str, ...] = ()
@@ -146,6 +147,9 @@ class PruneConfig:
     model: str = "resnet34"
     """A model with prunable blocks (see `depthfuse inspect`): a name of timm's, torchvision:NAME, hf:FOLDER, or a
     factory of your own, package.module:factory, which takes num_classes."""
+    task: str = "classification"
+    """What it is for: classification, segmentation (mean IoU), detection (AP50), embedding (recall@1), or one of your
+    own, package.module:NAME, a depthfuse.tasks.Task or a function that gives one."""
     model_kwargs: tuple[str, ...] = ()
     """Keyword arguments of what builds it (timm.create_model), as name=value (img_size=32)."""
     out: Path = Path("runs/prune")
@@ -220,10 +224,15 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(config)
 
 
+# Entries that came later. A run of before did what their defaults do.
+_ADDED = ("task",)
+
+
 def from_dict(cls: type, values: Any, where: str = "config", complete: bool = False) -> Any:
     """Rebuild a config from plain YAML types.
 
-    complete: every entry has to be there, as in what `to_dict` gives; else those that are missing keep their defaults.
+    complete: every entry has to be there, as in what `to_dict` gives, but for those that came later (`_ADDED`); else
+    those that are missing keep their defaults.
     Raises ConfigError that names an unknown, wrongly typed or missing entry.
     """
     if not isinstance(values, dict):
@@ -233,7 +242,7 @@ def from_dict(cls: type, values: Any, where: str = "config", complete: bool = Fa
     unknown = [f"{name!s:.60}" for name in values if name not in names]
     if unknown:
         raise ConfigError(f"{where}: unknown entries {', '.join(unknown[:5])}; known: {', '.join(names)}")
-    missing = [name for name in names if name not in values]
+    missing = [name for name in names if name not in values and name not in _ADDED]
     if complete and missing:
         raise ConfigError(
             f"{where}: lacks {', '.join(missing)}: it was cut short, or is of another version. Choose another "

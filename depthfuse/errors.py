@@ -48,6 +48,10 @@ class SpecError(DepthfuseError, ValueError):
     """A spec that is malformed or does not fit the model it is applied to."""
 
 
+class TaskError(DepthfuseError, ValueError):
+    """A task that is not known, or that does not fit the model or the data."""
+
+
 class TrainingDiverged(DepthfuseError, RuntimeError):
     """A loss or gradient that is no finite number; the message names the iteration and the layer."""
 

@@ -5,6 +5,8 @@
     hf:folder                     an image classifier that transformers saved there; gives its logits
     my_package.nets:build         build(...), from the module my_package.nets
 
+Tasks and data of a user's own are named as factories are: my_package.tasks:depth.
+
 A name may stand in a file, and a file must not make anybody's code run or read other files: a factory is imported, and
 a folder read, only where it was named on the command line or allowed by code (`allow_origin`).
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -80,16 +83,37 @@ def allow_named(words: Iterable[str]) -> None:
 def create(name: str, arguments: Mapping[str, Any], pretrained: bool) -> nn.Module:
     """The model of a name. Raises SpecError where there is none, OSError for weights that cannot be fetched."""
     if is_own(name):
-        if name not in _allowed:
-            raise SpecError(
-                f"{name} is of somebody's own, and is used only where you name it yourself: --model {name} on the "
-                f"command line, or depthfuse.allow_origin({name!r}) in Python"
-            )
+        _check_allowed(name)
         if name.startswith("hf:"):
             return _of_folder(name[3:], arguments, pretrained)
         return _by_factory(name, arguments, pretrained)
     origin, _, rest = name.rpartition(":")
     return (_of_torchvision if origin else _of_timm)(rest, arguments, pretrained)
+
+
+def imported(name: str) -> Any:
+    """What "package.module:NAME" stands for. Raises SpecError where that is not allowed, or not there."""
+    _check_allowed(name)
+    module, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:  # as for `python -m`
+        sys.path.insert(0, here)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # the module's own code
+        raise SpecError(f"{name} cannot be imported: {type(error).__name__} {error}") from error
+    finally:
+        if added:
+            sys.path.remove(here)
+
+
+def _check_allowed(name: str) -> None:
+    if name not in _allowed:
+        raise SpecError(
+            f"{name} is of somebody's own, and is used only where you name it yourself: on the command line, as in "
+            f"--model {name}, or by depthfuse.allow_origin({name!r}) in Python"
+        )
 
 
 def _of_timm(name: str, arguments: Mapping[str, Any], pretrained: bool) -> nn.Module:
@@ -119,7 +143,12 @@ def _of_torchvision(name: str, arguments: Mapping[str, Any], pretrained: bool) -
     if name not in models.list_models():
         raise SpecError(f"torchvision has no model {name!r}{_near(name, models.list_models())}")
     with _refused("torchvision", name, arguments):
-        return models.get_model(name, weights=None, **arguments)
+        builder = models.get_model_builder(name)
+        # a segmentation model would fetch weights for its backbone
+        bare = (
+            {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+        )
+        return builder(weights=None, **bare, **arguments)
 
 
 def _of_folder(folder: str, arguments: Mapping[str, Any], pretrained: bool) -> nn.Module:
@@ -156,17 +185,7 @@ def _by_factory(name: str, arguments: Mapping[str, Any], pretrained: bool) -> nn
     from torch import nn
 
     module, _, function = name.partition(":")
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:  # as for `python -m`
-        sys.path.insert(0, here)
-    try:
-        factory = getattr(importlib.import_module(module), function)
-    except Exception as error:  # the module's own code
-        raise SpecError(f"{name} cannot be imported: {type(error).__name__} {error}") from error
-    finally:
-        if added:
-            sys.path.remove(here)
+    factory = imported(name)
     if not callable(factory):
         raise SpecError(f"{name} is a {type(factory).__name__}, expected a function that gives a model")
     with _refused(module, function, arguments):

@@ -19,7 +19,7 @@ FLOORS = (
     ("costs",),
     ("acceleration", "training"),
     ("measuring", "merging", "selftest"),
-    ("fused", "config", "env"),
+    ("fused", "config", "env", "tasks"),
     ("data", "ops", "native"),
     ("kernels",),
     ("spec", "measured_cache"),

@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from shards import CLASSES, numbers, shard_config
+from task_nets import build_detector, build_segmenter
 from torch import nn
 
 from depthfuse import DataConfig, ModelSource, open_data
 from depthfuse.checkpoint import save_tensors
 from depthfuse.config import TrainConfig
 from depthfuse.data import DataBundle, DataError
+from depthfuse.tasks import TASKS, Score
 from depthfuse.training.evaluation import calibrate, evaluate, top1
 from depthfuse.training.loop import fit, make_accelerator
 from depthfuse.training.objectives import Objective
@@ -42,6 +45,22 @@ class Watched(nn.Module):
 
 def watched(data) -> Watched:
     return Watched(net(in_chans=3, num_classes=CLASSES), data)
+
+
+def scores_of_tasks(accelerator: Accelerator | None) -> dict[str, Score]:
+    """One batch of masks, so that a second process has none; three of boxes; embeddings, which all processes see."""
+    scores = {}
+    for name, build, batch_size in (
+        ("segmentation", build_segmenter, 256),
+        ("detection", build_detector, 100),
+        ("embedding", lambda: net(num_classes=0, in_chans=3), 100),
+    ):
+        torch.manual_seed(3)
+        task, scored = TASKS[name], build()
+        settings = DataConfig(data="shapes", img_size=32, val_batch_size=batch_size)
+        data = open_data(settings, num_classes=None, targets=task.targets)
+        scores[name] = evaluate(scored, data.val_loader(), accelerator, task)
+    return scores
 
 
 def poisoned(rank: int) -> Objective:
@@ -86,6 +105,7 @@ def main(folder: Path) -> None:
     if accelerator.is_main_process:
         alone = watched(stream)
         facts["score alone"], facts["scored alone"] = evaluate(alone, stream.val_loader()), alone.seen
+    facts["tasks"] = scores_of_tasks(accelerator)
     calibrated = watched(stream)
     calibrate(calibrated, stream, 20)
     save_tensors(folder / f"calibrated{rank}.safetensors", calibrated.inner.state_dict())

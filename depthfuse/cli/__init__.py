@@ -53,6 +53,7 @@ COMMANDS = {
             (
                 "depthfuse prune --search.blocks 4",
                 f"depthfuse prune {_IMAGENET}",
+                "depthfuse prune --model my_nets:build --task segmentation --data.data shapes --search.blocks 2",
                 "depthfuse prune --config my.yaml --seed 1 --out runs/seed1",
             ),
             takes_config=True,

@@ -3,6 +3,15 @@
 from depthfuse.data.bundle import Batches, DataBundle, SeededMixup
 from depthfuse.data.config import DataConfig
 from depthfuse.data.opening import open_data
+from depthfuse.data.tensors import bundle_of_tensors
 from depthfuse.errors import DataError
 
-__all__ = ["Batches", "DataBundle", "DataConfig", "DataError", "SeededMixup", "open_data"]
+__all__ = [
+    "Batches",
+    "DataBundle",
+    "DataConfig",
+    "DataError",
+    "SeededMixup",
+    "bundle_of_tensors",
+    "open_data",
+]

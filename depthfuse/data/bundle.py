@@ -14,7 +14,8 @@ from depthfuse.data.pixels import PixelSource
 from depthfuse.data.transforms import InputFormat
 from depthfuse.errors import DataError
 
-Batch = tuple[Tensor, Tensor]  # images [B, C, S, S] float32, classes [B] int64
+# images [B, C, S, S] float32; classes [B] int64, or what else the task takes (depthfuse.data.targets)
+Batch = tuple[Tensor, Tensor]
 
 
 class Batches:

@@ -11,8 +11,11 @@ class DataConfig:
     """Where images come from and how they are prepared."""
 
     data: str = "fashion-mnist"
-    """"fashion-mnist" (embedded), a folder with a sub-folder for each split and in it one for each class, or a data set
-    of timm's factory: "torch/cifar10", "hfds/NAME", "wds/NAME", ..."""
+    """"fashion-mnist" (embedded), "shapes" (generated, with the classes, masks or boxes that the task needs), a folder
+    with a sub-folder for each split and in it one for each class (for segmentation: images/NAME.jpg and masks/NAME.png,
+    of class indices), a data set of timm's factory ("torch/cifar10",
+    "hfds/NAME", "wds/NAME", ...), or a function of your own, package.module:function: called with this DataConfig and
+    the model's input channels it gives a depthfuse.data.DataBundle."""
     data_dir: str | None = None
     """Root folder of a named data set; for a folder of images give `data` alone."""
     train_split: str = "train"

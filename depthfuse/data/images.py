@@ -16,7 +16,7 @@ from depthfuse.errors import DataError
 Transform = Callable[[Image.Image], Tensor]
 
 # What Pillow raises for files that are truncated, damaged, no images at all, or absurdly large.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def class_names(items: Any) -> list[str]:
@@ -53,7 +53,7 @@ class DecodedImages(Dataset):
             source, label = self.items[index][:2]
             with source if isinstance(source, Image.Image) else decoding.open_image(source) as image:
                 return decoding.to_mode(image, self.mode), int(label)
-        except _DECODE_ERRORS as error:
+        except DECODE_ERRORS as error:
             raise DataError(f"cannot read image {self._name(index)}: {error}. Repair or remove it") from error
 
     def _name(self, index: int) -> str:

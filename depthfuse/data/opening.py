@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from torchvision.transforms import Compose
 
-from depthfuse.data import decoding, embedded, folder, order, scanning, transforms
+from depthfuse import origins
+from depthfuse.data import decoding, embedded, folder, order, scanning, shapes, transforms
 from depthfuse.data.bundle import DataBundle, IndexedBundle
 from depthfuse.data.config import DataConfig
 from depthfuse.data.images import ArrayImages, DecodedImages, ImageSource, class_names
+from depthfuse.data.mask_folder import open_mask_folder
 from depthfuse.data.pixels import DecodedOnce, PixelSource
 from depthfuse.data.stream import StreamBundle
+from depthfuse.data.targets import Targets
 from depthfuse.data.transforms import InputFormat
 from depthfuse.errors import DataError
 
@@ -29,7 +32,12 @@ _EMBEDDED_MEAN, _EMBEDDED_STD = 0.2863, 0.3526
 
 
 def open_data(
-    config: DataConfig, *, num_classes: int | None, in_chans: int = 3, model_cfg: dict[str, Any] | None = None
+    config: DataConfig,
+    *,
+    num_classes: int | None,
+    in_chans: int = 3,
+    model_cfg: dict[str, Any] | None = None,
+    targets: Targets = "classes",
 ) -> DataBundle:
     """Open a data set for a model.
 
@@ -38,13 +46,27 @@ def open_data(
         num_classes: outputs of the model, which must be the classes of the data; None does not check.
         in_chans: input channels of the model, 1 or 3.
         model_cfg: the model's `pretrained_cfg`: size, normalisation and crop of its input.
+        targets: what is to be learned of an image. "shapes" have all three, a folder classes or masks, data of the
+            user's own what it likes, and all else classes.
 
     Raises:
         DataError: naming what is missing, empty, unknown, or does not fit.
+        SpecError: data of the user's own that may not be imported (`depthfuse.allow_origin`), or cannot be.
     """
     if in_chans not in (1, 3):
         raise DataError(f"images have 1 or 3 channels, but the model takes {in_chans}")
-    if config.data == EMBEDDED:
+    if config.data == shapes.NAME:
+        bundle = shapes.open_shapes(config, in_chans, targets)
+    elif origins.is_own(config.data):
+        bundle = _open_own(config, in_chans)
+    elif targets == "masks" and Path(config.data).is_dir():
+        bundle = open_mask_folder(config, transforms.resolve_format(config, in_chans, model_cfg))
+    elif targets != "classes":
+        raise DataError(
+            f"{config.data} has a class for each image, and {targets} are needed: {shapes.NAME} has some, a "
+            "folder may have masks (SPLIT/images, SPLIT/masks), or give data of your own, package.module:function"
+        )
+    elif config.data == EMBEDDED:
         bundle = _open_embedded(config, in_chans)
     else:
         format = transforms.resolve_format(config, in_chans, model_cfg)
@@ -52,17 +74,46 @@ def open_data(
             bundle = _open_stream(config, format, num_classes)
         else:
             bundle = _open_indexed(config, format)
-    if bundle.num_classes < 2:
+    check_fits(bundle, num_classes, in_chans, targets)
+    return bundle
+
+
+def check_fits(
+    bundle: DataBundle, num_classes: int | None, in_chans: int, targets: Targets = "classes"
+) -> None:
+    """Raise DataError unless data has the classes and channels of a model, and something to tell apart."""
+    name = bundle.config.data
+    if bundle.in_chans != in_chans:
         raise DataError(
-            f"{config.data} has {'one single class' if bundle.num_classes else 'no class'}, and there is nothing to "
+            f"{name} gives images of {bundle.in_chans} channel(s), and the model takes {in_chans}"
+        )
+    if bundle.num_classes < 2 and targets != "boxes":
+        raise DataError(
+            f"{name} has {'one single class' if bundle.num_classes else 'no class'}, and there is nothing to "
             "tell apart: a classifier needs two classes"
         )
     if num_classes is not None and num_classes != bundle.num_classes:
         shown = ", ".join(bundle.class_names[:5]) + (", ..." if bundle.num_classes > 5 else "")
         raise DataError(
-            f"the model has {num_classes} classes, but {config.data} has {bundle.num_classes} ({shown}): "
+            f"the model has {num_classes} classes, but {name} has {bundle.num_classes} ({shown}): "
             f"build the model with num_classes={bundle.num_classes}"
         )
+
+
+def _open_own(config: DataConfig, in_chans: int) -> DataBundle:
+    """Data of the user's own: what package.module:factory gives."""
+    factory = origins.imported(config.data)
+    try:
+        bundle = factory(config, in_chans)
+    except DataError:
+        raise
+    except Exception as error:  # the user's own code
+        raise DataError(
+            f"{config.data}, called with a DataConfig and {in_chans} input channels, failed: {type(error).__name__} "
+            f"{error}"
+        ) from error
+    if not isinstance(bundle, DataBundle):
+        raise DataError(f"{config.data} gave a {type(bundle).__name__}, expected a depthfuse.data.DataBundle")
     return bundle
 
 
@@ -225,11 +276,8 @@ def _open_stream(config: DataConfig, format: InputFormat, num_classes: int | Non
 
 def _divide(config: DataConfig, labels: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
     """Positions for (training, holdout), after `max_train_images`."""
-    positions = torch.arange(count)
-    if config.max_train_images is not None:
-        positions = order.balanced(positions, labels, config.max_train_images)
     share = config.holdout if config.holdout_split is None else 0.0
-    return order.split_holdout(positions, labels, share)
+    return order.divide(torch.arange(count), labels, config.max_train_images, share)
 
 
 def _prefix(data: str) -> str:
@@ -241,7 +289,7 @@ def _check_path(config: DataConfig) -> None:
     path = Path(config.data)
     if path.is_dir():
         return
-    known = f"{EMBEDDED}, a folder of images, or {', '.join(prefix + '/NAME' for prefix in _NAMED)}"
+    known = f"{EMBEDDED}, {shapes.NAME}, a folder of images, or {', '.join(prefix + '/NAME' for prefix in _NAMED)}"
     if path.exists():
         raise DataError(f"{path} is a file, where a data set is expected: {known}")
     if path.is_absolute() or config.data.startswith(".") or len(path.parts) > 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 # Constant, so that the search and all trainings of a network hold the same images out, whatever their seed.
 _SPLIT_SEED = 0
 # One stream of random numbers for each purpose, so that none repeats another.
-_ORDER, _AUGMENT, _SPLIT, _MIX = range(4)
+_ORDER, _AUGMENT, _SPLIT, _MIX, SHAPES = range(5)
 
 
 def generator(*key: int) -> torch.Generator:
@@ -70,6 +70,13 @@ def split_holdout(indices: Tensor, labels: Tensor | None, share: float) -> tuple
     held = torch.minimum((sizes.double() * share).round().long(), (sizes - 1).clamp(min=0))
     out = _rank_in_class(classes) < held[classes]
     return shuffled[~out].sort().values, shuffled[out].sort().values
+
+
+def divide(indices: Tensor, labels: Tensor | None, most: int | None, share: float) -> tuple[Tensor, Tensor]:
+    """(training, held out) of `indices` [N], after all but `most` of them are left out, class by class."""
+    if most is not None:
+        indices = balanced(indices, labels, most)
+    return split_holdout(indices, labels, share)
 
 
 def _rank_in_class(classes: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthfuse.data import order
+from depthfuse.data import order, targets
 from depthfuse.data.images import DecodedImages, Transform
 
 # Images that lack so few pixels of the wanted side get a border of zeros; others are resized.
@@ -43,11 +43,11 @@ class PixelSource:
 
     Args:
         images: [N, C, S, S] uint8.
-        labels: [N] int64.
+        labels: [N] int64, or masks or boxes (`depthfuse.data.targets`) for images that have the side img_size.
         img_size: side of the batches it gives; up to 4 pixels more are zero-padded, other sizes are resized.
         in_chans: channels of the batches it gives; one channel is repeated where they are more.
         mean, std: of each channel, or of all, on a scale where white is 1.
-        augment: flip and shift the training images.
+        augment: flip and shift the training images, and masks and boxes with them.
         padding: of the shift, pixels on each side.
     """
 
@@ -88,8 +88,9 @@ class PixelSource:
         shift = torch.randint(span, (len(self.images), 2), generator=draws)
         flip = torch.randint(2, (len(self.images),), generator=draws).bool()
         for positions in batches:
-            cropped = _crop(self.images[positions], shift[positions], flip[positions], self.padding)
-            yield self._finish(cropped), self.labels[positions]
+            moves = shift[positions], flip[positions], self.padding
+            cropped = targets.crop(self.images[positions], *moves)
+            yield self._finish(cropped), targets.moved(self.labels[positions], *moves, cropped.shape[-1])
 
     def _finish(self, images: Tensor) -> Tensor:
         """[B, C, S, S] uint8 -> normalised [B, in_chans, img_size, img_size] float32."""
@@ -104,20 +105,3 @@ class PixelSource:
         if pixels.shape[1] != self.in_chans:
             pixels = pixels.expand(-1, self.in_chans, -1, -1)
         return (pixels - self.mean) / self.std
-
-
-def _crop(images: Tensor, shift: Tensor, flip: Tensor, padding: int) -> Tensor:
-    """Pad with zeros, crop at `shift` and mirror where `flip` says.
-
-    Args:
-        images: [B, C, S, S] uint8.
-        shift: [B, 2] int64, first row and column of the crop in the padded image.
-        flip: [B] bool.
-    """
-    size = images.shape[-1]
-    padded = F.pad(images, (padding,) * 4).movedim(1, -1)  # [B, S + 2P, S + 2P, C]
-    along = torch.arange(size)
-    rows = shift[:, :1] + along  # [B, S]
-    columns = shift[:, 1:] + torch.where(flip[:, None], size - 1 - along, along)  # [B, S]
-    batch = torch.arange(len(images))[:, None, None]
-    return padded[batch, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)

@@ -35,6 +35,7 @@ from depthfuse.rivals.methods import METHODS, Trial, check_methods
 from depthfuse.runs.run import Run, load_strictly
 from depthfuse.searching.space import SearchSpace, check_one_budget
 from depthfuse.spec import SubnetSpec
+from depthfuse.tasks import CLASSIFICATION
 from depthfuse.training.evaluation import evaluate
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class Comparison:
 
     def __init__(self, config: CompareConfig):
         check_methods(config.methods)
+        if config.task != CLASSIFICATION.name:
+            raise ConfigError(f"methods are compared on {CLASSIFICATION.name} only, not on {config.task}")
         self.config = config
         controls = [name for name, method in METHODS.items() if method.control]
         self.methods = list(dict.fromkeys([*config.methods, *controls]))

@@ -12,6 +12,7 @@ from depthfuse.costs.table import CostTable
 from depthfuse.merging.merge import MergeReport
 from depthfuse.searching.search import SearchResult
 from depthfuse.searching.space import TOLERANCE, budget_unit
+from depthfuse.tasks import CLASSIFICATION, Task
 from depthfuse.training.loop import history_csv
 from depthfuse.untrusted import Either, Positive
 
@@ -32,6 +33,7 @@ _BUDGET_CELLS = {
 _CONDITIONS = {"device": str, "input_size": [int], "*": Any}
 RESULTS = {
     "model": str,
+    "metric?": str,  # what "top1" holds where the task is not classification; it keeps the name of the first task
     "conditions": _CONDITIONS,
     "chosen_by?": dict[str, Any],
     "rows": [
@@ -78,7 +80,7 @@ def merge_document(merged: MergeReport) -> dict[str, Any]:
     }
 
 
-def write(directory: Path, results: Mapping[str, Any], history: Sequence[Row]) -> None:
+def write(directory: Path, results: Mapping[str, Any], history: Sequence[Row], task: Task) -> None:
     """Write report.md, metrics.csv and the PNG plots into `directory`."""
     (directory / "metrics.csv").write_text(history_csv(list(history)))
     plots = directory / "plots"
@@ -86,7 +88,7 @@ def write(directory: Path, results: Mapping[str, Any], history: Sequence[Row]) -
     _plot_comparison(results, plots / "comparison.png")
     _plot_blocks(results, plots / "blocks.png")
     if history:
-        _plot_training(history, plots / "training.png")
+        _plot_training(history, plots / "training.png", task)
     (directory / "report.md").write_text(markdown(results))
 
 
@@ -142,9 +144,13 @@ def _named(budget: Mapping[str, Any]) -> str:
     return f"search.{budget['name']}={budget['wanted']:g}"
 
 
+def metric_of(results: Mapping[str, Any]) -> str:
+    return results.get("metric", CLASSIFICATION.metric)
+
+
 def comparison_rows(results: Mapping[str, Any]) -> list[list[str]]:
     """The closing table, first row its head; the last one is the budget."""
-    head = ["net", "top-1 %", "parameters", "MACs", "latency ms", "speed-up*"]
+    head = ["net", f"{metric_of(results)} %", "parameters", "MACs", "latency ms", "speed-up*"]
     rows = [
         [
             row["net"],
@@ -269,7 +275,7 @@ def _plot_comparison(results: Mapping[str, Any], path: Path) -> None:
             middle, row["top1"], xerr=spread, fmt="o", ms=9, color=f"C{i}", capsize=3, label=row["net"]
         )
     axes.set_xlabel("latency (ms), median and quartiles")
-    axes.set_ylabel("top-1 (%)")
+    axes.set_ylabel(f"{metric_of(results)} (%)")
     axes.set_title(f"{results['model']} on {results['conditions']['device']}")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
@@ -277,15 +283,15 @@ def _plot_comparison(results: Mapping[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_front(directory: Path, result: SearchResult, table: CostTable, model: str) -> None:
-    """plots/front.png: held-out accuracy of the supernet's best subnets over what they cost."""
+def plot_front(directory: Path, result: SearchResult, table: CostTable, model: str, metric: str) -> None:
+    """plots/front.png: the metric on held-out images of the supernet's best subnets over what they cost."""
     figure = new_figure(7.0, 4.5)
     axes = figure.add_subplot()
     axes.plot([p.cost for p in result.front], [p.top1 for p in result.front], "o-", label="best subnets")
     axes.axvline(table.whole, color="grey", ls="--", label="baseline")
     predicted = " (predicted)" if table.conditions.get("predicted") else ""
     axes.set_xlabel(f"{'latency' if table.unit == 'ms' else 'cost'} ({table.unit}){predicted}")
-    axes.set_ylabel("top-1 on held-out images (%), before fine-tuning")
+    axes.set_ylabel(f"{metric} on held-out images (%), before fine-tuning")
     axes.set_title(f"{model} on {table.conditions.get('device')}: {result.scored} subnets scored")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -294,7 +300,7 @@ def plot_front(directory: Path, result: SearchResult, table: CostTable, model: s
     save_figure(figure, plots / "front.png")
 
 
-def _plot_training(history: Sequence[Row], path: Path) -> None:
+def _plot_training(history: Sequence[Row], path: Path, task: Task) -> None:
     stages = list(dict.fromkeys(row["stage"] for row in history))
     figure = new_figure(4.5 * len(stages), 4.0)
     for i, stage in enumerate(stages):
@@ -309,11 +315,11 @@ def _plot_training(history: Sequence[Row], path: Path) -> None:
         lams = [(row["iteration"], 100 * row["lambda"]) for row in rows if "lambda" in row]
         if lams:
             other.plot(*zip(*lams, strict=True), color="C1", ls="--", label="lambda x 100")
-        for j, key in enumerate(sorted({k for row in rows for k in row if k.startswith("top1")})):
+        for j, key in enumerate(sorted({k for row in rows for k in row if k.startswith(task.key)})):
             points = [(row["iteration"], row[key]) for row in rows if key in row]
             other.plot(*zip(*points, strict=True), color=f"C{j + 2}", marker=".", label=key)
         other.set_ylim(0, 100)
-        other.set_ylabel("top-1 (%), lambda x 100")
+        other.set_ylabel(f"{task.metric} (%), lambda x 100")
         handles = [h for a in (axes, other) for h in a.get_legend_handles_labels()[0]]
         other.legend(handles, [h.get_label() for h in handles], fontsize=8, loc="lower center")
     save_figure(figure, path)

@@ -44,6 +44,7 @@ from depthfuse.costs.counting import count_costs
 from depthfuse.costs.latency import conditions_of, make_latencies
 from depthfuse.costs.table import CostTable
 from depthfuse.data import DataBundle, open_data
+from depthfuse.data.opening import check_fits
 from depthfuse.errors import CheckpointError, ConfigError, CostError, SpecError
 from depthfuse.measuring.counting import count_macs, count_parameters
 from depthfuse.measuring.timing import time_interleaved
@@ -55,7 +56,8 @@ from depthfuse.searching.search import front_csv, search
 from depthfuse.searching.space import SearchSpace, budget_unit, check_one_budget
 from depthfuse.searching.strategies import find_strategy
 from depthfuse.spec import ModelSource, SubnetSpec
-from depthfuse.training.evaluation import calibrate, top1
+from depthfuse.tasks import Task, find_task
+from depthfuse.training.evaluation import calibrate, check_task, evaluate
 from depthfuse.training.loop import fit, make_accelerator, seed_iteration
 from depthfuse.training.objectives import Objective, ProgressiveObjective, SandwichObjective
 from depthfuse.training.processes import on_all, on_one
@@ -66,9 +68,26 @@ STAGES = ("baseline", "supernet", "search", "finetune", "merge", "compare")
 
 
 class Run:
-    """One output folder and its stages. Create it with a config; `run` does all stages up to a given one."""
+    """One output folder and its stages. Create it with a config; `run` does all stages up to a given one.
 
-    def __init__(self, config: PruneConfig, until: str = "compare"):
+    task, data: in the place of those that `config` names; it then holds the task's name and the data's config.
+    """
+
+    def __init__(
+        self,
+        config: PruneConfig,
+        until: str = "compare",
+        *,
+        task: Task | None = None,
+        data: DataBundle | None = None,
+    ):
+        self.task = find_task(config.task) if task is None else task
+        if task is not None:
+            config = dataclasses.replace(config, task=task.name)
+        if data is not None:
+            config = dataclasses.replace(config, data=data.config)
+        if (config.data.mixup or config.data.cutmix) and not self.task.mixes:
+            raise ConfigError(f"mixup and cutmix mix classes, which {config.task} cannot: leave them out")
         self.config = config
         self.dir = config.out
         if STAGES.index(until) > STAGES.index("search"):
@@ -79,7 +98,8 @@ class Run:
         self.device = self.accelerator.device
         on_one(self.accelerator, self._claim)
         # nothing is written before the data and the model are known to be good, but for data that is downloaded
-        self.data, self.source = on_all(self.accelerator, self._open, main_first=config.data.download)
+        opening = functools.partial(self._open, data)
+        self.data, self.source = on_all(self.accelerator, opening, main_first=config.data.download)
         on_one(self.accelerator, self._take_folder)
 
     def _claim(self) -> None:
@@ -95,8 +115,8 @@ class Run:
                     "choose another --out, or delete that folder to start over"
                 )
 
-    def _open(self) -> tuple[DataBundle, ModelSource]:
-        """Open the data and choose the model."""
+    def _open(self, data: DataBundle | None) -> tuple[DataBundle, ModelSource]:
+        """Open the data, choose the model, and see that they and the task fit each other."""
         kwargs = parse_model_kwargs(self.config.model_kwargs)
         probe = ModelSource.make(self.config.model, **kwargs).build()
         Supernet(probe)  # raises where there is nothing to prune
@@ -110,11 +130,20 @@ class Run:
                 f"{self.config.model} takes images of {fixed[0]}x{fixed[1]} pixels, the data gives {wanted.img_size}: "
                 f"set --model-kwargs img_size={wanted.img_size} or --data.img-size {fixed[0]}"
             )
-        model_cfg = getattr(probe, "pretrained_cfg", None)
-        data = open_data(
-            wanted, num_classes=kwargs.get("num_classes"), in_chans=channels, model_cfg=model_cfg
-        )
-        source = ModelSource.make(self.config.model, **{**kwargs, "num_classes": data.num_classes})
+        classes = kwargs.get("num_classes") if self.task.by_class else None
+        if data is None:
+            data = open_data(
+                wanted,
+                num_classes=classes,
+                in_chans=channels,
+                model_cfg=getattr(probe, "pretrained_cfg", None),
+                targets=self.task.targets,
+            )
+        else:
+            check_fits(data, classes, channels, self.task.targets)
+        outputs = data.num_classes if self.task.by_class else kwargs.get("num_classes", 0)
+        source = ModelSource.make(self.config.model, **{**kwargs, "num_classes": outputs})
+        check_task(self.task, source.build(), data)
         return data, source
 
     def _take_folder(self) -> None:
@@ -143,7 +172,17 @@ class Run:
         if start is None:
             return
         here, there = to_dict(self.config), to_dict(load_yaml(start / "config.yaml", complete=True))
-        names = ("model", "model_kwargs", "pretrained", "weights", "data", "baseline", "supernet", "seed")
+        names = (
+            "model",
+            "task",
+            "model_kwargs",
+            "pretrained",
+            "weights",
+            "data",
+            "baseline",
+            "supernet",
+            "seed",
+        )
         differing = [name for name in names if here[name] != there[name]]
         if here["search"]["calibration_images"] != there["search"]["calibration_images"]:
             differing.append("search.calibration_images")
@@ -166,9 +205,8 @@ class Run:
             weights = self.config.weights
             model.load_state_dict(on_all(self.accelerator, lambda: read_weights(weights, model)))
         elif not self.config.pretrained:
-            self._fit(
-                Objective(model, self.config.baseline.label_smoothing), "baseline", self.config.baseline
-            )
+            settings = self.config.baseline
+            self._fit(Objective(model, settings.label_smoothing, self.task), "baseline", settings)
         self._save_weights(model, path)
         return self.baseline()
 
@@ -181,7 +219,7 @@ class Run:
         # the search space is checked before hours of training are spent on a budget that nothing meets
         space = self.space(supernet)
         objective = SandwichObjective(
-            supernet, space.options, settings.random_subnets, settings.label_smoothing
+            supernet, space.options, settings.random_subnets, settings.label_smoothing, self.task
         )
         self._fit(objective, "supernet", settings)
         supernet.set_choices({})
@@ -241,10 +279,17 @@ class Run:
     def _search(self, supernet: Supernet, costs: CostTable, latency: CostTable) -> None:
         settings, journal = self.config.search, self.dir / "search.jsonl"
         result = search(
-            supernet, self.data, settings, latency, costs=costs, seed=self.config.seed, journal=journal
+            supernet,
+            self.data,
+            settings,
+            latency,
+            costs=costs,
+            seed=self.config.seed,
+            journal=journal,
+            task=self.task,
         )
-        save_text(self.dir / "front.csv", front_csv(result, latency))
-        report.plot_front(self.dir, result, latency, self.source.name)
+        save_text(self.dir / "front.csv", front_csv(result, latency, self.task))
+        report.plot_front(self.dir, result, latency, self.source.name, self.task.metric)
         if result.spec is not None:
             result.spec.save(self.dir / "subnet.json")
 
@@ -270,6 +315,7 @@ class Run:
             "distill": settings.distill,
             "temperature": settings.temperature,
             "label_smoothing": settings.label_smoothing,
+            "task": self.task,
         }
 
     def switched(self, model: nn.Module) -> Supernet:
@@ -312,7 +358,7 @@ class Run:
         results = load_json(self.dir / "results.json", report.RESULTS)
         if missed := report.budget_missed(results):
             log.warning("%s; what was written is valid all the same", missed)
-        report.write(self.dir, results, self._history())
+        report.write(self.dir, results, self._history(), self.task)
 
     def _measure(
         self, baseline: nn.Module, pruned: nn.Module, merged: nn.Module, spec: SubnetSpec
@@ -341,7 +387,7 @@ class Run:
             rows.append(
                 {
                     "net": name,
-                    "top1": top1(net, self.data.val_loader()),
+                    "top1": evaluate(net, self.data.val_loader(), task=self.task).top1,
                     "parameters": count_parameters(counted),
                     "macs": count_macs(counted, self.size, self.device),
                     "latency_ms": times[name].median_ms,
@@ -356,6 +402,7 @@ class Run:
         return {
             "model": self.source.name,
             "model_kwargs": self.source.kwargs,
+            "metric": self.task.metric,
             "conditions": conditions,
             "chosen_by": table.conditions,
             "noisy_latencies": table.noisy(),
@@ -445,11 +492,21 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def prune(config: PruneConfig, until: str = "compare") -> Run:
-    """Run the whole job, or the stages up to `until`; see `depthfuse.config.PruneConfig`."""
+def prune(
+    config: PruneConfig,
+    until: str = "compare",
+    *,
+    task: Task | None = None,
+    data: DataBundle | None = None,
+) -> Run:
+    """Run the whole job, or the stages up to `until`; see `depthfuse.config.PruneConfig`.
+
+    task, data: of your own, in the place of those that the config names (`depthfuse.tasks.Task`,
+    `depthfuse.data.bundle_of_tensors`). The same have to be given to go on with a run.
+    """
     if until not in STAGES:
         raise ConfigError(f"unknown stage {until!r}; known: {', '.join(STAGES)}")
-    run = Run(config, until)
+    run = Run(config, until, task=task, data=data)
     run.run(until)
     return run
 

@@ -25,6 +25,7 @@ from depthfuse.searching.journal import Journal
 from depthfuse.searching.space import Choices, SearchSpace
 from depthfuse.searching.strategies import find_strategy, key_of, pareto
 from depthfuse.spec import SubnetSpec
+from depthfuse.tasks import CLASSIFICATION, Task
 from depthfuse.training.evaluation import Score, calibrate, evaluate
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Point:
-    """One subnet on the front. cost: in the unit of the cost table. top1 (percent), loss: on held-out images."""
+    """One subnet on the front. cost: in the unit of the cost table. top1 (of a task other than classification: its
+    metric; percent), loss: on held-out images."""
 
     choices: Choices
     cost: float
@@ -60,6 +62,7 @@ def search(
     seed: int = 0,
     journal: Path | None = None,
     judge: Callable[[Choices], Score] | None = None,
+    task: Task = CLASSIFICATION,
 ) -> SearchResult:
     """The best subnet found within the budget of `config`, and the front.
 
@@ -85,7 +88,7 @@ def search(
     def measure(choices: Choices) -> Score:
         supernet.set_choices(choices)
         calibrate(supernet, data, config.calibration_images)
-        return evaluate(supernet, data.holdout_loader())
+        return evaluate(supernet, data.holdout_loader(), task=task)
 
     judge = judge or measure
     with progress("search", total=strategy.count(space, config)) as bar:
@@ -95,7 +98,7 @@ def search(
             if known is None:
                 known = judge(choices)
                 book.add(choices, known)
-                bar.advance(top1=known.top1)
+                bar.advance(**{task.key: known.top1})
             return value(known)
 
         strategy.run(space, score, config, random.Random(seed))
@@ -117,16 +120,16 @@ def search(
         best = min(feasible)[3]
         supernet.set_choices(best)
         spec = supernet.spec()
-        log.info("search: %d subnets scored, best top-1 %.2f %%", len(rows), book.get(best).top1)
+        log.info("search: %d subnets scored, best %s %.2f %%", len(rows), task.metric, book.get(best).top1)
     return SearchResult(spec, tuple(front), len(rows))
 
 
-def front_csv(result: SearchResult, table: CostTable | None) -> str:
+def front_csv(result: SearchResult, table: CostTable | None, task: Task = CLASSIFICATION) -> str:
     """The front as CSV, one subnet a line."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     unit = table.unit if table else "blocks"
-    writer.writerow([f"cost_{unit}", "speedup", "top1_holdout", "loss_holdout", "blocks", "choices"])
+    writer.writerow([f"cost_{unit}", "speedup", f"{task.key}_holdout", "loss_holdout", "blocks", "choices"])
     for p in result.front:
         ratio = f"{table.whole / p.cost:.4f}" if table else ""
         choices = " ".join(f"{path}={name}" for path, name in p.choices.items())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from depthfuse.data import DataBundle
+from depthfuse.errors import TaskError, TrainingDiverged
 from depthfuse.merging.supernet import recalibrate
+from depthfuse.tasks import CLASSIFICATION, Score, Task
+from depthfuse.untrusted import is_out_of_memory
 
 
 @contextmanager
@@ -27,39 +29,69 @@ def in_eval_mode(net: nn.Module) -> Iterator[None]:
         net.train(was_training)
 
 
-class Score(NamedTuple):
-    """How well a net classifies some images."""
-
-    top1: float  # percent
-    loss: float  # mean cross-entropy, nats
-
-
 @torch.no_grad()
 def evaluate(
-    net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator | None = None
+    net: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    accelerator: Accelerator | None = None,
+    task: Task = CLASSIFICATION,
 ) -> Score:
-    """Top-1 and loss of a net, in eval mode, over all processes; without an accelerator this process scores all.
+    """Metric and loss of a net, in eval mode, over all processes; without an accelerator this process scores all.
 
-    batches: (images [N, C, H, W], class indices [N]), all of them and the same in every process: they are divided here,
-    and nowhere else. Raises ValueError for no images.
+    batches: (images [N, C, H, W], targets of the task), all of them and the same in every process: they are divided
+    here, and nowhere else. Raises ValueError for no images.
     """
     device = next(chain(net.parameters(), net.buffers())).device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # right, loss, images
+    divided = accelerator if task.divisible else None
+    counts: list[Tensor] = []
     with in_eval_mode(net):
         for index, (images, targets) in enumerate(batches):
-            if accelerator is not None and index % accelerator.num_processes != accelerator.process_index:
+            if divided is not None and index % divided.num_processes != divided.process_index:
                 continue
-            targets = targets.to(device)
-            logits = net(images.to(device)).float()
-            loss = F.cross_entropy(logits, targets, reduction="sum")
-            right = (logits.argmax(-1) == targets).sum()
-            sums += torch.stack([right, loss, torch.tensor(len(targets), device=device)])
-    if accelerator is not None:
-        sums = accelerator.reduce(sums, reduction="sum")
-    right, loss, count = sums.tolist()
-    if not count:
+            found = task.measure(task.read(net(images.to(device))), targets.to(device)).double()
+            if task.divisible and counts:
+                counts[0] = counts[0] + found
+            else:
+                counts.append(found)
+    whole = torch.cat(counts) if counts else torch.zeros(0, dtype=torch.float64, device=device)
+    if divided is not None:
+        # a process that had no batch does not know how many numbers the others have
+        length = int(divided.gather(torch.tensor([len(whole)], device=device)).max())
+        whole = divided.reduce(F.pad(whole, (0, length - len(whole))), reduction="sum")
+    if not len(whole):
         raise ValueError("cannot score a net on no images")
-    return Score(100.0 * right / count, loss / count)
+    return task.score(whole)
+
+
+def check_task(task: Task, net: nn.Module, data: DataBundle) -> None:
+    """Run two images through a net and its loss, before hours are spent.
+
+    Raises TaskError where the net's output or the data's targets are not what the task takes, or the loss has no
+    gradient; TrainingDiverged where outputs are finite and the loss is not.
+    """
+    images, targets = next(iter(data.calibration_loader(2)))
+    device = next(net.parameters()).device
+    images, targets = images.to(device), targets.to(device)
+    with in_eval_mode(net):
+        try:
+            given = net(images)
+        except Exception as error:  # the model's own code may raise anything
+            if is_out_of_memory(error):
+                raise
+            raise TaskError(
+                f"the model does not take images {list(images.shape)} of this data ({type(error).__name__}: {error})"
+            ) from error
+        output = task.read(given)
+        task.check(output, targets, data.num_classes)
+        loss = task.loss(output, targets)
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
+        kind = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TaskError(f"the loss of {task.name} is {kind}, expected a single number with a gradient")
+    if bool(torch.isfinite(output).all()) and not bool(torch.isfinite(loss)):
+        raise TrainingDiverged(
+            f"the loss of {task.name} is {loss.item()} on the first images already, of outputs that are finite: "
+            "correct the task or its targets"
+        )
 
 
 def top1(

@@ -31,7 +31,7 @@ from depthfuse.config import TrainConfig
 from depthfuse.data.bundle import Batch, DataBundle
 from depthfuse.errors import CheckpointError, TrainingDiverged
 from depthfuse.log import progress
-from depthfuse.training.evaluation import calibrate, top1
+from depthfuse.training.evaluation import calibrate, evaluate
 from depthfuse.training.objectives import Objective
 from depthfuse.training.processes import on_all, on_one, share_buffers
 from depthfuse.untrusted import MALFORMED
@@ -44,7 +44,7 @@ class TrainResult:
     """What `fit` leaves: the history, one row an evaluation and a few a epoch for the loss, and the best score."""
 
     history: list[dict[str, Any]] = field(default_factory=list)
-    best_top1: float | None = None  # percent, on held-out training images
+    best_top1: float | None = None  # the task's metric in percent, on held-out training images
     seconds: float = 0.0  # wall time, of all processes that had a part in it one after another
 
 
@@ -125,6 +125,7 @@ class _Training:
         calibration_images: int,
     ) -> None:
         self.objective, self.data, self.config, self.accelerator = objective, data, config, accelerator
+        self.task = objective.task
         self.stage, self.seed, self.calibration_images = stage, seed, calibration_images
         self.checkpoint, self.checkpoint_seconds = checkpoint, checkpoint_seconds
         # oneDNN and cuDNN train convolutions faster in channels_last; images follow in `_step`
@@ -289,14 +290,14 @@ class _Training:
         metrics = self.objective.evaluate(
             shown,
             min(1.0, self.iteration / self.total),
-            score=lambda n: top1(n, self.data.holdout_loader(), self.accelerator),
+            score=lambda n: evaluate(n, self.data.holdout_loader(), self.accelerator, self.task).top1,
             calibrate=lambda n: calibrate(n, self.data, self.calibration_images),
         )
         self.wrapped.train()
         done = {"iteration": self.iteration, "epoch": self.iteration // self.epoch_batches}
         self.result.history.append({"stage": self.stage, **done, **metrics})
         log.info("%s: epoch %d of %d: %s", self.stage, epoch + 1, self.config.epochs, _show(metrics))
-        score = metrics.get("top1")
+        score = metrics.get(self.task.key)
         if score is not None and (self.result.best_top1 is None or score > self.result.best_top1):
             self.result.best_top1 = score
             self.best = {key: value.detach().cpu().clone() for key, value in shown.state_dict().items()}

@@ -163,6 +163,8 @@ def test_seeds_may_be_trained_apart(finished, tmp_path):
 
 
 def test_bad_input_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="compared on classification only, not on detection"):
+        compare(dataclasses.replace(CONFIG, task="detection", out=tmp_path / "out"))
     with pytest.raises(MethodError, match="unknown method 'magic'; known: updp"):
         compare(dataclasses.replace(CONFIG, methods=("magic",), out=tmp_path / "out"))
     with pytest.raises(ConfigError, match="unknown step 'nap'; known: prepare, train, measure"):

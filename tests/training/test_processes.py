@@ -53,6 +53,13 @@ def test_each_image_of_a_stream_is_scored_once(folder, facts):
         assert loss == pytest.approx(alone.loss, rel=1e-6)
 
 
+def test_scores_of_all_tasks_are_those_of_one_process(facts):
+    alone = worker.scores_of_tasks(None)
+    for rank in facts:
+        for name, score in alone.items():
+            assert rank["tasks"][name] == pytest.approx(list(score), rel=1e-5), name
+
+
 def test_calibration_is_that_of_one_process(folder):
     stream = open_data(shard_config(folder, val_batch_size=5), num_classes=CLASSES)
     alone = worker.watched(stream)

@@ -1,7 +1,9 @@
 """Blocks that are found by what they compute: in torchvision, in Hugging Face's models, and as users write them."""
 
 import copy
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -280,6 +282,19 @@ def test_what_is_no_single_branch_is_none(compute):
     model = around(Variant(compute), FiveLines(8)).eval()
     infos = {info.path: info for info in find_blocks(model)}
     assert not infos["1.0"].candidates
+
+
+def test_what_was_read_keeps_no_model_alive():
+    """Neither a block that was found, nor one whose obstacle was."""
+    model = around(Variant(VARIANTS["a gate"][0]), FiveLines(8)).eval()
+    blocks = [weakref.ref(block) for block in model[1]]
+    assert len(find_blocks(model)) == 2
+    for _ in range(2):  # the second time the reason is the one that is remembered
+        with pytest.raises(Unread, match="a gate"):
+            structure_of(model[1][0])
+    del model
+    gc.collect()
+    assert all(block() is None for block in blocks)
 
 
 def test_a_block_is_read_anew():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import operator
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +25,7 @@ from depthfuse.merging.adapters.layers import (
     is_drop_path,
     is_sum,
 )
-from depthfuse.merging.adapters.structure import NoBlock, Unread
+from depthfuse.merging.adapters.structure import NoBlock, Readings, Unread
 from depthfuse.merging.computed_weights import plain_type
 from depthfuse.merging.tracing import copy_around_tensors
 
@@ -53,23 +52,14 @@ _SWIN = FeedForward(
 )
 _KNOWN = {"transformers.models.swin.modeling_swin.SwinLayer": _SWIN}
 
-_read: weakref.WeakKeyDictionary[nn.Module, FeedForward | Unread] = weakref.WeakKeyDictionary()
+_readings: Readings[FeedForward] = Readings()
 
 
 def feed_forward_of(block: nn.Module, anew: bool = False) -> FeedForward:
     """Where a block's feed-forward branch lies. Raises Unread with what stands in the way, NoBlock where there is
     none.
     """
-    known = None if anew else _read.get(block)
-    if known is None:
-        try:
-            known = _find(block)
-        except Unread as problem:
-            known = problem
-        _read[block] = known
-    if isinstance(known, Unread):
-        raise known
-    return known
+    return _readings.of(block, lambda: _find(block), anew)
 
 
 def _find(block: nn.Module) -> FeedForward:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import operator
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +29,14 @@ from depthfuse.merging.adapters.layers import (
     is_layer_norm,
     is_sum,
 )
-from depthfuse.merging.adapters.structure import ConvNeXtStructure, Layer, NoBlock, Structure, Unread
+from depthfuse.merging.adapters.structure import (
+    ConvNeXtStructure,
+    Layer,
+    NoBlock,
+    Readings,
+    Structure,
+    Unread,
+)
 from depthfuse.merging.computed_weights import plain_type
 from depthfuse.merging.tracing import copy_around_tensors
 
@@ -38,23 +44,12 @@ log = logging.getLogger(__name__)
 
 _MOST_STAGES = 4  # what is longer is a network, not a block
 
-_read: weakref.WeakKeyDictionary[nn.Module, Structure | ConvNeXtStructure | Unread] = (
-    weakref.WeakKeyDictionary()
-)
+_readings: Readings[Structure | ConvNeXtStructure] = Readings()
 
 
 def structure_of(block: nn.Module, anew: bool = False) -> Structure | ConvNeXtStructure:
     """How a module computes a block. Raises Unread with what stands in the way, NoBlock where it looks like none."""
-    known = None if anew else _read.get(block)
-    if known is None:
-        try:
-            known = _Reader(block).structure()
-        except Unread as problem:
-            known = problem
-        _read[block] = known
-    if isinstance(known, Unread):
-        raise known
-    return known
+    return _readings.of(block, lambda: _Reader(block).structure(), anew)
 
 
 class _Reader:
@@ -255,7 +250,7 @@ class _Reader:
         before: list[Layer] = []
         stages: list[list[Any]] = []
         drop_path = None
-        for kind, layer in row:
+        for i, (kind, layer) in enumerate(row):
             if drop_path is not None:
                 raise Unread("a layer after stochastic depth")
             if kind == "conv":
@@ -269,7 +264,8 @@ class _Reader:
             elif kind == "drop path":
                 drop_path = layer
             else:
-                raise Unread(f"a {kind} between the convolutions")
+                where = "between" if any(later == "conv" for later, _ in row[i:]) else "after"
+                raise Unread(f"a {kind} {where} the convolutions")
         if residual and stages:
             _, norm, acts = stages[-1]
             if acts or self._acts_of_norm(norm):

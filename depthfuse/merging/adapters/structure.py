@@ -4,8 +4,10 @@ a ConvNeXt block. `reading.py` finds it out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from timm.layers import BatchNormAct2d
 from torch import nn
@@ -15,6 +17,8 @@ from depthfuse.merging.adapters.chain import Chain, Stage
 from depthfuse.merging.adapters.convnext import ConvNeXtParts
 from depthfuse.merging.computed_weights import plain_type
 
+T = TypeVar("T")
+
 
 class Unread(Exception):
     """What stands in the way of reading a module as a block."""
@@ -22,6 +26,30 @@ class Unread(Exception):
 
 class NoBlock(Unread):
     """A module that is no block at all: it holds several, or none."""
+
+
+class Readings(Generic[T]):
+    """What was read of modules, for as long as these live."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakKeyDictionary[nn.Module, T | tuple[type[Unread], str]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def of(self, block: nn.Module, read: Callable[[], T], anew: bool) -> T:
+        """What `read` gives, or gave before unless it shall be read `anew`. Raises the Unread that it raises."""
+        known = None if anew else self._known.get(block)
+        if known is None:
+            try:
+                known = read()
+            except Unread as problem:
+                # not the exception: its frames hold the module, which would then live for ever
+                known = type(problem), str(problem)
+            self._known[block] = known
+        if isinstance(known, tuple):
+            kind, reason = known
+            raise kind(reason)
+        return known
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def find_blocks(model: nn.Module) -> list[BlockInfo]:
         inner = [visit(m, f"{path}.{n}" if path else n, container or n[-1:].isdigit()) for n, m in children]
         found.extend(_rows(module, path))
         inside = any(info.candidates for info in found[before:])
-        if path and not inside and _products(module) > 1:
+        if path and not inside and _products(module) > 1 and _may_be_block(module):
             try:
                 feed_forward_of(module, anew=True)
                 found[before:] = [_info(module, path, FEED_FORWARD)]
@@ -70,7 +70,8 @@ def find_blocks(model: nn.Module) -> list[BlockInfo]:
             except NoBlock:
                 pass
             except Unread as problem:
-                reason = reason or str(problem)
+                if not any(inner):  # else what was found inside has the better reason
+                    reason = reason or str(problem)
         if reason and not inside:
             del found[before:]  # parts of what could have been a block
         elif inside or any(inner):

@@ -284,6 +284,19 @@ def test_what_is_no_single_branch_is_none(compute):
     assert not infos["1.0"].candidates
 
 
+class GivenSkip(FiveLines):
+    """As in DLA: the caller may hand over what is added."""
+
+    def forward(self, x, skip=None):
+        return super().forward(x) if skip is None else skip + self.b(F.gelu(self.a(x)))
+
+
+def test_a_block_that_may_be_given_its_skip_is_left_alone():
+    infos = {info.path: info for info in find_blocks(around(GivenSkip(8), FiveLines(8)).eval())}
+    assert "more than one input (skip)" in infos["1.0"].reason and not infos["1.0"].candidates
+    assert infos["1.1"].candidates
+
+
 def test_what_was_read_keeps_no_model_alive():
     """Neither a block that was found, nor one whose obstacle was."""
     model = around(Variant(VARIANTS["a gate"][0]), FiveLines(8)).eval()

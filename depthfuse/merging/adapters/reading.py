@@ -7,6 +7,7 @@ come in here; the families of the paper are known by class.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import operator
 from collections.abc import Callable
@@ -62,6 +63,9 @@ class _Reader:
             raise NoBlock(f"{products} convolutions and linear layers")
         if not any(isinstance(m, nn.Conv2d) for m in block.modules()):
             raise NoBlock("no convolution")
+        others = list(inspect.signature(plain_type(block).forward).parameters.values())[2:]
+        if may := [parameter.name for parameter in others if parameter.default is None]:
+            raise Unread(f"its caller may give it more than one input ({', '.join(may)})")
         tracer = BlockTracer()
         try:
             # Dropout and stochastic depth may be functions, which do nothing in evaluation mode.

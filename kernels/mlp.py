@@ -73,6 +73,12 @@ def piece_of(INDEX: tl.constexpr, CHANNELS: tl.constexpr, WIDTHS: tl.constexpr):
 
 
 @triton.jit
+def zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """An accumulator [ROWS, WIDTH]; Triton 3.6 takes an element of a tuple as an argument, but in no shape."""
+    return tl.zeros((ROWS, WIDTH), dtype=tl.float32)
+
+
+@triton.jit
 def load_rows(pointer, row, CHANNELS: tl.constexpr, WIDTHS: tl.constexpr):
     """Rows of CHANNELS, the first one `row` elements from `pointer`, in pieces of WIDTHS channels."""
     pieces = ()
@@ -140,7 +146,7 @@ def mlp_kernel(
 
     acc = ()
     for i in tl.static_range(len(BLOCK_N)):
-        acc = acc + (tl.zeros((BLOCK_M, BLOCK_N[i]), dtype=tl.float32),)
+        acc = acc + (zeros(BLOCK_M, BLOCK_N[i]),)
     for start in range(0, HIDDEN, BLOCK_HIDDEN):
         h = start + tl.arange(0, BLOCK_HIDDEN)
         h_mask = within_reduction(h, HIDDEN, BLOCK_HIDDEN)

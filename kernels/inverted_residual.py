@@ -183,11 +183,14 @@ def inverted_residual_kernel(
     tl.store(y + offset, acc.to(y.dtype.element_ty), mask=mask)
 
 
-def config_for(stride: int, target: Target) -> InvertedResidualConfig:
-    """The patch for a 3x3 kernel of this stride: four (three) outputs, which the compiler still handles well."""
+def config_for(stride: int, dtype: torch.dtype, target: Target) -> InvertedResidualConfig:
+    """The patch for a 3x3 kernel of this stride: four (three) outputs, which the compiler still handles well.
+
+    float32 on NVIDIA has no matrix unit for it, and twice the positions would spill.
+    """
     in_h, in_w = (4, 4) if stride == 1 else (4, 8)
-    patches = 128 if target.backend == "interpreter" else 256
-    return InvertedResidualConfig(in_h, in_w, patches // (in_h * in_w), 8)
+    small = target.backend == "interpreter" or (target.backend == "cuda" and dtype == torch.float32)
+    return InvertedResidualConfig(in_h, in_w, (128 if small else 256) // (in_h * in_w), 8)
 
 
 def supports(channels: int, out_channels: int, kernel: int, stride: int) -> bool:
@@ -218,7 +221,7 @@ def plan(
         "out_channels": out_channels,
         "stride": stride,
     }
-    config = config or tuned("inverted_residual", config_for(stride, target), x, target, **shape)
+    config = config or tuned("inverted_residual", config_for(stride, x.dtype, target), x, target, **shape)
     out_h = (config.in_h - kernel) // stride + 1
     out_w = (config.in_w - kernel) // stride + 1
     arguments = {

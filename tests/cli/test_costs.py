@@ -15,6 +15,8 @@ def test_inspect(capsys):
     assert main(["inspect", "efficientnet_b0"]) == 0
     assert "SE gate" in capsys.readouterr().out
     assert main(["inspect", "mixer_s32_224"]) == 0
+    assert "linear" in capsys.readouterr().out
+    assert main(["inspect", "densenet121"]) == 0
     assert "unknown block type" in capsys.readouterr().out
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from own_code import BLOCK
 from torch import nn
 
 from depthfuse import ModelSource, SubnetSpec, Supernet, allow_origin, origins
@@ -13,7 +14,9 @@ from depthfuse.errors import SpecError
 from depthfuse.merging.model_inputs import fixed_image_size, input_size
 from depthfuse.origins import allow_named, check_model_name, is_own
 
-MODULE = """
+MODULE = (
+    BLOCK
+    + """
 import itertools
 import torch
 from torch import nn
@@ -21,15 +24,6 @@ from torch import nn
 calls = []
 counter = itertools.count(4)
 not_callable = 3
-
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x):
-        return x + self.b(self.a(x).relu())
 
 
 def build(num_classes=3, width=8):
@@ -50,6 +44,7 @@ def no_model(**_):
 def unsteady(**_):
     return nn.Linear(next(counter), 2)
 """
+)
 
 
 @pytest.fixture

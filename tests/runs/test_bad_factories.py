@@ -5,6 +5,7 @@ import hashlib
 import sys
 
 import pytest
+from own_code import BLOCK
 from small_run import CONFIG
 
 from depthfuse import SubnetSpec, Supernet, allow_origin, load, merge, origins, prune
@@ -12,20 +13,13 @@ from depthfuse.checkpoint import save_tensors
 from depthfuse.errors import CheckpointError, SpecError
 from depthfuse.spec import ModelSource
 
-MODULE = """
+MODULE = (
+    BLOCK
+    + """
 import itertools
 from torch import nn
 
 kind, calls = "first", itertools.count()
-
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x):
-        return x + self.b(self.a(x).relu())
 
 
 def build(num_classes=10, width=8):
@@ -46,6 +40,7 @@ def build(num_classes=10, width=8):
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes)]
     return nn.Sequential(nn.Conv2d(1, width, 4, 4), *blocks, *head)
 """
+)
 
 
 @pytest.fixture

@@ -116,7 +116,8 @@ class SearchConfig:
     front: int = 8
     """Without a budget: how many budgets, evenly spaced, are searched for the front."""
     calibration_images: int = 512
-    """Training images for re-estimating batch norm statistics of each candidate subnet; 0 takes them as they are."""
+    """Training images for re-estimating batch norm statistics of each candidate subnet; 0 takes them as they are.
+    Candidates that are fitted (`start`) are fitted on them."""
     losing_merges: bool = False
     """Allow merges that are no faster than the block they replace on this device."""
 
@@ -160,6 +161,13 @@ class PruneConfig:
     start_from: Path | None = None
     """Folder of another run with the same model, data and seed: its baseline, supernet, latency table and scores are
     taken over, for another budget, strategy or fine-tuning."""
+    start: Literal["supernet", "fit"] = "supernet"
+    """How the pruned blocks get the weights that the search and the training start from. supernet: trained together
+    with the original blocks, hours, labels. fit: merged blocks fitted to what the original ones give on
+    `search.calibration_images` images, minutes, no labels; then `supernet` has no meaning."""
+    train: bool = True
+    """Train the chosen subnet (`finetune`). Without, it is merged as the search found it: quick with start=fit, which
+    then fits the chosen blocks once more, one after another."""
     data: DataConfig = field(default_factory=DataConfig)
     baseline: TrainConfig = field(default_factory=TrainConfig)
     supernet: SupernetConfig = field(default_factory=SupernetConfig)
@@ -225,7 +233,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 # Entries that came later. A run of before did what their defaults do.
-_ADDED = ("task",)
+_ADDED = ("task", "start", "train")
 
 
 def from_dict(cls: type, values: Any, where: str = "config", complete: bool = False) -> Any:

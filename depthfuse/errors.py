@@ -36,6 +36,10 @@ class DataError(DepthfuseError, ValueError):
     """Data that cannot be used; the message names the file, folder, split or option at fault."""
 
 
+class FitError(DepthfuseError, ValueError):
+    """Merged blocks cannot be fitted to what the original ones give; the message names the block."""
+
+
 class MergeError(DepthfuseError, ValueError):
     """The subnet cannot be merged, or the merged model failed its check."""
 

@@ -115,11 +115,12 @@ def with_first(output: Any, first: Tensor) -> Any:
 
 
 class MergedFeedForward(nn.Module):
-    """A block whose feed-forward branch is one linear layer -> act -> norm. `block` is the code of the original one."""
+    """A block whose feed-forward branch is one linear layer -> act -> norm. `block` is the code of the original one,
+    `layer` where the linear layer lies in it."""
 
-    def __init__(self, block: nn.Module, act: nn.Module, norm: nn.Module):
+    def __init__(self, block: nn.Module, layer: str, act: nn.Module, norm: nn.Module):
         super().__init__()
-        self.block, self.act, self.norm = block, act, norm
+        self.block, self.layer, self.act, self.norm = block, layer, act, norm
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:  # what the block returns
         output = self.block(x, *args, **kwargs)

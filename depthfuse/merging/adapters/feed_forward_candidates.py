@@ -110,7 +110,7 @@ class FeedForwardFfn(Candidate):
             if step.kind in ("norm", "act") or step.path == linears[1]:
                 own.set_submodule(step.path, nn.Identity())
         own.set_submodule(linears[0], self._layer(block, self._linear(block)))
-        return MergedFeedForward(own, copy.deepcopy(self.act), copy.deepcopy(self.tail_norm))
+        return MergedFeedForward(own, linears[0], copy.deepcopy(self.act), copy.deepcopy(self.tail_norm))
 
     def _linear(self, block: nn.Module) -> LinearConv:
         """The branch up to its scale."""

@@ -1,0 +1,295 @@
+"""Fit one merged block, layer -> activation -> batch norm, to what the original block gives.
+
+Without training a new activation after the layer does harm only, and so it starts where it is linear: the layer gives
+the block's outputs shifted (and for a bounded activation scaled) into that range, and the batch norm undoes it. Where
+the original block ends in the same activation, the layer is fitted to what that one reads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from depthfuse.errors import FitError
+from depthfuse.fitting.least_squares import Sums, fit_linear
+from depthfuse.fitting.recording import Call
+from depthfuse.merging.merged_blocks import (
+    MergedConv,
+    MergedFactorised,
+    MergedFeedForward,
+    MergedLinear,
+    MergedTransformerBlock,
+    WithNones,
+)
+
+log = logging.getLogger(__name__)
+
+LARGEST_FEATURES = 4608  # a 3x3 over 512 channels: 170 MB of sums, a minute of solving
+_ROWS_A_FEATURE = 40
+_HELD_OUT = 4  # one batch in so many decides the ridge
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The parts of a merged block: y = norm(act(rest + gamma * layer(a)))."""
+
+    layer: nn.Conv2d | nn.Linear
+    act: nn.Module
+    norm: nn.Module
+
+
+def tail_of(merged: nn.Module) -> Tail | None:
+    """None where a merged block has no layer of its own (blocks that are dropped, or lose their attention only)."""
+    if isinstance(merged, WithNones):
+        return tail_of(merged.merged)
+    if isinstance(merged, MergedConv):
+        return Tail(merged.conv, merged.act, merged.norm)
+    if isinstance(merged, MergedFactorised):
+        return Tail(merged.pointwise, merged.act, merged.norm)
+    if isinstance(merged, MergedTransformerBlock | MergedLinear):
+        return Tail(merged.fc, merged.act, merged.norm)
+    if isinstance(merged, MergedFeedForward):
+        return Tail(merged.block.get_submodule(merged.layer), merged.act, merged.norm)
+    return None
+
+
+def features_of(layer: nn.Conv2d | nn.Linear) -> int:
+    """How many inputs an output of a layer reads."""
+    return layer.weight[0].numel()
+
+
+@torch.no_grad()
+def fit_block(
+    merged: nn.Module, given: Sequence[Call], wanted: Sequence[Call], seed: int = 0
+) -> float | None:
+    """Fit a merged block, in place, by least squares in float64 (`least_squares.py`).
+
+    Args:
+        merged: in evaluation mode.
+        given: the calls whose arguments it is to be fitted on: of the net pruned so far.
+        wanted: the calls whose outputs it shall give, for the same images: of the original net.
+        seed: of the choice of positions, where images have more than are needed.
+
+    Returns the share of the outputs' variance that is left as error, or None where the block has nothing to fit.
+    Raises FitError for numbers that are not finite, and for a layer of more than `LARGEST_FEATURES` inputs an output.
+    """
+    tail = tail_of(merged)
+    if tail is None:
+        return None
+    if features_of(tail.layer) > LARGEST_FEATURES:
+        raise FitError(
+            f"a layer of {features_of(tail.layer)} inputs for each output is too large to be fitted; the most are "
+            f"{LARGEST_FEATURES}"
+        )
+    if len(given) < 2:
+        raise FitError("fitting takes two batches of images at least: one is held out to choose the ridge")
+    axis = -1 if isinstance(tail.layer, nn.Linear) else 1
+    targets, undo = _targets(tail.act, wanted, axis, alone=_stands_alone(merged, tail, given[0]))
+    gamma = _gamma(merged, tail, given[0], axis)
+    generator = torch.Generator().manual_seed(seed)
+    sums: dict[bool, Sums] = {}
+    most = _ROWS_A_FEATURE * max(features_of(tail.layer), 64) // len(given)
+    for index, (call, target) in enumerate(zip(given, targets, strict=True)):
+        read, rest = _run_without(merged, tail, call)
+        z = (target - rest) / _along(gamma, axis, target.ndim)
+        rows = _rows(tail.layer, read), _grouped(_channels_last(z, axis).double(), tail.layer)
+        if len(rows[0]) != len(rows[1]):
+            raise FitError("its layer works on other positions than the block gives")
+        if len(rows[0]) > most:
+            chosen = torch.randperm(len(rows[0]), generator=generator)[:most]
+            rows = rows[0][chosen], rows[1][chosen]
+        if not sums:
+            sums = {held_out: Sums.around(*rows) for held_out in (False, True)}
+        sums[index % _HELD_OUT == _HELD_OUT - 1 or (len(given) < _HELD_OUT and index == 1)].add(*rows)
+    weight, bias, ridge = _best_fit(tail.layer, sums[False], sums[True])
+    _set_layer(tail.layer, weight, bias)
+    left = _set_norm(merged, tail, given, wanted, axis)
+    log.debug("fitted %s: ridge %g, %.3f of the variance left (%s)", type(merged).__name__, ridge, left, undo)
+    return left
+
+
+def _best_fit(layer: nn.Conv2d | nn.Linear, fitted: Sums, held_out: Sums) -> tuple[Tensor, Tensor, float]:
+    """With the prior, nothing or the identity, that errs less: where data says little, a block is dropped."""
+    infinite = float("inf")
+    priors = _priors(layer, fitted)
+    return fit_linear(fitted, held_out, min(priors, key=lambda p: held_out.error(*fitted.solve(infinite, p))))
+
+
+def _priors(layer: nn.Conv2d | nn.Linear, sums: Sums) -> list[Tensor]:
+    """[G, F, O] each: nothing, and each input to its output, scaled by what is seen of the two."""
+    nothing = torch.zeros_like(sums.in_out)
+    groups, wide, high = nothing.shape
+    taps = layer.weight[0, 0].numel() if isinstance(layer, nn.Conv2d) else 1
+    if wide != high * taps or taps % 2 == 0:
+        return [nothing]
+    at = torch.arange(high) * taps + taps // 2
+    variance = sums.in_in[:, at, at] - sums.first_in[:, at].square() / sums.rows
+    joint = sums.in_out[:, at, torch.arange(high)] - sums.first_in[:, at] * sums.first_out / sums.rows
+    identity = nothing.clone()
+    identity[:, at, torch.arange(high)] = torch.where(variance > 0, joint / variance.clamp_min(1e-300), 0.0)
+    return [nothing, identity]
+
+
+def _linear_range(act: nn.Module) -> tuple[float, float]:
+    """(low, high): where act(z) is z; high is infinite where it has no upper end. Empty, (0, 0), where it nowhere is."""
+    z = torch.arange(-8.0, 64.01, 0.25, dtype=torch.float64)
+    good = ((act(z.clone()) - z).abs() <= 1e-9 * z.abs().clamp_min(1.0)).tolist()
+    best = start = 0
+    length = 0
+    for i in range(len(good) + 1):
+        if i == len(good) or not good[i]:
+            if i - start > length:
+                best, length = start, i - start
+            start = i + 1
+    if length < 2:
+        return 0.0, 0.0
+    high = float(z[best + length - 1])
+    return float(z[best]), float("inf") if high == float(z[-1]) else high
+
+
+def _targets(act: nn.Module, wanted: Sequence[Call], axis: int, alone: bool) -> tuple[list[Tensor], str]:
+    """What shall stand before the activation, and how it was made of the block's outputs.
+
+    alone: nothing is added to the layer's output, so that it may be scaled.
+    """
+    if all(call.before_act is not None for call in wanted):
+        return [call.before_act for call in wanted], "before its own activation"
+    low, high = _linear_range(act)
+    if high <= low:
+        return [call.output for call in wanted], "as it is"
+    others = [d for d in range(wanted[0].output.ndim) if d != axis % wanted[0].output.ndim]
+    least = torch.stack([call.output.double().amin(others) for call in wanted]).amin(0)
+    most = torch.stack([call.output.double().amax(others) for call in wanted]).amax(0)
+    spread = (most - least).clamp_min(1e-12)
+    # some room for images that were not seen
+    least, most = least - 0.1 * spread, most + 0.1 * spread
+    scale = torch.ones_like(spread)
+    if high != float("inf"):
+        scale = (high - low) / (most - least) if alone else ((high - low) / (most - least)).clamp_max(1.0)
+    elif alone:
+        scale = 1.0 / torch.cat([_channels_last(c.output, axis).double() for c in wanted]).std(0).clamp_min(
+            1e-12
+        )
+    if not alone:
+        scale = torch.ones_like(scale)
+    shift = low - least * scale
+    dims = wanted[0].output.ndim
+    return [
+        (c.output.double() * _along(scale, axis, dims) + _along(shift, axis, dims)) for c in wanted
+    ], f"into [{low:g}, {high:g}]"
+
+
+def _run_without(merged: nn.Module, tail: Tail, call: Call) -> tuple[Tensor, Tensor]:
+    """(what the layer reads, what stands before the activation without it)."""
+    return _run(merged, tail, call, torch.zeros_like)
+
+
+def _run(
+    merged: nn.Module, tail: Tail, call: Call, instead: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    seen: dict[str, Tensor] = {}
+
+    def after_layer(_layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        seen["read"] = args[0]
+        return None if instead is None else instead(output)
+
+    def before_act(_act: nn.Module, args: tuple[Any, ...]) -> None:
+        seen["z"] = args[0].clone()
+
+    with _hooks(
+        tail.layer.register_forward_hook(after_layer), tail.act.register_forward_pre_hook(before_act)
+    ):
+        # a copy, as activations may work in place
+        merged(*(a.clone() if isinstance(a, Tensor) else a for a in call.args), **call.kwargs)
+    return seen["read"], seen["z"]
+
+
+@contextmanager
+def _hooks(*handles: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stands_alone(merged: nn.Module, tail: Tail, call: Call) -> bool:
+    return not bool(_run_without(merged, tail, call)[1].any())
+
+
+def _gamma(merged: nn.Module, tail: Tail, call: Call, axis: int) -> Tensor:
+    """[C]: what the layer's output is scaled by before it is added; 1 where it is too small to divide by.
+
+    Raises FitError where the layer does not lie before the activation, channel by channel.
+    """
+    given = _run(merged, tail, call, torch.ones_like)[1] - _run_without(merged, tail, call)[1]
+    rows = _channels_last(given.double(), axis)
+    gamma = rows.mean(0)
+    if not bool(((rows - gamma).abs() <= 1e-3 * gamma.abs().clamp_min(1e-6)).all()):
+        raise FitError("more than a scale lies between its layer and its activation")
+    return torch.where(gamma.abs() < 1e-12, torch.ones_like(gamma), gamma)
+
+
+def _along(values: Tensor, axis: int, dims: int) -> Tensor:
+    """[C], to be multiplied with a tensor of `dims` axes along one of them."""
+    return values.reshape([-1 if d == axis % dims else 1 for d in range(dims)])
+
+
+def _channels_last(x: Tensor, axis: int) -> Tensor:
+    """[..., C, ...] -> [positions, C]"""
+    return x.movedim(axis, -1).reshape(-1, x.shape[axis])
+
+
+def _rows(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
+    """What the layer reads at each position: [positions, groups, features]."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, 1, x.shape[-1]).double()
+    padding = layer.padding
+    windows = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)  # [N, I * k * k, L]
+    return windows.movedim(1, 2).reshape(-1, layer.groups, features_of(layer)).double()
+
+
+def _grouped(rows: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """[positions, O] -> [positions, groups, O / groups]"""
+    return rows.reshape(len(rows), getattr(layer, "groups", 1), -1)
+
+
+def _set_layer(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    """weight: [G, F, O]; bias: [G, O]."""
+    layer.weight.copy_(weight.movedim(1, 2).reshape(layer.weight.shape))
+    if layer.bias is None:
+        raise FitError("its layer has no bias")
+    layer.bias.copy_(bias.flatten())
+
+
+def _set_norm(
+    merged: nn.Module, tail: Tail, given: Sequence[Call], wanted: Sequence[Call], axis: int
+) -> float:
+    """Statistics and affine of the batch norm; the share of the variance that is left."""
+    before: list[Tensor] = []
+
+    def keep(_norm: nn.Module, args: tuple[Any, ...]) -> None:
+        before.append(_channels_last(args[0], axis).double())
+
+    with _hooks(tail.norm.register_forward_pre_hook(keep)):
+        for call in given:
+            merged(*(a.clone() if isinstance(a, Tensor) else a for a in call.args), **call.kwargs)
+    s, y = torch.cat(before), torch.cat([_channels_last(call.output, axis).double() for call in wanted])
+    mean_s, mean_y = s.mean(0), y.mean(0)
+    var_s, var_y = s.var(0, unbiased=False), y.var(0, unbiased=False)
+    joint = ((s - mean_s) * (y - mean_y)).mean(0)
+    slope = torch.where(var_s > 0, joint / var_s.clamp_min(1e-300), 0.0)
+    norm = tail.norm
+    norm.running_mean.copy_(mean_s)
+    norm.running_var.copy_(var_s)
+    norm.weight.copy_(slope * (var_s + norm.eps).sqrt())
+    norm.bias.copy_(mean_y)
+    left = (var_y - slope.square() * var_s).clamp_min(0).sum() / var_y.sum().clamp_min(1e-300)
+    return float(left)

@@ -32,7 +32,8 @@ from depthfuse.merging.supernet import Supernet
 from depthfuse.rivals import compare_report
 from depthfuse.rivals.channels import prune_channels, ratio_within
 from depthfuse.rivals.methods import METHODS, Trial, check_methods
-from depthfuse.runs.run import Run, load_strictly
+from depthfuse.runs.run import Run
+from depthfuse.runs.weights import load_strictly
 from depthfuse.searching.space import SearchSpace, check_one_budget
 from depthfuse.spec import SubnetSpec
 from depthfuse.tasks import CLASSIFICATION

@@ -24,7 +24,6 @@ from torch import nn
 from depthfuse.acceleration import accelerate
 from depthfuse.checkpoint import (
     copy_file,
-    load_foreign_tensors,
     load_json,
     load_tensors,
     save_json,
@@ -45,13 +44,14 @@ from depthfuse.costs.latency import conditions_of, make_latencies
 from depthfuse.costs.table import CostTable
 from depthfuse.data import DataBundle, open_data
 from depthfuse.data.opening import check_fits
-from depthfuse.errors import CheckpointError, ConfigError, CostError, SpecError
+from depthfuse.errors import ConfigError, CostError
 from depthfuse.measuring.counting import count_macs, count_parameters
 from depthfuse.measuring.timing import time_interleaved
-from depthfuse.merging.merge import check_same_shapes, load_merged, merge
+from depthfuse.merging.merge import merge
 from depthfuse.merging.model_inputs import fixed_image_size, input_size
 from depthfuse.merging.supernet import Supernet
 from depthfuse.runs import report
+from depthfuse.runs.weights import load, load_strictly, read_weights
 from depthfuse.searching.search import front_csv, search
 from depthfuse.searching.space import SearchSpace, budget_unit, check_one_budget
 from depthfuse.searching.strategies import find_strategy
@@ -474,24 +474,6 @@ def _in_dtype(net: nn.Module, dtype: torch.dtype) -> nn.Module:
     return net if own == dtype else copy.deepcopy(net).to(dtype)
 
 
-def load_strictly(net: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Load a state dict. Raises CheckpointError that names the file where it is of another model."""
-    check_same_shapes(net.state_dict(), tensors, path)
-    net.load_state_dict(tensors)
-
-
-def read_weights(path: Path, model: nn.Module) -> dict[str, torch.Tensor]:
-    """A state dict from anybody's safetensors file. Raises CheckpointError for any other or damaged file."""
-    try:
-        tensors = load_foreign_tensors(path)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"cannot read weights from {path} (a safetensors file is expected): {error}"
-        ) from error
-    check_same_shapes(model.state_dict(), tensors, path)
-    return tensors
-
-
 def prune(
     config: PruneConfig,
     until: str = "compare",
@@ -511,16 +493,4 @@ def prune(
     return run
 
 
-def load(directory: str | Path) -> nn.Module:
-    """Rebuild the merged model of a finished run, in eval mode on the CPU, from subnet.json and merged.safetensors.
-
-    Raises CheckpointError for files that are missing, damaged or of another model, SpecError for a spec that does not
-    fit the model it names.
-    """
-    directory = Path(directory)
-    spec = SubnetSpec.load(directory / "subnet.json")
-    tensors, _ = load_tensors(directory / "merged.safetensors")
-    return load_merged(spec, tensors, directory / "merged.safetensors")
-
-
-__all__ = ["STAGES", "Run", "SpecError", "load", "prune"]
+__all__ = ["STAGES", "Run", "prune"]

@@ -51,7 +51,7 @@ from depthfuse.merging.merge import merge
 from depthfuse.merging.model_inputs import fixed_image_size, input_size
 from depthfuse.merging.supernet import Supernet
 from depthfuse.runs import report
-from depthfuse.runs.weights import load, load_strictly, read_weights
+from depthfuse.runs.weights import load, load_strictly, take_given
 from depthfuse.searching.search import front_csv, search
 from depthfuse.searching.space import SearchSpace, budget_unit, check_one_budget
 from depthfuse.searching.strategies import find_strategy
@@ -197,15 +197,12 @@ class Run:
 
     def baseline(self) -> nn.Module:
         path = self.dir / "baseline.safetensors"
-        done = self._is_done(path)
-        model = self.build(pretrained=self.config.pretrained and not done)
-        if done:
+        config, model = self.config, self.build()
+        if self._is_done(path):
             return self._load_weights(model, path)
-        if self.config.weights is not None:
-            weights = self.config.weights
-            model.load_state_dict(on_all(self.accelerator, lambda: read_weights(weights, model)))
-        elif not self.config.pretrained:
-            settings = self.config.baseline
+        given = functools.partial(take_given, model, self.source, config.weights, config.pretrained)
+        if not on_all(self.accelerator, given):
+            settings = config.baseline
             self._fit(Objective(model, settings.label_smoothing, self.task), "baseline", settings)
         self._save_weights(model, path)
         return self.baseline()
@@ -413,9 +410,10 @@ class Run:
             "merge": load_json(self.dir / "merge.json", report.MERGE)["summary"],
         }
 
-    def build(self, pretrained: bool = False) -> nn.Module:
+    def build(self) -> nn.Module:
+        """The model before any training."""
         seed_iteration(self.config.seed, 0)
-        return self.source.build(pretrained=pretrained)
+        return self.source.build()
 
     def _fit(self, objective: Objective, stage: str, settings: Any) -> None:
         checkpoint = self.dir / f"{stage}.state"

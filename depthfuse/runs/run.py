@@ -42,7 +42,7 @@ from depthfuse.config import (
 from depthfuse.costs.counting import count_costs
 from depthfuse.costs.latency import conditions_of, make_latencies
 from depthfuse.costs.table import CostTable
-from depthfuse.data import DataBundle, open_data
+from depthfuse.data import DataBundle, has_no_classes, open_data
 from depthfuse.data.opening import check_fits
 from depthfuse.errors import ConfigError, CostError
 from depthfuse.measuring.counting import count_macs, count_parameters
@@ -51,12 +51,13 @@ from depthfuse.merging.merge import merge
 from depthfuse.merging.model_inputs import fixed_image_size, input_size
 from depthfuse.merging.supernet import Supernet
 from depthfuse.runs import report
+from depthfuse.runs.answers import answering_classes, ask, give
 from depthfuse.runs.weights import load, load_strictly, take_given
 from depthfuse.searching.search import front_csv, search
 from depthfuse.searching.space import SearchSpace, budget_unit, check_one_budget
 from depthfuse.searching.strategies import find_strategy
 from depthfuse.spec import ModelSource, SubnetSpec
-from depthfuse.tasks import Task, find_task
+from depthfuse.tasks import AGREEMENT, Task, find_task
 from depthfuse.training.evaluation import calibrate, check_task, evaluate
 from depthfuse.training.loop import fit, make_accelerator, seed_iteration
 from depthfuse.training.objectives import Objective, ProgressiveObjective, SandwichObjective
@@ -131,6 +132,8 @@ class Run:
                 f"set --model-kwargs img_size={wanted.img_size} or --data.img-size {fixed[0]}"
             )
         classes = kwargs.get("num_classes") if self.task.by_class else None
+        if has_no_classes(wanted) if data is None else not data.labelled:
+            classes, self.task = answering_classes(self.config, self.task, probe), AGREEMENT
         if data is None:
             data = open_data(
                 wanted,
@@ -191,7 +194,8 @@ class Run:
                 f"cannot start from {start}: {', '.join(differing)} differ there. Give the same settings, or leave "
                 "start_from out"
             )
-        for name in ("latency.json", "baseline.safetensors", "supernet.safetensors", "search.jsonl"):
+        weights = (f"{stem}.safetensors" for stem in ("baseline", "answers", "supernet"))
+        for name in ("latency.json", *weights, "search.jsonl"):
             if (start / name).exists() and not (self.dir / name).exists():
                 copy_file(start / name, self.dir / name)
 
@@ -199,13 +203,25 @@ class Run:
         path = self.dir / "baseline.safetensors"
         config, model = self.config, self.build()
         if self._is_done(path):
-            return self._load_weights(model, path)
+            return self._answering(self._load_weights(model, path))
         given = functools.partial(take_given, model, self.source, config.weights, config.pretrained)
         if not on_all(self.accelerator, given):
             settings = config.baseline
             self._fit(Objective(model, settings.label_smoothing, self.task), "baseline", settings)
         self._save_weights(model, path)
         return self.baseline()
+
+    def _answering(self, baseline: nn.Module) -> nn.Module:
+        """The same; images without classes now have its answers as their targets, which it gives once for all."""
+        if self.data.labelled:
+            return baseline
+        path = self.dir / "answers.safetensors"
+        if not self._is_done(path):
+            net = baseline.to(self.device)
+            on_one(self.accelerator, lambda: save_tensors(path, ask(net, self.data)))
+        answers, _ = on_all(self.accelerator, lambda: load_tensors(path))
+        self.data = on_all(self.accelerator, lambda: give(self.data, answers, path))
+        return baseline
 
     def supernet(self) -> Supernet:
         path = self.dir / "supernet.safetensors"

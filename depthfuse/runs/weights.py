@@ -51,11 +51,7 @@ def take_given(model: nn.Module, source: ModelSource, weights: Path | None, pret
     """
     if weights is None and not pretrained:
         return False
-    if weights is not None:
-        where, tensors = f"{weights}", read_tensors(weights)
-    else:
-        own = _with_own_classes(source)
-        where, tensors = f"pretrained {own.name}", own.build(pretrained=True).state_dict()
+    where, tensors = _given(source, weights)
     left_out = unfit_classifier(source, tensors, where)
     kept = {name: tensor for name, tensor in model.state_dict().items() if name in left_out}
     model.load_state_dict({**tensors, **kept})
@@ -67,6 +63,26 @@ def take_given(model: nn.Module, source: ModelSource, weights: Path | None, pret
             ", ".join(left_out.values()),
         )
     return not left_out
+
+
+def unfit_given(source: ModelSource, weights: Path | None, pretrained: bool) -> dict[str, str]:
+    """What `unfit_classifier` says of a user's weights, or of pretrained ones, which are not fetched for it."""
+    if weights is not None:
+        return unfit_classifier(source, read_tensors(weights), weights)
+    own = _with_own_classes(source)
+    return (
+        unfit_classifier(source, own.build_shapes().state_dict(), f"pretrained {own.name}")
+        if pretrained
+        else {}
+    )
+
+
+def _given(source: ModelSource, weights: Path | None) -> tuple[str, dict[str, Tensor]]:
+    """(where they come from, the tensors) of a user's weights, or, without a file, of pretrained ones."""
+    if weights is not None:
+        return str(weights), read_tensors(weights)
+    own = _with_own_classes(source)
+    return f"pretrained {own.name}", own.build(pretrained=True).state_dict()
 
 
 def _with_own_classes(source: ModelSource) -> ModelSource:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from depthfuse.merging.merge import merge
     from depthfuse.merging.supernet import Supernet, recalibrate
     from depthfuse.origins import allow_origin
-    from depthfuse.runs.run import load, prune
+    from depthfuse.runs.run import prune
+    from depthfuse.runs.weights import load
     from depthfuse.searching.search import search
     from depthfuse.spec import BlockChoice, ModelSource, SubnetSpec
     from depthfuse.training.schedule import Schedule
@@ -54,7 +55,7 @@ _WHERE = {
     "Supernet": "merging.supernet",
     "accelerate": "acceleration",
     "allow_origin": "origins",
-    "load": "runs.run",
+    "load": "runs.weights",
     "load_accelerated": "acceleration",
     "merge": "merging.merge",
     "open_data": "data",

@@ -155,9 +155,10 @@ class PruneConfig:
     """Keyword arguments of what builds it (timm.create_model), as name=value (img_size=32)."""
     out: Path = Path("runs/prune")
     pretrained: bool = False
-    """Take timm's pretrained weights as the baseline instead of training one."""
+    """Take timm's pretrained weights as the baseline instead of training one. Where the data has other classes, all but
+    their classifier is taken over, and the baseline is trained from there."""
     weights: Path | None = None
-    """Baseline weights: a safetensors file of the model's state dict."""
+    """Baseline weights: a safetensors file of the model's state dict. For other classes, as `pretrained`."""
     start_from: Path | None = None
     """Folder of another run with the same model, data and seed: its baseline, supernet, latency table and scores are
     taken over, for another budget, strategy or fine-tuning."""

@@ -24,7 +24,7 @@ from depthfuse.errors import CheckpointError, DepthfuseError
 from depthfuse.measured_cache import MeasuredCache
 from depthfuse.rivals import compare_report
 from depthfuse.runs import report
-from depthfuse.runs.run import load
+from depthfuse.runs.weights import load
 from depthfuse.searching.journal import Journal
 from depthfuse.spec import SubnetSpec
 from depthfuse.training.loop import history_csv

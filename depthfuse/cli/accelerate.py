@@ -27,7 +27,7 @@ from depthfuse.cli.tables import print_plain
 from depthfuse.config import DTYPES
 from depthfuse.errors import CheckpointError, UsageError
 from depthfuse.merging.model_inputs import input_size
-from depthfuse.runs.run import read_weights
+from depthfuse.runs.weights import read_weights
 
 logger = logging.getLogger(__name__)
 

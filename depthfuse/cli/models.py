@@ -14,7 +14,7 @@ from depthfuse.costs.table import CostTable
 from depthfuse.errors import ConfigError, UsageError
 from depthfuse.origins import is_own
 from depthfuse.runs.report import RESULTS
-from depthfuse.runs.run import load
+from depthfuse.runs.weights import load
 from depthfuse.spec import ModelSource
 
 

@@ -2,7 +2,7 @@
 
 from depthfuse.data.bundle import Batches, DataBundle, SeededMixup
 from depthfuse.data.config import DataConfig
-from depthfuse.data.opening import open_data
+from depthfuse.data.opening import has_no_classes, open_data
 from depthfuse.data.tensors import bundle_of_tensors
 from depthfuse.errors import DataError
 
@@ -13,5 +13,6 @@ __all__ = [
     "DataError",
     "SeededMixup",
     "bundle_of_tensors",
+    "has_no_classes",
     "open_data",
 ]

@@ -1,13 +1,15 @@
 """`DataBundle`: the loaders that training, search and measurement use, the same for every kind of data."""
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from timm.data import Mixup
 from torch import Tensor
 
 from depthfuse.data import order
+from depthfuse.data.answers import Answered, check_answers
 from depthfuse.data.config import DataConfig
 from depthfuse.data.images import ImageSource
 from depthfuse.data.pixels import PixelSource
@@ -59,7 +61,10 @@ class DataBundle(ABC):
     Attributes:
         num_classes, class_names: of the data.
         in_chans, img_size, mean, std: of the images that the loaders give.
+        labelled: whether images have their targets. Those of `IndexedBundle` may lack them until it is `answered`.
     """
+
+    labelled = True
 
     def __init__(self, config: DataConfig, class_names: list[str], format: InputFormat):
         self.config = config
@@ -135,6 +140,7 @@ class IndexedBundle(DataBundle):
         train, val, holdout: sources of images; `holdout` may be `train` itself.
         train_positions, val_positions, holdout_positions: [N] int64 each, what to take of them.
         train_labels: [N'] int64, the class of each position of `train`, or None if unknown.
+        labelled: whether the sources know what to learn of each image; see `answered`.
     """
 
     def __init__(
@@ -150,11 +156,16 @@ class IndexedBundle(DataBundle):
         holdout_positions: Tensor,
         val: PixelSource | ImageSource,
         val_positions: Tensor,
+        labelled: bool = True,
     ):
         super().__init__(config, class_names, format)
-        self._train, self.train_positions, self._train_labels = train, train_positions, train_labels
-        self._holdout, self.holdout_positions = holdout, holdout_positions
-        self._val, self.val_positions = val, val_positions
+        self.labelled = labelled
+        self._train: PixelSource | ImageSource | Answered = train
+        self.train_positions, self._train_labels = train_positions, train_labels
+        self._holdout: PixelSource | ImageSource | Answered = holdout
+        self.holdout_positions = holdout_positions
+        self._val: PixelSource | ImageSource | Answered = val
+        self.val_positions = val_positions
         self.train_batches()  # raises if there is not one
 
     def train_batches(self, world_size: int = 1) -> int:
@@ -187,8 +198,39 @@ class IndexedBundle(DataBundle):
         size = equal_batch_size(len(chosen), self.config.val_batch_size)
         return self._eval_loader(self._train, chosen[: len(chosen) // size * size], size)
 
+    def questions(self) -> dict[str, Batches]:
+        """All images of each part, not augmented, in a fixed order: what `answered` wants the classes of."""
+        return {name: self._eval_loader(source, where) for name, (source, where) in self._parts().items()}
+
+    def answered(self, answers: Mapping[str, Tensor], where: str) -> "IndexedBundle":
+        """The same data with classes that somebody else gives, whatever it had before.
+
+        Args:
+            answers: {part: [N] int64}, the class of each image of `questions`, in its order.
+            where: they come from, for messages.
+
+        Raises:
+            DataError: answers for other images, or of classes that the data does not have.
+        """
+        parts = self._parts()
+        sizes = {name: len(positions) for name, (_, positions) in parts.items()}
+        check_answers(answers, sizes, self.num_classes, where)
+        given = {name: Answered(*part, answers[name]) for name, part in parts.items()}
+        bundle = copy.copy(self)
+        bundle._train, bundle._holdout, bundle._val = given["train"], given["holdout"], given["val"]
+        bundle.labelled = True
+        return bundle
+
+    def _parts(self) -> dict[str, tuple[PixelSource | ImageSource | Answered, Tensor]]:
+        """{part: (its source, its positions there)}."""
+        return {
+            "train": (self._train, self.train_positions),
+            "holdout": (self._holdout, self.holdout_positions),
+            "val": (self._val, self.val_positions),
+        }
+
     def _eval_loader(
-        self, source: PixelSource | ImageSource, positions: Tensor, batch_size: int | None = None
+        self, source: PixelSource | ImageSource | Answered, positions: Tensor, batch_size: int | None = None
     ) -> Batches:
         batches = list(torch.split(positions, batch_size or self.config.val_batch_size))
         return Batches(lambda: iter(source.eval_batches(batches)), len(batches))

@@ -13,7 +13,8 @@ class DataConfig:
     data: str = "fashion-mnist"
     """"fashion-mnist" (embedded), "shapes" (generated, with the classes, masks or boxes that the task needs), a folder
     with a sub-folder for each split and in it one for each class (for segmentation: images/NAME.jpg and masks/NAME.png,
-    of class indices), a data set of timm's factory ("torch/cifar10",
+    of class indices; images without classes lie directly in the splits, or all in the folder: the original net's own
+    answers are their targets), a data set of timm's factory ("torch/cifar10",
     "hfds/NAME", "wds/NAME", ...), or a function of your own, package.module:function: called with this DataConfig and
     the model's input channels it gives a depthfuse.data.DataBundle."""
     data_dir: str | None = None

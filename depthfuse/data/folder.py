@@ -18,7 +18,7 @@ def split_folder(root: Path, split: str) -> Path:
     Raises:
         DataError: no such sub-folder.
     """
-    tried = [split, *(name for name in _SYNONYMS.get(split, ()) if name != split)]
+    tried = _names(split)
     for name in tried:
         if (root / name).is_dir():
             return root / name
@@ -27,6 +27,15 @@ def split_folder(root: Path, split: str) -> Path:
         f"{root} has no folder for the split {split!r} (tried {', '.join(tried)}; "
         f"found {', '.join(found[:10]) or 'none'}): it needs one folder a split, and in it one folder a class"
     )
+
+
+def has_split(root: Path, split: str) -> bool:
+    """Whether there is a sub-folder of that name or a usual synonym of it."""
+    return any((root / name).is_dir() for name in _names(split))
+
+
+def _names(split: str) -> list[str]:
+    return [split, *(name for name in _SYNONYMS.get(split, ()) if name != split)]
 
 
 def check_same_classes(train: list[str], other: list[str], train_name: str, other_name: str) -> None:

@@ -27,6 +27,9 @@ _NAMED = ("torch", "hfds", *_STREAMS)
 # torchvision's reader of class folders, by timm's two names; it orders classes otherwise than timm's own.
 _TORCHVISION_FOLDERS = ("torch/image_folder", "torch/folder")
 
+# Of a folder of images without classes and without splits.
+_VALIDATION_SHARE = 0.1
+
 # Of the 10,000 embedded training images (the script that cut them is benchmarks/cut_fashion_mnist.py).
 _EMBEDDED_MEAN, _EMBEDDED_STD = 0.2863, 0.3526
 
@@ -43,7 +46,8 @@ def open_data(
 
     Args:
         config: which data, and how it is prepared.
-        num_classes: outputs of the model, which must be the classes of the data; None does not check.
+        num_classes: outputs of the model, which must be the classes of the data; None does not check. Images without
+            classes need it: their bundle is not `labelled` until it is `answered`.
         in_chans: input channels of the model, 1 or 3.
         model_cfg: the model's `pretrained_cfg`: size, normalisation and crop of its input.
         targets: what is to be learned of an image. "shapes" have all three, a folder classes or masks, data of the
@@ -73,7 +77,7 @@ def open_data(
         if _prefix(config.data) in _STREAMS:
             bundle = _open_stream(config, format, num_classes)
         else:
-            bundle = _open_indexed(config, format)
+            bundle = _open_indexed(config, format, num_classes)
     check_fits(bundle, num_classes, in_chans, targets)
     return bundle
 
@@ -143,7 +147,7 @@ def _open_embedded(config: DataConfig, in_chans: int) -> DataBundle:
     if config.holdout_split is not None:
         raise DataError(f"{EMBEDDED} has no split {config.holdout_split!r}: use holdout, a share of training")
     labels = embedded.load("train")[1]
-    positions, held_out = _divide(config, labels, len(labels))
+    positions, held_out = _divide(config, labels, torch.arange(len(labels)))
     return IndexedBundle(
         config,
         list(embedded.CLASS_NAMES),
@@ -158,13 +162,39 @@ def _open_embedded(config: DataConfig, in_chans: int) -> DataBundle:
     )
 
 
-def _open_indexed(config: DataConfig, format: InputFormat) -> DataBundle:
+def has_no_classes(config: DataConfig) -> bool:
+    """Whether the data is a folder of images without class folders, in its splits or, without any, in itself."""
+    other = config.data in (EMBEDDED, shapes.NAME) or _prefix(config.data) in _NAMED
+    return (
+        not other
+        and Path(config.data).is_dir()
+        and scanning.is_unsorted(_folder_of(config, config.train_split))
+    )
+
+
+def _folder_of(config: DataConfig, split: str) -> Path:
+    """The folder of a split; of images without classes the whole where there are no splits."""
+    root = Path(config.data)
+    whole = not folder.has_split(root, split) and scanning.is_unsorted(root)
+    return root if whole else folder.split_folder(root, split)
+
+
+def _open_indexed(config: DataConfig, format: InputFormat, num_classes: int | None) -> DataBundle:
     """Folders of images, torchvision data sets, Hugging Face data sets on disk."""
     if _prefix(config.data) not in _NAMED:
         _check_path(config)
     both = transforms.build(config, format)
+    unsorted = has_no_classes(config)
+    if unsorted and num_classes is None:
+        raise DataError(
+            f"images lie directly in {_folder_of(config, config.train_split)}: sort them into one sub-folder for each "
+            "class, or say how many classes the net has that shall answer for them (num_classes)"
+        )
 
     def open_split(split: str) -> tuple[DecodedImages, Tensor | None, list[str]]:
+        if unsorted:
+            images = DecodedImages(scanning.scan_unsorted(_folder_of(config, split)), format.pillow_mode)
+            return images, images.labels(), [str(number) for number in range(num_classes or 0)]
         images = DecodedImages(_create(config, split), format.pillow_mode)
         names = images.class_names()
         try:
@@ -209,8 +239,16 @@ def _open_indexed(config: DataConfig, format: InputFormat) -> DataBundle:
         return make_source(images, other_labels)
 
     train = make_source(train_images, labels)
-    val = open_other(config.val_split)
-    positions, held_out = _divide(config, labels, len(train_images))
+    if unsorted:
+        labels = None  # none of them is known
+    positions = torch.arange(len(train_images))
+    if unsorted and not folder.has_split(Path(config.data), config.train_split):
+        positions, val_positions = _divide_whole(config, positions)
+        val = train
+    else:
+        val = open_other(config.val_split)
+        val_positions = torch.arange(len(val.images))
+    positions, held_out = _divide(config, labels, positions)
     if config.holdout_split is None:
         holdout = train
     else:
@@ -226,8 +264,23 @@ def _open_indexed(config: DataConfig, format: InputFormat) -> DataBundle:
         holdout=holdout,
         holdout_positions=held_out,
         val=val,
-        val_positions=torch.arange(len(val.images)),
+        val_positions=val_positions,
+        labelled=not unsorted,
     )
+
+
+def _divide_whole(config: DataConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions for (training, validation) of a folder without splits: a choice that depends on the number alone."""
+    if config.holdout_split is not None:
+        raise DataError(
+            f"{config.data} has no splits, and so no {config.holdout_split!r}: leave holdout_split out"
+        )
+    train, val = order.split_holdout(positions, None, _VALIDATION_SHARE)
+    if not len(val):
+        raise DataError(
+            f"{config.data} holds {len(positions)} images, too few to keep a tenth for validation"
+        )
+    return train, val
 
 
 def _check_apart(config: DataConfig, train: Any, other: Any, split: str) -> None:
@@ -274,10 +327,10 @@ def _open_stream(config: DataConfig, format: InputFormat, num_classes: int | Non
     )
 
 
-def _divide(config: DataConfig, labels: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+def _divide(config: DataConfig, labels: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Positions for (training, holdout), after `max_train_images`."""
     share = config.holdout if config.holdout_split is None else 0.0
-    return order.divide(torch.arange(count), labels, config.max_train_images, share)
+    return order.divide(positions, labels, config.max_train_images, share)
 
 
 def _prefix(data: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from depthfuse.data import decoding
+from depthfuse.data.targets import UNKNOWN
 from depthfuse.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ _UNREADABLE_EXTENSIONS = frozenset(
     )
 )
 _ANNOTATIONS = "_annotations.txt"
+_UNSORTED = "."  # in the place of a class
 
 
 class FolderImages:
@@ -97,6 +99,30 @@ def scan(folder: Path, *, natural: bool = True) -> FolderImages:
     return FolderImages(samples, class_to_idx, found)
 
 
+def scan_unsorted(folder: Path) -> FolderImages:
+    """The images directly in a folder, of the class -1 each, by the numbers in their names.
+
+    Raises:
+        DataError: as `scan`; for class folders beside the images too.
+    """
+    found = _Scan(folder)
+    paths = found.unsorted()
+    found.report()
+    if not paths:
+        raise DataError(
+            f"{folder} holds no image: those of the other split lie directly in it, without class folders"
+        )
+    paths.sort(key=lambda path: (_natural_key(path), path))
+    return FolderImages([(path, UNKNOWN) for path in paths], {}, found)
+
+
+def is_unsorted(folder: Path) -> bool:
+    """Whether images lie directly in a folder, and there is no folder beside them."""
+    with os.scandir(folder) as listing:
+        entries = [entry for entry in listing if not entry.name.startswith(".")]
+    return any(_is_image(entry.name) for entry in entries) and not any(entry.is_dir() for entry in entries)
+
+
 @dataclass
 class _Scan:
     """The walk through a split: who owns which real folder, and what was left out."""
@@ -115,7 +141,10 @@ class _Scan:
         self.root = os.path.realpath(self.folder)
         entries = list(self._entries(str(self.folder)))
         if any(_is_image(entry.name) for entry, is_folder in entries if not is_folder):
-            raise DataError(f"images lie directly in {self.folder}: it needs one sub-folder for each class")
+            raise DataError(
+                f"images lie directly in {self.folder}: it needs one sub-folder for each class, or, for images "
+                "without classes, no sub-folder in any split"
+            )
         paths, linked = {}, {}
         for entry, is_folder in entries:
             if not is_folder:
@@ -139,6 +168,19 @@ class _Scan:
                     "add some, or remove the folder"
                 )
         return paths
+
+    def unsorted(self) -> list[str]:
+        """Paths of the images directly in the folder, where it has no class folders."""
+        self.root = os.path.realpath(self.folder)
+        self.owners[self.root] = _UNSORTED
+        files, links = self._images(_UNSORTED, str(self.folder), self.root)
+        below = [real for real in self.owners if real != self.root]
+        if below:
+            raise DataError(
+                f"{self.folder} holds the folder {shown(os.path.basename(below[0]))}, where images without classes are "
+                "expected, as in the other split: put them all directly into it, or all into class folders"
+            )
+        return [*files, *(path for path in links if self._is_new(path, _UNSORTED))]
 
     def _images(self, name: str, path: str, real: str) -> tuple[list[str], list[str]]:
         """Paths of the images below a class folder: (files, links to files)."""

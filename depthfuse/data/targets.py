@@ -13,6 +13,8 @@ from torch import Tensor
 
 Targets = Literal["classes", "masks", "boxes"]
 
+# The class of an image that has none: no loss takes it, so that nothing is learned of it by mistake.
+UNKNOWN = -1
 IGNORED = 255  # of a mask, as in Pascal VOC and Cityscapes
 
 

@@ -24,6 +24,7 @@ from depthfuse.config import DTYPES, CompareConfig, PruneConfig, SearchConfig, t
 from depthfuse.costs.latency import conditions_of
 from depthfuse.costs.prediction import predict_model_ms
 from depthfuse.costs.table import CostTable
+from depthfuse.data import has_no_classes
 from depthfuse.errors import BudgetError, ConfigError
 from depthfuse.measuring.counting import count_macs, count_parameters
 from depthfuse.measuring.timing import Timing, time_interleaved
@@ -32,7 +33,8 @@ from depthfuse.merging.supernet import Supernet
 from depthfuse.rivals import compare_report
 from depthfuse.rivals.channels import prune_channels, ratio_within
 from depthfuse.rivals.methods import METHODS, Trial, check_methods
-from depthfuse.runs.run import Run, load_strictly
+from depthfuse.runs.run import Run
+from depthfuse.runs.weights import load_strictly
 from depthfuse.searching.space import SearchSpace, check_one_budget
 from depthfuse.spec import SubnetSpec
 from depthfuse.tasks import CLASSIFICATION
@@ -66,6 +68,10 @@ class Comparison:
         check_methods(config.methods)
         if config.task != CLASSIFICATION.name:
             raise ConfigError(f"methods are compared on {CLASSIFICATION.name} only, not on {config.task}")
+        if has_no_classes(config.data):
+            raise ConfigError(
+                f"methods are compared on images with classes, and those in {config.data.data} have none"
+            )
         self.config = config
         controls = [name for name, method in METHODS.items() if method.control]
         self.methods = list(dict.fromkeys([*config.methods, *controls]))

@@ -12,7 +12,7 @@ from depthfuse.costs.table import CostTable
 from depthfuse.merging.merge import MergeReport
 from depthfuse.searching.search import SearchResult
 from depthfuse.searching.space import TOLERANCE, budget_unit
-from depthfuse.tasks import CLASSIFICATION, Task
+from depthfuse.tasks import AGREEMENT, CLASSIFICATION, Task
 from depthfuse.training.loop import history_csv
 from depthfuse.untrusted import Either, Positive
 
@@ -184,6 +184,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         *_budget_in_words(results),
         "\\* over the accelerated baseline; medians of interleaved rounds, ratio taken round by round.",
         "",
+        *_agreement_in_words(results),
         f"Measured with: {conditions}.",
         "",
         *chosen_by(results),
@@ -212,6 +213,17 @@ def _budget_in_words(results: Mapping[str, Any]) -> list[str]:
             "",
         ]
     return []
+
+
+def _agreement_in_words(results: Mapping[str, Any]) -> list[str]:
+    """Said only where the images had no classes."""
+    if metric_of(results) != AGREEMENT.metric:
+        return []
+    return [
+        "The images have no classes: agreement is the share of them to which a net gives the baseline's own answer, "
+        "right or wrong.",
+        "",
+    ]
 
 
 def in_words(conditions: Mapping[str, Any]) -> str:

@@ -24,7 +24,6 @@ from torch import nn
 from depthfuse.acceleration import accelerate
 from depthfuse.checkpoint import (
     copy_file,
-    load_foreign_tensors,
     load_json,
     load_tensors,
     save_json,
@@ -43,20 +42,22 @@ from depthfuse.config import (
 from depthfuse.costs.counting import count_costs
 from depthfuse.costs.latency import conditions_of, make_latencies
 from depthfuse.costs.table import CostTable
-from depthfuse.data import DataBundle, open_data
+from depthfuse.data import DataBundle, has_no_classes, open_data
 from depthfuse.data.opening import check_fits
-from depthfuse.errors import CheckpointError, ConfigError, CostError, SpecError
+from depthfuse.errors import ConfigError, CostError
 from depthfuse.measuring.counting import count_macs, count_parameters
 from depthfuse.measuring.timing import time_interleaved
-from depthfuse.merging.merge import check_same_shapes, load_merged, merge
+from depthfuse.merging.merge import merge
 from depthfuse.merging.model_inputs import fixed_image_size, input_size
 from depthfuse.merging.supernet import Supernet
 from depthfuse.runs import report
+from depthfuse.runs.answers import answering_classes, ask, give
+from depthfuse.runs.weights import load, load_strictly, take_given
 from depthfuse.searching.search import front_csv, search
 from depthfuse.searching.space import SearchSpace, budget_unit, check_one_budget
 from depthfuse.searching.strategies import find_strategy
 from depthfuse.spec import ModelSource, SubnetSpec
-from depthfuse.tasks import Task, find_task
+from depthfuse.tasks import AGREEMENT, Task, find_task
 from depthfuse.training.evaluation import calibrate, check_task, evaluate
 from depthfuse.training.loop import fit, make_accelerator, seed_iteration
 from depthfuse.training.objectives import Objective, ProgressiveObjective, SandwichObjective
@@ -131,6 +132,8 @@ class Run:
                 f"set --model-kwargs img_size={wanted.img_size} or --data.img-size {fixed[0]}"
             )
         classes = kwargs.get("num_classes") if self.task.by_class else None
+        if has_no_classes(wanted) if data is None else not data.labelled:
+            classes, self.task = answering_classes(self.config, self.task, probe), AGREEMENT
         if data is None:
             data = open_data(
                 wanted,
@@ -191,24 +194,34 @@ class Run:
                 f"cannot start from {start}: {', '.join(differing)} differ there. Give the same settings, or leave "
                 "start_from out"
             )
-        for name in ("latency.json", "baseline.safetensors", "supernet.safetensors", "search.jsonl"):
+        weights = (f"{stem}.safetensors" for stem in ("baseline", "answers", "supernet"))
+        for name in ("latency.json", *weights, "search.jsonl"):
             if (start / name).exists() and not (self.dir / name).exists():
                 copy_file(start / name, self.dir / name)
 
     def baseline(self) -> nn.Module:
         path = self.dir / "baseline.safetensors"
-        done = self._is_done(path)
-        model = self.build(pretrained=self.config.pretrained and not done)
-        if done:
-            return self._load_weights(model, path)
-        if self.config.weights is not None:
-            weights = self.config.weights
-            model.load_state_dict(on_all(self.accelerator, lambda: read_weights(weights, model)))
-        elif not self.config.pretrained:
-            settings = self.config.baseline
+        config, model = self.config, self.build()
+        if self._is_done(path):
+            return self._answering(self._load_weights(model, path))
+        given = functools.partial(take_given, model, self.source, config.weights, config.pretrained)
+        if not on_all(self.accelerator, given):
+            settings = config.baseline
             self._fit(Objective(model, settings.label_smoothing, self.task), "baseline", settings)
         self._save_weights(model, path)
         return self.baseline()
+
+    def _answering(self, baseline: nn.Module) -> nn.Module:
+        """The same; images without classes now have its answers as their targets, which it gives once for all."""
+        if self.data.labelled:
+            return baseline
+        path = self.dir / "answers.safetensors"
+        if not self._is_done(path):
+            net = baseline.to(self.device)
+            on_one(self.accelerator, lambda: save_tensors(path, ask(net, self.data)))
+        answers, _ = on_all(self.accelerator, lambda: load_tensors(path))
+        self.data = on_all(self.accelerator, lambda: give(self.data, answers, path))
+        return baseline
 
     def supernet(self) -> Supernet:
         path = self.dir / "supernet.safetensors"
@@ -413,9 +426,10 @@ class Run:
             "merge": load_json(self.dir / "merge.json", report.MERGE)["summary"],
         }
 
-    def build(self, pretrained: bool = False) -> nn.Module:
+    def build(self) -> nn.Module:
+        """The model before any training."""
         seed_iteration(self.config.seed, 0)
-        return self.source.build(pretrained=pretrained)
+        return self.source.build()
 
     def _fit(self, objective: Objective, stage: str, settings: Any) -> None:
         checkpoint = self.dir / f"{stage}.state"
@@ -474,24 +488,6 @@ def _in_dtype(net: nn.Module, dtype: torch.dtype) -> nn.Module:
     return net if own == dtype else copy.deepcopy(net).to(dtype)
 
 
-def load_strictly(net: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Load a state dict. Raises CheckpointError that names the file where it is of another model."""
-    check_same_shapes(net.state_dict(), tensors, path)
-    net.load_state_dict(tensors)
-
-
-def read_weights(path: Path, model: nn.Module) -> dict[str, torch.Tensor]:
-    """A state dict from anybody's safetensors file. Raises CheckpointError for any other or damaged file."""
-    try:
-        tensors = load_foreign_tensors(path)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"cannot read weights from {path} (a safetensors file is expected): {error}"
-        ) from error
-    check_same_shapes(model.state_dict(), tensors, path)
-    return tensors
-
-
 def prune(
     config: PruneConfig,
     until: str = "compare",
@@ -511,16 +507,4 @@ def prune(
     return run
 
 
-def load(directory: str | Path) -> nn.Module:
-    """Rebuild the merged model of a finished run, in eval mode on the CPU, from subnet.json and merged.safetensors.
-
-    Raises CheckpointError for files that are missing, damaged or of another model, SpecError for a spec that does not
-    fit the model it names.
-    """
-    directory = Path(directory)
-    spec = SubnetSpec.load(directory / "subnet.json")
-    tensors, _ = load_tensors(directory / "merged.safetensors")
-    return load_merged(spec, tensors, directory / "merged.safetensors")
-
-
-__all__ = ["STAGES", "Run", "SpecError", "load", "prune"]
+__all__ = ["STAGES", "Run", "prune"]

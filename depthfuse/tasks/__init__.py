@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from depthfuse import origins
 from depthfuse.errors import SpecError, TaskError
-from depthfuse.tasks.classification import Classification
+from depthfuse.tasks.classification import Agreement, Classification
 from depthfuse.tasks.detection import Detection, detections
 from depthfuse.tasks.embedding import Embedding
 from depthfuse.tasks.functions import TaskOfFunctions
@@ -12,6 +12,7 @@ from depthfuse.tasks.segmentation import Segmentation
 from depthfuse.tasks.task import Score, Task
 
 CLASSIFICATION = Classification()
+AGREEMENT = Agreement()  # no task of its own to ask for: what classification becomes without classes
 TASKS: dict[str, Task] = {
     task.name: task for task in (CLASSIFICATION, Segmentation(), Detection(), Embedding())
 }
@@ -43,6 +44,7 @@ def find_task(name: str) -> Task:
 
 
 __all__ = [
+    "AGREEMENT",
     "CLASSIFICATION",
     "TASKS",
     "Classification",

@@ -47,3 +47,9 @@ class Classification(Task):
                 f"classification takes logits [N, classes] = [{len(targets)}, {num_classes}]; the model gives "
                 f"{shape_of(output)}"
             )
+
+
+class Agreement(Classification):
+    """Classification of images whose classes nobody knows: the targets are the original net's own answers."""
+
+    metric = "agreement"

@@ -125,7 +125,7 @@ def _best_fit(layer: nn.Conv2d | nn.Linear, fitted: Sums, held_out: Sums) -> tup
 def _priors(layer: nn.Conv2d | nn.Linear, sums: Sums) -> list[Tensor]:
     """[G, F, O] each: nothing, and each input to its output, scaled by what is seen of the two."""
     nothing = torch.zeros_like(sums.in_out)
-    groups, wide, high = nothing.shape
+    _, wide, high = nothing.shape
     taps = layer.weight[0, 0].numel() if isinstance(layer, nn.Conv2d) else 1
     if wide != high * taps or taps % 2 == 0:
         return [nothing]
@@ -138,7 +138,7 @@ def _priors(layer: nn.Conv2d | nn.Linear, sums: Sums) -> list[Tensor]:
 
 
 def _linear_range(act: nn.Module) -> tuple[float, float]:
-    """(low, high): where act(z) is z; high is infinite where it has no upper end. Empty, (0, 0), where it nowhere is."""
+    """(low, high): where act(z) is z; high is infinite where it has no upper end. (0, 0) where it is nowhere."""
     z = torch.arange(-8.0, 64.01, 0.25, dtype=torch.float64)
     good = ((act(z.clone()) - z).abs() <= 1e-9 * z.abs().clamp_min(1.0)).tolist()
     best = start = 0

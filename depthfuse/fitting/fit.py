@@ -63,8 +63,8 @@ def fit_chosen(supernet: Supernet, images: Sequence[Tensor]) -> dict[str, float]
         supernet.set_choices({})
         wanted = record(supernet.model, path, images)
         supernet.set_choices(so_far)
-        given = record(supernet.model, path, images)
-        share = _fit(supernet.blocks[path], name, given, wanted)
+        given = record(supernet.model, path, images[: len(wanted)])
+        share = _fit(supernet.blocks[path], name, given, wanted[: len(given)])
         if share is not None:
             lost[path] = share
         so_far[path] = name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +24,25 @@ class Call:
     output: Tensor
     before_act: Tensor | None
 
+    @property
+    def bytes(self) -> int:
+        tensors = [*self.args, *self.kwargs.values(), self.output, self.before_act]
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
 
 class _Seen(Exception):
     """Ends a forward pass when what is to be seen has been seen."""
+
+
+_MOST_BYTES = 2**31  # of the inputs and outputs of a block that are kept
 
 
 @torch.no_grad()
 def record(net: nn.Module, path: str, batches: Iterable[Tensor]) -> list[Call]:
     """The calls of the module at `path` while `net` sees each batch [N, C, H, W]; what comes after it is not run.
 
-    Raises FitError where the net does not call the module.
+    Two batches at least, and of the others as many as fit into 2 GiB. Raises FitError where the net does not call the
+    module.
     """
     block = net.get_submodule(path)
     calls: list[Call] = []
@@ -63,15 +73,17 @@ def record(net: nn.Module, path: str, batches: Iterable[Tensor]) -> list[Call]:
     for module in block.modules():
         if isinstance(module, ACTIVATIONS):
             handles += [module.register_forward_pre_hook(before_act), module.register_forward_hook(after_act)]
+    size = 0
     try:
         for images in batches:
+            if len(calls) >= 2 and size + size // len(calls) > _MOST_BYTES:
+                break
             seen = len(calls)
-            try:
+            with suppress(_Seen):
                 net(images)
-            except _Seen:
-                pass
             if len(calls) == seen:
                 raise FitError(f"the model does not run {path}: leave it out (--search.exclude {path})")
+            size += calls[-1].bytes
     finally:
         for handle in handles:
             handle.remove()

@@ -45,6 +45,8 @@ from depthfuse.costs.table import CostTable
 from depthfuse.data import DataBundle, has_no_classes, open_data
 from depthfuse.data.opening import check_fits
 from depthfuse.errors import ConfigError, CostError
+from depthfuse.fitting.calibration import Calibration
+from depthfuse.fitting.fitted import with_fitted
 from depthfuse.measuring.counting import count_macs, count_parameters
 from depthfuse.measuring.timing import time_interleaved
 from depthfuse.merging.merge import merge
@@ -184,6 +186,7 @@ class Run:
             "data",
             "baseline",
             "supernet",
+            "start",
             "seed",
         )
         differing = [name for name in names if here[name] != there[name]]
@@ -226,15 +229,21 @@ class Run:
     def supernet(self) -> Supernet:
         path = self.dir / "supernet.safetensors"
         supernet = self.switched(self.baseline())
+        fits = self.config.start == "fit"
+        if fits:
+            supernet = with_fitted(supernet)
         if self._is_done(path):
             return self._load_weights(supernet, path)
         settings = self.config.supernet
         # the search space is checked before hours of training are spent on a budget that nothing meets
         space = self.space(supernet)
-        objective = SandwichObjective(
-            supernet, space.options, settings.random_subnets, settings.label_smoothing, self.task
-        )
-        self._fit(objective, "supernet", settings)
+        if fits:
+            self.calibration(supernet).fit_candidates(space.options)
+        else:
+            objective = SandwichObjective(
+                supernet, space.options, settings.random_subnets, settings.label_smoothing, self.task
+            )
+            self._fit(objective, "supernet", settings)
         supernet.set_choices({})
         self._save_weights(supernet, path)
         return self.supernet()
@@ -291,6 +300,7 @@ class Run:
 
     def _search(self, supernet: Supernet, costs: CostTable, latency: CostTable) -> None:
         settings, journal = self.config.search, self.dir / "search.jsonl"
+        fitted = self.calibration(supernet) if self.config.start == "fit" else None
         result = search(
             supernet,
             self.data,
@@ -299,6 +309,7 @@ class Run:
             costs=costs,
             seed=self.config.seed,
             journal=journal,
+            settle=None if fitted is None else fitted.settle,
             task=self.task,
         )
         save_text(self.dir / "front.csv", front_csv(result, latency, self.task))
@@ -312,14 +323,26 @@ class Run:
         subnet = supernet.subnet(spec, lam=0.0)
         if self._is_done(path):
             return self._load_weights(subnet, path)
-        subnet.set_mixing(settings.mixing)
-        teaching = self.teaching(settings)
-        objective = ProgressiveObjective(subnet, settings.lambda_schedule, settings.lambda_share, **teaching)
-        self._fit(objective, "finetune", settings)
-        subnet.set_lambda(0.0)
-        self.calibrate(subnet)
+        if self.config.start == "fit":
+            fitted = self.calibration(supernet)
+            supernet.set_choices(spec)
+            fitted.fit_chosen()
+            fitted.settle()
+            subnet = supernet.subnet(spec, lam=0.0)
+        if self.config.train:
+            subnet.set_mixing(settings.mixing)
+            schedule = settings.lambda_schedule, settings.lambda_share
+            objective = ProgressiveObjective(subnet, *schedule, **self.teaching(settings))
+            self._fit(objective, "finetune", settings)
+            subnet.set_lambda(0.0)
+        if self.config.train or self.config.start == "supernet":
+            self.calibrate(subnet)
         self._save_weights(subnet, path)
         return self.finetune()
+
+    def calibration(self, supernet: Supernet) -> Calibration:
+        """What the candidates of a supernet, whose start is "fit", are fitted by."""
+        return Calibration(supernet, self.data, self.config.search.calibration_images)
 
     def teaching(self, settings: FinetuneConfig) -> dict[str, Any]:
         """What `TaughtObjective` needs to be taught by this run's baseline."""

@@ -62,6 +62,7 @@ def search(
     seed: int = 0,
     journal: Path | None = None,
     judge: Callable[[Choices], Score] | None = None,
+    settle: Callable[[], None] | None = None,
     task: Task = CLASSIFICATION,
 ) -> SearchResult:
     """The best subnet found within the budget of `config`, and the front.
@@ -71,6 +72,7 @@ def search(
     Args:
         latency: decides which merges pay, and is the cost axis of the front.
         costs: in the unit of the budget, where that is not milliseconds or blocks.
+        settle: what is done with the batch norms of the chosen subnet, in the place of re-calibration.
         journal: with it, an interrupted search goes on where it was.
 
     Raises BudgetError for a budget below the cheapest subnet (the message names that one) and an unknown strategy.
@@ -87,7 +89,10 @@ def search(
 
     def measure(choices: Choices) -> Score:
         supernet.set_choices(choices)
-        calibrate(supernet, data, config.calibration_images)
+        if settle is None:
+            calibrate(supernet, data, config.calibration_images)
+        else:
+            settle()
         return evaluate(supernet, data.holdout_loader(), task=task)
 
     judge = judge or measure

@@ -9,7 +9,8 @@ correction of quantisation (Nagel et al., ICCV 2019) and REPAIR (Jordan et al., 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,93 +18,100 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from depthfuse.merging.merged_blocks import TokenBatchNorm
 from depthfuse.merging.supernet import batch_norms
 
+_POSITIONS = 256  # of an image that count
 _DEAD = 1e-8  # a scale below this gives a constant, whatever it reads
 
 
 @dataclass
 class Moments:
-    """Of a channel, over images and positions: [C] each."""
+    """Of each channel over images and positions: mean [C], deviation [C], float64; `count` of both."""
 
+    count: int
     mean: Tensor
     deviation: Tensor
 
 
+BatchMoments = list[dict[str, Moments]]  # for each batch of images: {name of a batch norm: moments}
+
+
 @torch.no_grad()
-def output_moments(net: nn.Module, batches: Iterable[Tensor]) -> dict[str, Moments]:
+def output_moments(net: nn.Module, batches: Sequence[Tensor]) -> BatchMoments:
     """What each batch norm of `net`, in evaluation mode, gives (before an activation that is part of its module)."""
-    inputs = _input_moments(net, batches)
-    found = {}
-    for name, norm in batch_norms(net):
-        if name in inputs:
-            scale, shift = _affine(norm)
-            mean, deviation = inputs[name].mean, inputs[name].deviation
-            found[name] = Moments(mean * scale + shift, deviation * scale.abs())
+    found: BatchMoments = []
+    norms = dict(batch_norms(net))
+
+    def keep(name: str, norm: _BatchNorm, args: tuple[Any, ...]) -> None:
+        given = _moments(norm, args[0])
+        scale, shift = _affine(norm)
+        found[-1][name] = Moments(given.count, given.mean * scale + shift, given.deviation * scale.abs())
+
+    _run_hooked(
+        net, batches, {name: functools.partial(keep, name) for name in norms}, lambda: found.append({})
+    )
     return found
 
 
 @torch.no_grad()
-def match_moments(net: nn.Module, batches: Iterable[Tensor], wanted: Mapping[str, Moments]) -> None:
-    """Set the statistics of the batch norms of `net`, in place, so that they give the moments `wanted`.
+def match_moments(net: nn.Module, batches: Sequence[Tensor], wanted: BatchMoments) -> None:
+    """Set the statistics of the batch norms of `net`, in place, so that they give the moments `wanted` of these
+    batches.
 
     Norms that are not run, or not named in `wanted`, keep theirs. In one pass: each norm of a batch reads what the ones
     before it give when matched on that batch.
     """
-    seen: dict[str, list[Tensor]] = {}
-    handles = [
-        norm.register_forward_pre_hook(functools.partial(_match_batch, seen, name, wanted[name]))
-        for name, norm in batch_norms(net)
-        if name in wanted
-    ]
-    try:
-        for images in batches:
-            net(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     norms = dict(batch_norms(net))
-    for name, sums in seen.items():
-        _set(norms[name], _moments(sums), wanted[name])
+    names = [name for name in norms if any(name in batch for batch in wanted)]
+    found: BatchMoments = []
+
+    def match(name: str, norm: _BatchNorm, args: tuple[Any, ...]) -> None:
+        given = _moments(norm, args[0])
+        found[-1][name] = given
+        _set(norm, given, wanted[len(found) - 1][name])
+
+    _run_hooked(
+        net, batches, {name: functools.partial(match, name) for name in names}, lambda: found.append({})
+    )
+    for name in names:
+        if name in found[0]:
+            given, aim = (_pooled([batch[name] for batch in all_of]) for all_of in (found, wanted))
+            _set(norms[name], given, aim)
 
 
-def _match_batch(
-    seen: dict[str, list[Tensor]], name: str, wanted: Moments, norm: _BatchNorm, args: tuple[Any, ...]
+def _run_hooked(
+    net: nn.Module,
+    batches: Sequence[Tensor],
+    hooks: Mapping[str, Callable[..., None]],
+    before_batch: Callable[[], object],
 ) -> None:
-    sums = _sums(args[0])
-    seen[name] = [a + b for a, b in zip(seen[name], sums, strict=True)] if name in seen else sums
-    _set(norm, _moments(sums), wanted)
-
-
-def _sums(x: Tensor) -> list[Tensor]:
-    """[count, sum, sum of squares] over all but the channels of x [N, C, ...] or rows [N, C], float64."""
-    rows = x.double().movedim(1, -1).flatten(0, -2)
-    return [rows.new_tensor(len(rows)), rows.sum(0), rows.square().sum(0)]
-
-
-def _moments(sums: list[Tensor]) -> Moments:
-    count, first, second = sums
-    mean = first / count
-    return Moments(mean, (second / count - mean.square()).clamp_min(0).sqrt())
-
-
-def _input_moments(net: nn.Module, batches: Iterable[Tensor]) -> dict[str, Moments]:
-    seen: dict[str, list[Tensor]] = {}
-
-    def keep(name: str, _norm: nn.Module, args: tuple[Any, ...]) -> None:
-        sums = _sums(args[0])
-        seen[name] = [a + b for a, b in zip(seen[name], sums, strict=True)] if name in seen else sums
-
-    handles = [
-        norm.register_forward_pre_hook(functools.partial(keep, name)) for name, norm in batch_norms(net)
-    ]
+    handles = [net.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
     try:
         for images in batches:
+            before_batch()
             net(images)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: _moments(sums) for name, sums in seen.items()}
+
+
+def _moments(norm: _BatchNorm, x: Tensor) -> Moments:
+    """Over all but the channels of x [N, C, ...], or tokens [..., C]; of large maps, every so-manieth pixel."""
+    if isinstance(norm, TokenBatchNorm):
+        x = x.reshape(-1, x.shape[-1])
+    if x.ndim == 4:
+        step = math.ceil(math.sqrt(x.shape[2] * x.shape[3] / _POSITIONS))
+        x = x[:, :, ::step, ::step]
+    variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
+    return Moments(x.numel() // x.shape[1], mean.double(), variance.double().sqrt())
+
+
+def _pooled(parts: Sequence[Moments]) -> Moments:
+    count = sum(part.count for part in parts)
+    mean = sum(part.mean * (part.count / count) for part in parts)
+    square = sum((part.deviation.square() + part.mean.square()) * (part.count / count) for part in parts)
+    return Moments(count, mean, (square - mean.square()).clamp_min(0).sqrt())
 
 
 def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:

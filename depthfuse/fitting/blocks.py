@@ -91,7 +91,7 @@ def fit_block(
     if len(given) < 2:
         raise FitError("fitting takes two batches of images at least: one is held out to choose the ridge")
     axis = -1 if isinstance(tail.layer, nn.Linear) else 1
-    targets, undo = _targets(tail.act, wanted, axis, alone=_stands_alone(merged, tail, given[0]))
+    targets, scale = _targets(tail.act, wanted, axis, alone=_stands_alone(merged, tail, given[0]))
     gamma = _gamma(merged, tail, given[0], axis)
     generator = torch.Generator().manual_seed(seed)
     sums: dict[bool, Sums] = {}
@@ -108,33 +108,37 @@ def fit_block(
         if not sums:
             sums = {held_out: Sums.around(*rows) for held_out in (False, True)}
         sums[index % _HELD_OUT == _HELD_OUT - 1 or (len(given) < _HELD_OUT and index == 1)].add(*rows)
-    weight, bias, ridge = _best_fit(tail.layer, sums[False], sums[True])
+    weight, bias, ridge = _best_fit(tail.layer, scale, sums[False], sums[True])
     _set_layer(tail.layer, weight, bias)
     left = _set_norm(merged, tail, given, wanted, axis)
-    log.debug("fitted %s: ridge %g, %.3f of the variance left (%s)", type(merged).__name__, ridge, left, undo)
+    log.debug("fitted %s: ridge %g, %.3f of the variance left", type(merged).__name__, ridge, left)
     return left
 
 
-def _best_fit(layer: nn.Conv2d | nn.Linear, fitted: Sums, held_out: Sums) -> tuple[Tensor, Tensor, float]:
-    """With the prior, nothing or the identity, that errs less: where data says little, a block is dropped."""
+def _best_fit(
+    layer: nn.Conv2d | nn.Linear, scale: Tensor, fitted: Sums, held_out: Sums
+) -> tuple[Tensor, Tensor, float]:
+    """With the prior that errs least: where data says little, a block is dropped, or stays as it was merged."""
     infinite = float("inf")
-    priors = _priors(layer, fitted)
+    priors = _priors(layer, scale, fitted)
     return fit_linear(fitted, held_out, min(priors, key=lambda p: held_out.error(*fitted.solve(infinite, p))))
 
 
-def _priors(layer: nn.Conv2d | nn.Linear, sums: Sums) -> list[Tensor]:
-    """[G, F, O] each: nothing, and each input to its output, scaled by what is seen of the two."""
+def _priors(layer: nn.Conv2d | nn.Linear, scale: Tensor, sums: Sums) -> list[Tensor]:
+    """[G, F, O] each: nothing; the layer as it is; each input to its output, scaled by what is seen of the two."""
     nothing = torch.zeros_like(sums.in_out)
-    _, wide, high = nothing.shape
+    groups, wide, high = nothing.shape
+    as_merged = (layer.weight.flatten(1).double() * scale[:, None]).reshape(groups, high, wide).movedim(1, 2)
     taps = layer.weight[0, 0].numel() if isinstance(layer, nn.Conv2d) else 1
     if wide != high * taps or taps % 2 == 0:
-        return [nothing]
-    at = torch.arange(high) * taps + taps // 2
+        return [nothing, as_merged]
+    here = torch.arange(high)
+    at = here * taps + taps // 2  # the middle of the window
     variance = sums.in_in[:, at, at] - sums.first_in[:, at].square() / sums.rows
-    joint = sums.in_out[:, at, torch.arange(high)] - sums.first_in[:, at] * sums.first_out / sums.rows
+    joint = sums.in_out[:, at, here] - sums.first_in[:, at] * sums.first_out / sums.rows
     identity = nothing.clone()
-    identity[:, at, torch.arange(high)] = torch.where(variance > 0, joint / variance.clamp_min(1e-300), 0.0)
-    return [nothing, identity]
+    identity[:, at, here] = torch.where(variance > 0, joint / variance.clamp_min(1e-300), 0.0)
+    return [nothing, as_merged, identity]
 
 
 def _linear_range(act: nn.Module) -> tuple[float, float]:
@@ -154,36 +158,31 @@ def _linear_range(act: nn.Module) -> tuple[float, float]:
     return float(z[best]), float("inf") if high == float(z[-1]) else high
 
 
-def _targets(act: nn.Module, wanted: Sequence[Call], axis: int, alone: bool) -> tuple[list[Tensor], str]:
-    """What shall stand before the activation, and how it was made of the block's outputs.
+def _targets(act: nn.Module, wanted: Sequence[Call], axis: int, alone: bool) -> tuple[list[Tensor], Tensor]:
+    """What shall stand before the activation, and what the block's outputs were scaled by for that: [C].
 
     alone: nothing is added to the layer's output, so that it may be scaled.
     """
-    if all(call.before_act is not None for call in wanted):
-        return [call.before_act for call in wanted], "before its own activation"
-    low, high = _linear_range(act)
-    if high <= low:
-        return [call.output for call in wanted], "as it is"
-    others = [d for d in range(wanted[0].output.ndim) if d != axis % wanted[0].output.ndim]
+    dims = wanted[0].output.ndim
+    others = [d for d in range(dims) if d != axis % dims]
     least = torch.stack([call.output.double().amin(others) for call in wanted]).amin(0)
     most = torch.stack([call.output.double().amax(others) for call in wanted]).amax(0)
+    scale = torch.ones_like(least)
+    if all(call.before_act is not None for call in wanted):
+        return [call.before_act for call in wanted], scale
+    low, high = _linear_range(act)
+    if high <= low:
+        return [call.output for call in wanted], scale
     spread = (most - least).clamp_min(1e-12)
-    # some room for images that were not seen
-    least, most = least - 0.1 * spread, most + 0.1 * spread
-    scale = torch.ones_like(spread)
-    if high != float("inf"):
-        scale = (high - low) / (most - least) if alone else ((high - low) / (most - least)).clamp_max(1.0)
+    least, spread = least - 0.1 * spread, 1.2 * spread  # some room for images that were not seen
+    if alone and high == float("inf"):
+        rows = torch.cat([_channels_last(call.output, axis).double() for call in wanted])
+        scale = 1.0 / rows.std(0).clamp_min(1e-12)
     elif alone:
-        scale = 1.0 / torch.cat([_channels_last(c.output, axis).double() for c in wanted]).std(0).clamp_min(
-            1e-12
-        )
-    if not alone:
-        scale = torch.ones_like(scale)
+        scale = (high - low) / spread
     shift = low - least * scale
-    dims = wanted[0].output.ndim
-    return [
-        (c.output.double() * _along(scale, axis, dims) + _along(shift, axis, dims)) for c in wanted
-    ], f"into [{low:g}, {high:g}]"
+    scale_along, shift_along = _along(scale, axis, dims), _along(shift, axis, dims)
+    return [call.output.double() * scale_along + shift_along for call in wanted], scale
 
 
 def _run_without(merged: nn.Module, tail: Tail, call: Call) -> tuple[Tensor, Tensor]:
@@ -251,8 +250,7 @@ def _rows(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
     """What the layer reads at each position: [positions, groups, features]."""
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, 1, x.shape[-1]).double()
-    padding = layer.padding
-    windows = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)  # [N, I * k * k, L]
+    windows = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # [N, I * k * k, L]
     return windows.movedim(1, 2).reshape(-1, layer.groups, features_of(layer)).double()
 
 

@@ -1,0 +1,163 @@
+"""Fitting of whole supernets: every family, one block after another, the same bits."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from depthfuse import Supernet, merge
+from depthfuse.errors import FitError, SpecError
+from depthfuse.fitting.fit import fit_candidates, fit_chosen
+from depthfuse.fitting.fitted import Fitted, with_fitted
+
+FAMILIES = {
+    "resnet18": {"channels": (8, 12, 16, 24), "layers": (1, 2, 1, 1)},
+    "resnet26": {"channels": (4, 8, 8, 16), "layers": (1, 1, 1, 1)},
+    "mobilenetv2_035": {},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24)},
+    "deit_tiny_patch16_224": {"depth": 4, "embed_dim": 24, "num_heads": 2, "img_size": 32},
+    "swin_tiny_patch4_window7_224": {"img_size": 56, "depths": (1, 1, 1, 1), "embed_dim": 16},
+    "mixer_s32_224": {"img_size": 64},
+}
+
+
+def net_of(name):
+    torch.manual_seed(0)
+    net = timm.create_model(name, num_classes=5, **FAMILIES[name])
+    size = FAMILIES[name].get("img_size", 32)
+    with torch.no_grad():  # statistics of what it sees, and branches that do something
+        for module in net.modules():
+            scale = getattr(module, "gamma", None)
+            if isinstance(scale, nn.Parameter):
+                scale.fill_(0.3)
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.fill_(1.0)
+        for x in images(size, 6, seed=1):
+            net.train()(x)
+    return net.eval(), size
+
+
+def images(size, count=4, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    smooth = nn.AvgPool2d(3, 1, 1)
+    return [3 * smooth(torch.randn(8, 3, size, size, generator=rng)) for _ in range(count)]
+
+
+def error_of(supernet, path, name, x):
+    seen = {}
+
+    def keep(_block, _args, output):
+        seen["y"] = output[0] if isinstance(output, tuple) else output
+
+    handle = supernet.blocks[path].register_forward_hook(keep)
+    supernet.set_choices({})
+    supernet(x)
+    wanted = seen["y"]
+    supernet.set_choices({path: name})
+    supernet(x)
+    handle.remove()
+    return float((seen["y"] - wanted).square().sum() / (wanted - wanted.mean()).square().sum())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_every_candidate_comes_nearer_to_its_block(name):
+    net, size = net_of(name)
+    supernet = with_fitted(Supernet(net)).eval()
+    (x,) = images(size, 1, seed=9)
+    options = supernet.options()
+    before = {
+        (path, name): error_of(supernet, path, name, x) for path, names in options.items() for name in names
+    }
+    lost = fit_candidates(supernet, images(size))
+    assert lost
+    for path, names in options.items():
+        for name in names:
+            after = error_of(supernet, path, name, x)
+            if name in lost[path]:
+                assert after < 0.9 * before[path, name] + 1e-3, (path, name)
+                assert after < 1.05 or name in ("compact", "identity"), (path, name)
+            else:  # nothing to fit: dropped blocks
+                assert after == before[path, name]
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_035", "deit_tiny_patch16_224"])
+@torch.no_grad()
+def test_later_blocks_make_up_for_what_earlier_ones_lose(name):
+    net, size = net_of(name)
+    options = Supernet(net).options()
+    choices = {path: next(n for n in names if n != "drop") for path, names in list(options.items())[1:4]}
+    last = list(choices)[-1]
+
+    def error(supernet):
+        supernet.set_choices({})
+        outputs = []
+        handle = supernet.blocks[last].register_forward_hook(lambda _m, _a, y: outputs.append(y))
+        for choice in ({}, choices):
+            supernet.set_choices(choice)
+            supernet(x)
+        handle.remove()
+        return float((outputs[1] - outputs[0]).square().mean())
+
+    x = torch.cat(images(size))
+    alone, after = (with_fitted(Supernet(net)).eval() for _ in range(2))
+    fit_candidates(alone, images(size))
+    after.set_choices(choices)
+    lost = fit_chosen(after, images(size))
+    assert list(lost) == list(choices)
+    assert after.choices() == alone.choices() | choices
+    assert error(after) < error(alone)
+
+
+@torch.no_grad()
+def test_the_same_bits_and_an_exact_merge():
+    net, size = net_of("mobilenetv2_035")
+    states = []
+    for _ in range(2):
+        supernet = with_fitted(Supernet(net))
+        fit_candidates(supernet, images(size), {"blocks.2.1": ["compact", "drop"]})
+        states.append(supernet.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    supernet.set_choices({"blocks.2.1": "compact"})
+    merged = merge(supernet.eval(), (3, size, size))
+    assert merged.merge_report.output < 1e-12
+    assert not any(isinstance(m, Fitted) for m in merged.modules())
+
+
+def test_the_original_net_is_left_alone():
+    net, size = net_of("resnet18")
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    supernet = with_fitted(Supernet(net))
+    fit_candidates(supernet, images(size), {"layer2.1": ["compact"]})
+    x = images(size, 1)[0]
+    supernet.set_choices({})
+    with torch.no_grad():
+        assert torch.equal(supernet(x), net(x))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_at_lambda_one_a_fitted_block_is_the_original():
+    net, size = net_of("resnet18")
+    supernet = with_fitted(Supernet(net)).eval()
+    x = images(size, 1)[0]
+    with torch.no_grad():
+        wanted = net(x)
+        supernet.set_choices({"layer2.1": "compact"}, lam=1.0)
+        assert torch.equal(supernet(x), wanted)
+        supernet.set_lambda(0.5)
+        half = supernet(x)
+        supernet.set_lambda(0.0)
+        assert not torch.equal(half, wanted) and not torch.equal(half, supernet(x))
+
+
+def test_what_cannot_be_fitted_is_said(caplog):
+    net, size = net_of("resnet18")
+    supernet = Supernet(net)
+    with pytest.raises(FitError, match="with_fitted"):
+        fit_candidates(supernet, images(size))
+    with_fitted(supernet)
+    with pytest.raises(SpecError, match="fitted already"):
+        with_fitted(supernet)
+    broken = [x * float("nan") for x in images(size)]
+    with pytest.raises(FitError, match=r"block layer1\.0: .*finite"):
+        fit_candidates(supernet, broken)

@@ -145,9 +145,7 @@ def test_a_constant_channel_stays_finite():
     torch.manual_seed(0)
     original = nn.Conv2d(4, 6, 1)
     original.weight[2] = 0.0
-    merged, left = fitted(
-        MergedConv(nn.Conv2d(4, 6, 1), nn.ReLU6(), nn.BatchNorm2d(6)), original, images()
-    )
+    merged, left = fitted(MergedConv(nn.Conv2d(4, 6, 1), nn.ReLU6(), nn.BatchNorm2d(6)), original, images())
     assert left < 1e-10
     assert (merged(images()[0])[:, 2] - original.bias[2]).abs().max() < 1e-8
 

@@ -49,7 +49,9 @@ def test_as_the_augmented_least_squares_of_numpy(ridge):
     x, t, p = (v[:, 0].numpy() for v in (a, y, prior.movedim(0, 1)))
     centred, wanted = x - x.mean(0), t - t.mean(0) - (x - x.mean(0)) @ p
     penalty = np.sqrt(ridge * centred.var(0).mean() * len(x)) * np.eye(6)
-    change = np.linalg.lstsq(np.vstack([centred, penalty]), np.vstack([wanted, np.zeros((6, 3))]), rcond=None)[0]
+    change = np.linalg.lstsq(
+        np.vstack([centred, penalty]), np.vstack([wanted, np.zeros((6, 3))]), rcond=None
+    )[0]
     np.testing.assert_allclose(found[0].numpy(), p + change, rtol=1e-8, atol=1e-9)
     np.testing.assert_allclose(offset[0].numpy(), t.mean(0) - x.mean(0) @ (p + change), rtol=1e-8, atol=1e-8)
 

@@ -83,8 +83,8 @@ class FinetuneConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Which subnet. One of blocks, budget_ms, speedup, macs and parameters sets the budget; `depthfuse search` works
-    without one and gives the front."""
+    """Which subnet. One of blocks, budget_ms, speedup, macs, parameters and points sets the budget; `depthfuse search`
+    works without one and gives the front."""
 
     blocks: int | None = None
     """Prune exactly this many blocks."""
@@ -96,6 +96,9 @@ class SearchConfig:
     """Share of the baseline's multiply-accumulates, at most."""
     parameters: float | None = None
     """Share of the baseline's parameters, at most."""
+    points: float | None = None
+    """Percentage points lost against the unpruned net on the held-out images, before fine-tuning, at most; the fastest
+    subnet within it is taken. With strategy pick only: `depthfuse pick`."""
     strategy: str = "evolution"
     """evolution; milp: exact optimum of summed losses of single blocks, the cheapest; greedy; random, uniform:
     controls; pick: the best of an earlier search's subnets, without scoring more."""
@@ -234,7 +237,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 # Entries that came later. A run of before did what their defaults do.
-_ADDED = ("task", "start", "train")
+_ADDED = ("task", "points", "start", "train")
 
 
 def from_dict(cls: type, values: Any, where: str = "config", complete: bool = False) -> Any:

@@ -61,9 +61,27 @@ COMMANDS = {
         ),
         _stage("baseline", "Only train (or take over) the baseline."),
         _stage("supernet", "The job up to the trained supernet."),
-        _stage("search", "The job up to the chosen subnet (subnet.json)."),
+        _stage(
+            "search",
+            "The job up to the chosen subnet (subnet.json). Without a budget it leaves the front to pick from: "
+            "front.csv and plots/front.png.",
+        ),
         _stage("finetune", "The job up to the progressively trained subnet."),
         _stage("merge", "The job up to the merged model (merged.safetensors)."),
+        Command(
+            "pick",
+            "pick:pick",
+            "One net from what a search has scored, fine-tuned, merged and compared; nothing is trained or scored "
+            "again that RUN has. First `depthfuse search` without a budget, a look at RUN/plots/front.png, then pick, "
+            "as often as you like.",
+            (
+                "depthfuse search --model resnet34 --pretrained --data.data /data/imagenet --out runs/explored",
+                "depthfuse pick runs/explored --speedup 1.3",
+                "depthfuse pick runs/explored --points 1.0 --out runs/one_point",
+                "depthfuse pick runs/explored --blocks 6",
+            ),
+            resumes=True,
+        ),
         Command(
             "accelerate",
             "accelerate:accelerate",

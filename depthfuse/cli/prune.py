@@ -13,7 +13,7 @@ from depthfuse.cli.command import BUDGET_MISSED, Invocation
 
 def prune(invocation: Invocation) -> int | None:
     directory = _run_until("compare", invocation)
-    return _close([directory]) if log.is_main_process() else None
+    return close([directory]) if log.is_main_process() else None
 
 
 def baseline(invocation: Invocation) -> None:
@@ -56,10 +56,10 @@ def demo(invocation: Invocation) -> int | None:
     given = invocation.settings(DemoArguments)
     from depthfuse.runs import demo
 
-    return _close(demo.demo(given.out))
+    return close(demo.demo(given.out))
 
 
-def _close(directories: Sequence[Path]) -> int | None:
+def close(directories: Sequence[Path]) -> int | None:
     """Print the results of finished runs, and say where a budget was missed."""
     from depthfuse.checkpoint import load_json
     from depthfuse.cli.tables import print_results

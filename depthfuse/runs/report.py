@@ -10,6 +10,7 @@ from typing import Any
 from depthfuse.config import SearchConfig
 from depthfuse.costs.table import CostTable
 from depthfuse.merging.merge import MergeReport
+from depthfuse.searching.intervals import points_lost, wilson
 from depthfuse.searching.search import SearchResult
 from depthfuse.searching.space import TOLERANCE, budget_unit
 from depthfuse.tasks import AGREEMENT, CLASSIFICATION, Task
@@ -27,6 +28,7 @@ _BUDGET_CELLS = {
     "speedup": (5, ">= {:.2f}x"),
     "macs": (3, "<= {:.2%}"),
     "parameters": (2, "<= {:.2%}"),
+    "points": (1, "loses <= {:.2f}"),
 }
 
 # What the files of a run hold; a reader checks it.
@@ -98,7 +100,7 @@ def check_budget(
     """The budget beside what came out: {"name", "unit", "wanted", "reached", "met"}; None where none was set.
 
     Times are those measured of the whole merged and accelerated model; MACs and parameters are shares of the
-    baseline's, counted.
+    baseline's, counted; points are what it loses against the baseline on the validation images.
 
     Args:
         rows: of the closing comparison, see `Run`. choices: {block: candidate} of the pruned blocks.
@@ -119,6 +121,9 @@ def check_budget(
     elif name == "budget_ms":
         unit, reached = "ms", fast["latency_ms"]
         met = reached <= wanted * (1 + _MEASURED_WITHIN)
+    elif name == "points":
+        unit, reached = "points", baseline["top1"] - fast["top1"]
+        met = reached <= wanted + TOLERANCE
     else:  # a share
         unit, reached = f"of the baseline's {budget_unit(search)}", fast[name] / baseline[name]
         met = reached <= wanted * (1 + TOLERANCE)
@@ -300,6 +305,7 @@ def plot_front(directory: Path, result: SearchResult, table: CostTable, model: s
     figure = new_figure(7.0, 4.5)
     axes = figure.add_subplot()
     axes.plot([p.cost for p in result.front], [p.top1 for p in result.front], "o-", label="best subnets")
+    _plot_intervals(axes, result)
     axes.axvline(table.whole, color="grey", ls="--", label="baseline")
     predicted = " (predicted)" if table.conditions.get("predicted") else ""
     axes.set_xlabel(f"{'latency' if table.unit == 'ms' else 'cost'} ({table.unit}){predicted}")
@@ -310,6 +316,28 @@ def plot_front(directory: Path, result: SearchResult, table: CostTable, model: s
     plots = directory / "plots"
     plots.mkdir(exist_ok=True)
     save_figure(figure, plots / "front.png")
+
+
+def _plot_intervals(axes: Any, result: SearchResult) -> None:
+    """95 % intervals of the scores, and of their differences to the unpruned net, which are the narrower ones."""
+    known = [(p, p.pair) for p in result.front if p.pair is not None]
+    if not known or result.unpruned is None:
+        return
+    ends = [wilson(p.top1, pair.images) for p, pair in known]
+    lost = [points_lost(pair)[1:] for _, pair in known]
+    beside = [(result.unpruned - most, result.unpruned - least) for least, most in lost]
+    for spans, width, color, label in (
+        (beside, 5.0, "C1", "95 %: beside the unpruned net"),
+        (ends, 1.5, "C0", "95 %: of the score alone"),
+    ):
+        # not centred on the scores, as error bars would be
+        costs, lows, highs = (
+            [p.cost for p, _ in known],
+            [low for low, _ in spans],
+            [high for _, high in spans],
+        )
+        axes.vlines(costs, lows, highs, lw=width, color=color, alpha=0.6, label=label)
+    axes.axhline(result.unpruned, color="grey", ls=":", label="unpruned net, in the supernet")
 
 
 def _plot_training(history: Sequence[Row], path: Path, task: Task) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from depthfuse.checkpoint import read_bounded
 from depthfuse.errors import CheckpointError
+from depthfuse.searching.intervals import Paired
 from depthfuse.searching.space import Choices
 from depthfuse.searching.strategies import key_of
 from depthfuse.training.evaluation import Score
@@ -20,6 +21,9 @@ _SHAPE = {
     "choices": dict[str, str],
     "top1": float,
     "loss": float | Literal["nan", "inf", "-inf"],  # of a subnet whose outputs overflow
+    "images?": int,  # and the next two: beside the unpruned net, see `Paired`
+    "lost?": int,
+    "gained?": int,
     "sha256": str,
 }
 # 8,000 subnets of 100 blocks.
@@ -35,18 +39,19 @@ class Journal:
     def __init__(self, path: Path | None):
         self.path = path
         self.rows: dict[str, tuple[Choices, Score]] = {}
+        self.pairs: dict[str, Paired] = {}
         if path is not None and path.exists():
             data = read_bounded(path, _MAX_BYTES)
             whole = data[: data.rfind(b"\n") + 1]
             for number, line in enumerate(whole.split(b"\n")[:-1], 1):
                 try:
-                    choices, score = _parse(line)
+                    choices, score, pair = _parse(line)
                 except MALFORMED as error:
                     raise CheckpointError(
                         f"{path}, line {number}, is damaged or of an earlier version ({error}): delete that line, or "
                         "the file, and run again; what is lost is scored again"
                     ) from error
-                self.rows[key_of(choices)] = choices, score
+                self._keep(choices, score, pair)
             if whole != data:
                 os.truncate(path, len(whole))
 
@@ -54,29 +59,39 @@ class Journal:
         row = self.rows.get(key_of(choices))
         return None if row is None else row[1]
 
-    def add(self, choices: Choices, score: Score) -> None:
+    def pair(self, choices: Choices) -> Paired | None:
+        """A subnet beside the unpruned net, where that is known."""
+        return self.pairs.get(key_of(choices))
+
+    def _keep(self, choices: Choices, score: Score, pair: Paired | None) -> None:
         self.rows[key_of(choices)] = choices, score
+        if pair is not None:
+            self.pairs[key_of(choices)] = pair
+
+    def add(self, choices: Choices, score: Score, pair: Paired | None = None) -> None:
+        self._keep(choices, score, pair)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
-                file.write(_line(choices, score) + "\n")
+                file.write(_line(choices, score, pair) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
 
 
-def _line(choices: Choices, score: Score) -> str:
+def _line(choices: Choices, score: Score, pair: Paired | None) -> str:
     loss = score.loss if math.isfinite(score.loss) else str(score.loss)
-    row = {"choices": dict(choices), "top1": score.top1, "loss": loss}
+    row = {"choices": dict(choices), "top1": score.top1, "loss": loss, **(pair._asdict() if pair else {})}
     return json.dumps(row | {"sha256": _digest(row)})
 
 
-def _parse(line: bytes) -> tuple[Choices, Score]:
+def _parse(line: bytes) -> tuple[Choices, Score, Paired | None]:
     row: Any = parse_json(line, at_most=_MAX_LINE_BYTES)
     conform(row, _SHAPE, "the line")
     digest = row.pop("sha256")
     if digest != _digest(row):
         raise ValueError("its checksum does not match its contents")
-    return row["choices"], Score(row["top1"], float(row["loss"]))
+    pair = Paired(row["images"], row["lost"], row["gained"]) if "images" in row else None
+    return row["choices"], Score(row["top1"], float(row["loss"])), pair
 
 
 def _digest(row: dict[str, Any]) -> str:

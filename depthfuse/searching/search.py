@@ -8,6 +8,7 @@ steps from the journal and goes on to the same answer.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import logging
 import random
@@ -18,15 +19,17 @@ from pathlib import Path
 from depthfuse.config import SearchConfig
 from depthfuse.costs.table import CostTable
 from depthfuse.data import DataBundle
-from depthfuse.errors import BudgetError
 from depthfuse.log import progress
 from depthfuse.merging.supernet import Supernet
+from depthfuse.searching.choosing import choose, unpruned
+from depthfuse.searching.intervals import Paired, points_lost, wilson
 from depthfuse.searching.journal import Journal
+from depthfuse.searching.scoring import Scorer
 from depthfuse.searching.space import Choices, SearchSpace
-from depthfuse.searching.strategies import find_strategy, key_of, pareto
+from depthfuse.searching.strategies import find_strategy, pareto
 from depthfuse.spec import SubnetSpec
 from depthfuse.tasks import CLASSIFICATION, Task
-from depthfuse.training.evaluation import Score, calibrate, evaluate
+from depthfuse.training.evaluation import Score, calibrate
 
 log = logging.getLogger(__name__)
 
@@ -34,22 +37,24 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Point:
     """One subnet on the front. cost: in the unit of the cost table. top1 (of a task other than classification: its
-    metric; percent), loss: on held-out images."""
+    metric; percent), loss: on held-out images. pair: beside the unpruned net, where the score is a share of images."""
 
     choices: Choices
     cost: float
     top1: float
     loss: float
+    pair: Paired | None = None
 
 
 @dataclass(frozen=True)
 class SearchResult:
     """spec: the best subnet within the budget; None without one. front: what nothing scored beats in both score and
-    cost, cheapest first. scored: how many subnets were."""
+    cost, cheapest first. scored: how many subnets were. unpruned: the metric of the unpruned net, in percent."""
 
     spec: SubnetSpec | None
     front: tuple[Point, ...]
     scored: int
+    unpruned: float | None = None
 
 
 def search(
@@ -75,7 +80,8 @@ def search(
         settle: what is done with the batch norms of the chosen subnet, in the place of re-calibration.
         journal: with it, an interrupted search goes on where it was.
 
-    Raises BudgetError for a budget below the cheapest subnet (the message names that one) and an unknown strategy.
+    Raises BudgetError for a budget below the cheapest subnet (the message names that one), one that nothing scored
+    meets (it names what comes nearest), and an unknown strategy.
     """
     strategy = find_strategy(config.strategy)
     space = SearchSpace(supernet.options(), config, costs or latency, latency)
@@ -87,56 +93,74 @@ def search(
     def value(score: Score) -> float:
         return score.top1 if config.metric == "top1" else -score.loss
 
-    def measure(choices: Choices) -> Score:
-        supernet.set_choices(choices)
-        if settle is None:
-            calibrate(supernet, data, config.calibration_images)
-        else:
-            settle()
-        return evaluate(supernet, data.holdout_loader(), task=task)
+    settle = settle or functools.partial(calibrate, supernet, data, config.calibration_images)
+    scorer = Scorer(supernet, data, settle, task) if judge is None else None
 
-    judge = judge or measure
+    def measure(choices: Choices) -> tuple[Score, Paired | None]:
+        return scorer(choices) if scorer is not None else (judge(choices), None)
+
     with progress("search", total=strategy.count(space, config)) as bar:
 
         def score(choices: Choices) -> float:
             known = book.get(choices)
             if known is None:
-                known = judge(choices)
-                book.add(choices, known)
+                known, pair = measure(choices)
+                book.add(choices, known, pair)
                 bar.advance(**{task.key: known.top1})
             return value(known)
 
+        if config.strategy != "pick":
+            score({})  # what all others are compared with
         strategy.run(space, score, config, random.Random(seed))
     axis = latency or costs
     rows = list(book.rows.values())
     points = [
-        Point(choices, axis.cost(choices) if axis else len(choices), score.top1, score.loss)
+        Point(choices, axis.cost(choices) if axis else len(choices), *score, book.pair(choices))
         for choices, score in rows
     ]
     front = pareto([(p.cost, value(Score(p.top1, p.loss)), p) for p in points])
     spec = None
     if space.unit is not None:
-        feasible = [(-value(s), space.cost(c), key_of(c), c) for c, s in rows if c and space.allows(c)]
-        if not feasible:
-            raise BudgetError(
-                f"none of the {len(rows)} scored subnets meets the budget: search with another strategy than "
-                f"{config.strategy!r}"
-            )
-        best = min(feasible)[3]
+        best = choose(space, rows, value, axis)
         supernet.set_choices(best)
         spec = supernet.spec()
         log.info("search: %d subnets scored, best %s %.2f %%", len(rows), task.metric, book.get(best).top1)
-    return SearchResult(spec, tuple(front), len(rows))
+    whole = unpruned(rows)
+    return SearchResult(spec, tuple(front), len(rows), None if whole is None else whole.top1)
 
 
 def front_csv(result: SearchResult, table: CostTable | None, task: Task = CLASSIFICATION) -> str:
-    """The front as CSV, one subnet a line."""
+    """The front as CSV, one subnet a line; cells of intervals are empty where the score is no share of images.
+
+    low, high: 95 % intervals (`depthfuse.searching.intervals`), of the score and of the points lost against the
+    unpruned net on the same images.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    unit = table.unit if table else "blocks"
-    writer.writerow([f"cost_{unit}", "speedup", f"{task.key}_holdout", "loss_holdout", "blocks", "choices"])
+    unit, key = table.unit if table else "blocks", task.key
+    writer.writerow(
+        [
+            *(f"cost_{unit}", "speedup", f"{key}_holdout", f"{key}_low", f"{key}_high"),
+            *("points_lost", "points_lost_low", "points_lost_high"),
+            *("loss_holdout", "images_holdout", "blocks", "choices"),
+        ]
+    )
     for p in result.front:
         ratio = f"{table.whole / p.cost:.4f}" if table else ""
         choices = " ".join(f"{path}={name}" for path, name in p.choices.items())
-        writer.writerow([f"{p.cost:.6g}", ratio, f"{p.top1:.3f}", f"{p.loss:.5f}", len(p.choices), choices])
+        sure = (*wilson(p.top1, p.pair.images), *points_lost(p.pair)) if p.pair else ()
+        cells = [f"{number:.3f}" for number in sure] or [""] * 5
+        images = p.pair.images if p.pair else ""
+        writer.writerow(
+            [
+                f"{p.cost:.6g}",
+                ratio,
+                f"{p.top1:.3f}",
+                *cells,
+                f"{p.loss:.5f}",
+                images,
+                len(p.choices),
+                choices,
+            ]
+        )
     return out.getvalue()

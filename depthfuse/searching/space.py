@@ -16,16 +16,25 @@ Level = float  # a budget: most blocks' worth of cost, or the exact number of pr
 # what a subnet may cost beyond its budget, relatively: sums of floats and solvers are no more exact
 TOLERANCE = 1e-6
 
-_UNITS = {"blocks": "blocks", "budget_ms": "ms", "speedup": "ms", "macs": "MACs", "parameters": "parameters"}
+_UNITS = {
+    **{"blocks": "blocks", "budget_ms": "ms", "speedup": "ms", "macs": "MACs", "parameters": "parameters"},
+    "points": "points",
+}
 
 
 def budget_unit(config: SearchConfig) -> str | None:
-    """The unit of the one budget that is set, or None. Raises BudgetError for several."""
+    """The unit of the one budget that is set, or None. Raises BudgetError for several, and for points, which are known
+    of scored subnets only, with a strategy that is to score."""
     given = [name for name in _UNITS if getattr(config, name) is not None]
     if len(given) > 1:
         stated = ", ".join(f"{name}={getattr(config, name)}" for name in given)
         raise BudgetError(
             f"state exactly one budget: search.{', search.'.join(_UNITS)}; got {stated}: several"
+        )
+    if config.points is not None and config.strategy != "pick":
+        raise BudgetError(
+            f"search.points={config.points:g} picks among subnets that were scored before: run `depthfuse search` "
+            "without a budget, and then `depthfuse pick RUN --points P`"
         )
     return _UNITS[given[0]] if given else None
 
@@ -75,7 +84,7 @@ class SearchSpace:
                 allowed = [name for name in latency.paying(path) if name in allowed]
             if allowed:
                 self.options[path] = allowed
-        self.blocks = config.blocks
+        self.blocks, self.points = config.blocks, config.points
         self.limit: float | None = None
         if self.blocks is not None:
             least = max(1, len(self.forced))
@@ -91,7 +100,7 @@ class SearchSpace:
             self.limit = costs.whole / config.speedup
         elif config.budget_ms is not None:
             self.limit = config.budget_ms
-        elif self.unit is not None:  # a share
+        elif self.unit in ("MACs", "parameters"):  # a share
             self.limit = costs.whole * (config.macs if self.unit == "MACs" else config.parameters)
         # what was measured as a whole counts for more than a sum
         least_cost = max(costs.cost(self.cheapest()), costs.floor or 0.0)

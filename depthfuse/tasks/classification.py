@@ -30,8 +30,11 @@ class Classification(Task):
     def measure(self, output: Tensor, targets: Tensor) -> Tensor:
         logits = output.float()
         loss = F.cross_entropy(logits, targets, reduction="sum")
-        right = (logits.argmax(-1) == targets).sum()
+        right = self.right(logits, targets).sum()
         return torch.stack([right, loss, torch.tensor(len(targets), device=logits.device)])
+
+    def right(self, output: Tensor, targets: Tensor) -> Tensor:
+        return output.argmax(-1) == targets
 
     def score(self, counts: Tensor) -> Score:
         right, loss, count = counts.tolist()

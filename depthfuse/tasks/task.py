@@ -91,6 +91,10 @@ class Task(ABC):
         targets: on the output's device, as the data gives them.
         """
 
+    def right(self, output: Tensor, targets: Tensor) -> Tensor | None:
+        """[N] bool, which images are answered right, where the score is the share of them; None for any other score."""
+        return None
+
     @abstractmethod
     def score(self, counts: Tensor) -> Score:
         """The score of all images, of what `measure` gave for each batch: float64, added up or concatenated."""

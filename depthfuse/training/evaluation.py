@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -35,11 +35,13 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     accelerator: Accelerator | None = None,
     task: Task = CLASSIFICATION,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Score:
     """Metric and loss of a net, in eval mode, over all processes; without an accelerator this process scores all.
 
     batches: (images [N, C, H, W], targets of the task), all of them and the same in every process: they are divided
-    here, and nowhere else. Raises ValueError for no images.
+    here, and nowhere else. watch: is shown each (output as the task reads it, targets) of this process. Raises
+    ValueError for no images.
     """
     device = next(itertools.chain(net.parameters(), net.buffers())).device
     divided = accelerator if task.divisible else None
@@ -48,7 +50,10 @@ def evaluate(
         for index, (images, targets) in enumerate(batches):
             if divided is not None and index % divided.num_processes != divided.process_index:
                 continue
-            found = task.measure(task.read(net(images.to(device))), targets.to(device)).double()
+            output, wanted = task.read(net(images.to(device))), targets.to(device)
+            found = task.measure(output, wanted).double()
+            if watch is not None:
+                watch(output, wanted)
             if task.divisible and counts:
                 counts[0] = counts[0] + found
             else:

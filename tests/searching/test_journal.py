@@ -7,6 +7,7 @@ import random
 import pytest
 
 from depthfuse.errors import CheckpointError
+from depthfuse.searching.intervals import Paired
 from depthfuse.searching.journal import Journal
 from depthfuse.training.evaluation import Score
 
@@ -35,6 +36,13 @@ def test_scores_come_back_exactly(path):
     assert rows_of(path) == ROWS
     Journal(path).add({"a": "b"}, Score(1.0, math.nan))
     assert math.isnan(Journal(path).get({"a": "b"}).loss)
+
+
+def test_counts_beside_the_unpruned_net_come_back(path):
+    Journal(path).add({"a": "b"}, Score(1.0, 0.5), Paired(200, 7, 3))
+    book = Journal(path)
+    assert book.pair({"a": "b"}) == Paired(200, 7, 3) and book.pair({}) is None
+    assert rows_of(path) == [*ROWS, ({"a": "b"}, Score(1.0, 0.5))]
 
 
 def test_a_cut_anywhere_drops_the_last_line_and_no_other(path):

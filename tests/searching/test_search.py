@@ -139,7 +139,10 @@ def test_without_a_budget_the_front_spans_the_space(supernet, strategy, tmp_path
     assert costs == sorted(costs) and scores == sorted(scores) and len(set(scores)) == len(scores)
     assert len(costs) >= 3 and costs[0] < 0.75 * table.whole
     lines = front_csv(result, table).splitlines()
-    assert lines[0] == "cost_ms,speedup,top1_holdout,loss_holdout,blocks,choices"
+    assert lines[0] == (
+        "cost_ms,speedup,top1_holdout,top1_low,top1_high,points_lost,points_lost_low,points_lost_high,"
+        "loss_holdout,images_holdout,blocks,choices"
+    )
     assert len(lines) == 1 + len(costs)
     # any budget can then be picked without scoring more
     picked = search(

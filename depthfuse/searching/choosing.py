@@ -1,0 +1,80 @@
+"""The best of what was scored within a budget, and, where nothing meets it, what comes nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from depthfuse.costs.table import CostTable
+from depthfuse.errors import BudgetError
+from depthfuse.searching.space import Choices, SearchSpace
+from depthfuse.searching.strategies import key_of
+from depthfuse.tasks import Score
+
+Row = tuple[Choices, Score]
+_OFFERS = 3
+_ROUNDING = 1e-9  # of sums of percentages
+
+
+def choose(
+    space: SearchSpace, rows: Sequence[Row], value: Callable[[Score], float], axis: CostTable | None
+) -> Choices:
+    """The subnet of most value within the budget; where that is a loss in points, the cheapest within it.
+
+    Args:
+        rows: all that was scored. axis: the table that offers are told by, in milliseconds or another unit.
+
+    Raises:
+        BudgetError: nothing meets the budget; the message names what comes nearest.
+    """
+    known = [(choices, score) for choices, score in rows if choices and space.allows(choices)]
+    if space.points is not None:
+        whole = unpruned(rows)
+        if whole is None:
+            raise BudgetError(
+                "a loss in points is against the unpruned net, which this search has not scored (an earlier version "
+                "did not): search again in another folder"
+            )
+        least = whole.top1 - space.points - _ROUNDING
+        known = [(choices, score) for choices, score in known if score.top1 >= least]
+        ranked = [(space.cost(c), -value(s), key_of(c), c) for c, s in known]
+    else:
+        ranked = [(-value(s), space.cost(c), key_of(c), c) for c, s in known]
+    if not ranked:
+        raise BudgetError(
+            f"none of the {len(rows)} scored subnets meets the budget{nearest(space, rows, axis)}"
+        )
+    return min(ranked)[3]
+
+
+def unpruned(rows: Sequence[Row]) -> Score | None:
+    """The score of the unpruned net, if it is among them."""
+    return next((score for choices, score in rows if not choices), None)
+
+
+def nearest(space: SearchSpace, rows: Sequence[Row], axis: CostTable | None) -> str:
+    """The scored subnets that miss a budget by least, for the end of a sentence; nothing where there are none."""
+    pruned = [(choices, score) for choices, score in rows if choices]
+
+    def miss(row: Row) -> tuple[float, float]:
+        choices, score = row
+        if space.points is not None:
+            return -score.top1, space.cost(choices)
+        if space.blocks is not None:
+            return abs(len(choices) - space.blocks), -score.top1
+        return space.cost(choices), -score.top1
+
+    best = sorted(pruned, key=miss)[:_OFFERS]
+    told = "; ".join(offer(choices, score, unpruned(rows), axis) for choices, score in best)
+    return f". Nearest: {told}" if told else ""
+
+
+def offer(choices: Choices, score: Score, whole: Score | None, axis: CostTable | None) -> str:
+    """A subnet in words: "3 blocks, 1.21x faster, loses 0.80 points"."""
+    words = [f"{len(choices)} block{'s' if len(choices) > 1 else ''}"]
+    if axis is not None:
+        ratio = axis.whole / axis.cost(choices)
+        words.append(f"{ratio:.2f}x faster" if axis.unit == "ms" else f"{1 / ratio:.2f} of the {axis.unit}")
+    if whole is not None:
+        lost = whole.top1 - score.top1
+        words.append(f"{'loses' if lost >= 0 else 'gains'} {abs(lost):.2f} points")
+    return ", ".join(words)

@@ -17,7 +17,7 @@ FLOORS = (
     ("runs",),
     ("searching", "benching"),
     ("costs",),
-    ("acceleration", "training"),
+    ("acceleration", "training", "fitting"),
     ("measuring", "merging", "selftest"),
     ("fused", "config", "env", "tasks"),
     ("data", "ops", "native"),

@@ -75,6 +75,11 @@ class AcceleratedModel(nn.Module):
         return self._made
 
     @property
+    def execution(self) -> Execution:
+        """How the plan runs as a whole, and what that choice rests on."""
+        return self._executor.execution
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights, and to which inputs are cast."""
         return self._made.dtype

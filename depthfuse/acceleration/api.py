@@ -235,6 +235,7 @@ def _report(plan: Plan, executor: Executor) -> Report:
         entries=plan.named_entries(),
         executor=executor.in_words(),
         max_relative_error=None,
+        whole=executor.whole,
         engines=executor.execution.engines,
         latency_ms=executor.execution.latency_ms,
         ratios=executor.execution.ratios,

@@ -134,6 +134,15 @@ class Executor:
         """The plan alone, as many images at a time as before."""
         return Executor(self.plan, Execution(chunk=self.execution.chunk, exact=self.execution.exact))
 
+    @property
+    def whole(self) -> str | None:
+        """What computes all operations in the place of their own implementations, for the example's shapes; None where
+        these do.
+        """
+        if self.eager is not None:
+            return self.execution.eager
+        return None if self.compiled is None else self.execution.compiled
+
     def in_words(self) -> str:
         """What runs, for the report."""
         choice = self.execution

@@ -79,6 +79,7 @@ def test_the_fastest_runs_and_the_report_says_by_how_much(calls):
     with torch.no_grad():
         assert relative_error(fast(x), model(x)) < 1e-5
         assert calls == [threads]
+        assert {row["implementation"] for row in report.rows()} == {"another"}
         assert relative_error(copy.deepcopy(fast)(x), model(x)) < 1e-5
         assert len(calls) > 2  # the copy was checked before
         calls.clear()

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "depthfuse"
 
 # From the roof to the ground. What stands in one row imports nothing of its neighbours in that row.
 FLOORS = (
+    ("__main__",),
     ("cli",),
     ("rivals",),
     ("runs",),

@@ -3,7 +3,9 @@
     python -m benchmarks.models --models resnet34 mobilenetv2_100 --batch 1 8 --dtype fp32
 
 Each network as it comes from timm and ("+ merged") with every second of its prunable blocks merged, in the form that
-usually pays. Weights are random: no speed depends on them. Writes a CSV and a plot to benchmarks/results/.
+usually pays. Weights are random: no speed depends on them. `--busy 2` and `--beside convolutions` time single calls
+beside other programs, too, in the columns busy_latency_ms and convolutions_latency_ms. Writes a CSV and a plot to
+benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 
 from depthfuse import Supernet, merge
+from depthfuse.benching.apart import CONVOLUTIONS
 from depthfuse.benching.bench import compare, machine, plot, randomised, write_csv
 from depthfuse.benching.engines import ENGINES
 from depthfuse.config import DTYPES
@@ -57,6 +60,11 @@ def main() -> None:
     parser.add_argument(
         "--busy", type=int, default=0, help="busy processes beside which calls are timed, too"
     )
+    parser.add_argument(
+        "--beside",
+        choices=[CONVOLUTIONS],
+        help="a program beside which calls are timed, too: PyTorch's convolutions on two threads of OpenMP",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -70,7 +78,14 @@ def main() -> None:
         for batch in args.batch:
             x = torch.randn(batch, *input_size(model), device=device).to(dtype)
             compared = compare(
-                model, label, x, args.contenders, args.rounds, args.round_ms, busy_processes=args.busy
+                model,
+                label,
+                x,
+                args.contenders,
+                args.rounds,
+                args.round_ms,
+                busy_processes=args.busy,
+                beside_convolutions=args.beside == CONVOLUTIONS,
             )
             for row in compared:
                 _print(row)

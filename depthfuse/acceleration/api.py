@@ -23,7 +23,7 @@ from depthfuse.acceleration.planning.plan import Plan
 from depthfuse.acceleration.planning.program import Call
 from depthfuse.acceleration.planning.signature import signature_of
 from depthfuse.acceleration.running.choose import choose, fingerprint, restore
-from depthfuse.acceleration.running.execution import Executor
+from depthfuse.acceleration.running.execution import Execution, Executor
 from depthfuse.acceleration.running.implementations import TUNE
 from depthfuse.acceleration.running.other_engines import OTHER_ENGINES, chosen_engines
 from depthfuse.acceleration.saving.saved import read_plan
@@ -79,6 +79,7 @@ def accelerate(
             `tune="measure"` compares them: "auto" OpenVINO and ONNX Runtime where they are installed (with onnxscript;
             some seconds more, once), "own" none, or names out of "openvino", "onnxruntime" and "torch.compile", which
             takes a minute. What wins runs calls of the example's shapes, with as many threads.
+            An engine asked for by name that does not run the model, or is not tried, is a warning with the reason.
         exact: True rules out Winograd's algorithm, whose rounding errors are some times those of a sum, and with it
             engines that are not ours, whose algorithms are their own affair.
 
@@ -143,6 +144,8 @@ def _accelerate(
         dtypes = dtypes[:1]
     makes = [_make(reference, call, each, backend, tune, dynamic, others, exact) for each in dtypes]
     fast = makes[0] if len(makes) == 1 else _fastest(makes, call)
+    if engines not in ("auto", "own"):
+        _warn_of_unused(others, fast.execution, fast.report().executor)
     error, entries = None, fast.report().entries
     if verify:
         error = verify_plan(fast.made, fast, reference, call)
@@ -176,11 +179,15 @@ def load_accelerated(
     _check_tune(tune)
     others = chosen_engines(engines)
     with one_at_a_time:
-        return _load(path, device, tune, others)
+        return _load(path, device, tune, others, engines not in ("auto", "own"))
 
 
 def _load(
-    path: str | Path, device: torch.device | str, tune: str, engines: Sequence[str]
+    path: str | Path,
+    device: torch.device | str,
+    tune: str,
+    engines: Sequence[str],
+    named: bool,
 ) -> AcceleratedModel:
     saved = read_plan(path)
     plan = replace(saved.plan, module=saved.plan.module.to(device))
@@ -199,6 +206,8 @@ def _load(
             executor = restore(plan, saved.execution, call, saved.implementations)
         else:
             executor = choose(plan, None, call, tune, engines=engines, exact=saved.execution.exact)
+            if named:
+                _warn_of_unused(engines, executor.execution, executor.in_words())
     except DepthfuseError:
         raise
     except MALFORMED as error:
@@ -226,10 +235,26 @@ def _report(plan: Plan, executor: Executor) -> Report:
         entries=plan.named_entries(),
         executor=executor.in_words(),
         max_relative_error=None,
+        whole=executor.whole,
         engines=executor.execution.engines,
         latency_ms=executor.execution.latency_ms,
         ratios=executor.execution.ratios,
     )
+
+
+def _warn_of_unused(engines: Sequence[str], execution: Execution, runs: str) -> None:
+    """Of engines that the caller named: nobody should take another's speed for theirs."""
+    for name in engines:
+        why = execution.failed.get(name)
+        if why is not None:
+            logger.warning("%s does not run this model: %s. What runs: %s", name, why, runs)
+        elif name not in execution.engines:
+            logger.warning(
+                "%s is not tried: it would be for float32 on a CPU, a model that is captured as a whole, "
+                "tune='measure' and exact=False. What runs: %s",
+                name,
+                runs,
+            )
 
 
 def _check_tune(tune: str) -> None:

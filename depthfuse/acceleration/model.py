@@ -75,6 +75,11 @@ class AcceleratedModel(nn.Module):
         return self._made
 
     @property
+    def execution(self) -> Execution:
+        """How the plan runs as a whole, and what that choice rests on."""
+        return self._executor.execution
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights, and to which inputs are cast."""
         return self._made.dtype
@@ -242,6 +247,7 @@ class AcceleratedModel(nn.Module):
             device=str(self.device),
             entries=self._made.named_entries(),
             executor=executor.in_words(),
+            whole=executor.whole,
             max_relative_error=None,
             engines={},
             latency_ms={},
@@ -295,7 +301,7 @@ class AcceleratedModel(nn.Module):
         except (DepthfuseError, RuntimeError, ValueError, KeyError) as error:  # as on another machine
             logger.info("a copy runs its plan op by op: %s", error)
             self._leave_plan_alone(Executor(self._made))
-        self._report = replace(self._report, executor=self._executor.in_words())
+        self._report = replace(self._report, executor=self._executor.in_words(), whole=self._executor.whole)
 
 
 def _are_traced(call: Call) -> bool:

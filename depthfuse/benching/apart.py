@@ -6,6 +6,7 @@ their work, and each engine keeps threads of its own. The processes run in turn:
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -106,20 +107,45 @@ def _timed(run: Callable[[Tensor], Tensor], x: Tensor, kind: str, least_ms: floa
     return times
 
 
-# Until the parent has ended, too: it may be killed.
-_BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n for _ in range(1000000): pass"
+# Each says a line when it is at work, and works until its parent, whose number it is given, has ended, which may be
+# killed.
+_BUSY = """
+import os, sys
+print(flush=True)
+while os.getppid() == int(sys.argv[1]):
+    for _ in range(1000000):
+        pass
+"""
+_CONVOLUTIONS = """
+import os, sys, torch
+torch.set_num_threads(2)
+x, weight = torch.randn(1, 64, 56, 56), torch.randn(64, 64, 3, 3)
+with torch.inference_mode():
+    torch.conv2d(x, weight, padding=1)
+    print(flush=True)
+    while os.getppid() == int(sys.argv[1]):
+        torch.conv2d(x, weight, padding=1)
+"""
+BUSY, CONVOLUTIONS = "busy", "convolutions"
+_NEIGHBOURS = {BUSY: _BUSY, CONVOLUTIONS: _CONVOLUTIONS}
 
 
 @contextmanager
-def busy(processes: int) -> Iterator[None]:
-    """So many processes that compute without end beside us."""
-    started = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(processes)]
+def beside(neighbour: str, processes: int = 1) -> Iterator[None]:
+    """So many processes that compute without end beside us: BUSY, on one thread, or CONVOLUTIONS, PyTorch's on two
+    threads of OpenMP, as another program that runs a network.
+    """
+    command = [sys.executable, "-c", _NEIGHBOURS[neighbour], str(os.getpid())]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(processes)]
     try:
+        for process in started:
+            if not process.stdout.readline():
+                raise RuntimeError(f"a process beside ({neighbour}) ended with code {process.wait()}")
         yield
     finally:
         for process in started:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def time_apart(
@@ -128,17 +154,18 @@ def time_apart(
     x: Tensor,
     rounds: int,
     round_ms: float,
-    busy_processes: int,
+    neighbours: Mapping[str, int],
     judge: Callable[[str, float | str], bool],
-) -> tuple[dict[str, float], dict[str, Timing], dict[str, list[float]]]:
+) -> tuple[dict[str, float], dict[str, Timing], dict[str, dict[str, list[float]]]]:
     """Time contenders on a CPU in turn, A B C A B C ..., each in a process of its own.
 
     Args:
-        makes: {name: how to make it}. busy_processes: beside how many processes single calls are timed, too; 0: none.
+        makes: {name: how to make it}. neighbours: see `beside`, {neighbour: how many processes of it}; single calls are
+            timed beside each of them, too.
         judge: says of a name and its relative error, or why it failed, whether it takes part.
 
     Returns:
-        Of those that take part: errors, times of the rounds, and times of single calls beside busy processes.
+        Of those that take part: errors, times of the rounds, and for each neighbour times of single calls beside it.
     """
     with ExitStack() as stack:
         contenders: dict[str, Contender] = {}
@@ -155,11 +182,12 @@ def time_apart(
         for _ in range(rounds):
             for name, contender in contenders.items():
                 times[name].append(contender.round_ms(round_ms))
-        loaded: dict[str, list[float]] = {name: [] for name in contenders}
-        if busy_processes:
-            with busy(busy_processes):
+        loaded: dict[str, dict[str, list[float]]] = {}
+        for neighbour, processes in neighbours.items():
+            loaded[neighbour] = {name: [] for name in contenders}
+            with beside(neighbour, processes):
                 for _ in range(rounds):
                     for name, contender in contenders.items():
-                        loaded[name] += contender.each_ms(round_ms)
+                        loaded[neighbour][name] += contender.each_ms(round_ms)
         errors = {name: contender.error for name, contender in contenders.items()}
     return errors, {name: Timing(tuple(values)) for name, values in times.items()}, loaded

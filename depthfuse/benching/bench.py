@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from depthfuse.acceleration import Report, accelerate
-from depthfuse.benching.apart import Make, time_apart
+from depthfuse.benching.apart import BUSY, CONVOLUTIONS, Make, time_apart
 from depthfuse.benching.engines import ENGINES, OURS, Call, available
 from depthfuse.env import collect
 from depthfuse.measuring.accuracy import TOLERANCE, relative_error
@@ -61,6 +61,7 @@ def compare(
     round_ms: float = 150.0,
     backend: str = "auto",
     busy_processes: int = 0,
+    beside_convolutions: bool = False,
 ) -> list[Row]:
     """Time the contenders on one model and input: one row each, ours first, with no engine but our own.
 
@@ -73,7 +74,8 @@ def compare(
         contenders: names in `ENGINES`; ours takes part in any case.
         rounds: interleaved. round_ms: time for each contender in each round.
         backend: of ours, see `depthfuse.ops.resolve_backend`.
-        busy_processes: on a CPU, beside how many busy processes single calls are timed, too.
+        busy_processes: on a CPU, beside how many busy processes single calls are timed, too. beside_convolutions: also
+            beside a process that runs PyTorch's convolutions on two threads.
 
     Raises RuntimeError where ours fails.
     """
@@ -92,13 +94,19 @@ def compare(
             return False
         return True
 
+    neighbours = {BUSY: busy_processes, CONVOLUTIONS: int(beside_convolutions)}
+    neighbours = {name: processes for name, processes in neighbours.items() if processes}
     if x.device.type == "cpu":
-        errors, timings, loaded = time_apart(makes, model, x, rounds, round_ms, busy_processes, takes_part)
+        errors, timings, loaded = time_apart(makes, model, x, rounds, round_ms, neighbours, takes_part)
     else:
         errors, timings = _time_here(makes, model, x, rounds, round_ms, takes_part)
         loaded = {}
     return [
-        _row(label, x, name, timing, timings[OURS], errors[name], loaded.get(name, []))
+        _row(label, x, name, timing, timings[OURS], errors[name])
+        | {
+            f"{neighbour}_latency_ms": round(statistics.median(calls_ms[name]), 3)
+            for neighbour, calls_ms in loaded.items()
+        }
         for name, timing in timings.items()
     ]
 
@@ -129,12 +137,10 @@ def _time_here(
     return errors, time_interleaved(calls, rounds, round_ms, device=x.device)
 
 
-def _row(
-    label: str, x: Tensor, name: str, timing: Timing, ours: Timing, error: float, loaded_ms: Sequence[float]
-) -> Row:
+def _row(label: str, x: Tensor, name: str, timing: Timing, ours: Timing, error: float) -> Row:
     low, middle, high = quartiles(timing.rounds_ms)
     ratio_low, ratio, ratio_high = quartiles(timing.ratios_to(ours))
-    row = {
+    return {
         "model": label,
         "batch": x.shape[0],
         "dtype": str(x.dtype).removeprefix("torch."),
@@ -147,7 +153,6 @@ def _row(
         "ratio_q3": round(ratio_high, 3),
         "max_relative_error": f"{error:.1e}",
     }
-    return row | ({"busy_latency_ms": round(statistics.median(loaded_ms), 3)} if loaded_ms else {})
 
 
 def operations(model: nn.Module, x: Tensor, backend: str = "auto") -> Report:

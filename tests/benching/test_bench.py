@@ -5,7 +5,9 @@ import csv
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -14,9 +16,9 @@ import pytest
 import torch
 from torch import nn
 
-from depthfuse.benching import bench
+from depthfuse.benching import apart, bench
 from depthfuse.benching import engines as contenders
-from depthfuse.benching.apart import Failed, busy, time_apart
+from depthfuse.benching.apart import BUSY, CONVOLUTIONS, Failed, beside, time_apart
 from depthfuse.benching.bench import compare, operations, plot, randomised, write_csv
 from depthfuse.benching.engines import ENGINES, OURS, Engine, available
 
@@ -76,7 +78,7 @@ def test_the_wrong_and_the_failing_are_left_out(monkeypatch, caplog):
 def test_who_fails_while_it_is_timed_says_so():
     takes_part = lambda name, outcome: isinstance(outcome, float)  # noqa: E731
     with pytest.raises(Failed, match="it runs once"):
-        time_apart({"it": fake_engines.once}, small_net(), image(), 2, 0.1, 0, takes_part)
+        time_apart({"it": fake_engines.once}, small_net(), image(), 2, 0.1, {}, takes_part)
 
 
 def test_a_model_that_cannot_be_sent_to_another_process():
@@ -88,15 +90,57 @@ def test_a_model_that_cannot_be_sent_to_another_process():
         compare(model, "small", image(), ["eager"], rounds=2, round_ms=0.1)
 
 
-def test_beside_busy_processes():
+@pytest.mark.parametrize(("neighbour", "processes", "threads"), [(BUSY, 2, 1), (CONVOLUTIONS, 1, 2)])
+def test_beside_other_programs(neighbour, processes, threads):
     before = set(children())
-    with busy(2):
+    with beside(neighbour, processes):
         seen = set(children()) - before
-    assert len(seen) == 2 and not (set(children()) - before)
-    rows = compare(small_net(), "small", image(), ["eager"], rounds=2, round_ms=0.1, busy_processes=1)
+        assert all(len(list(Path(f"/proc/{process}/task").iterdir())) >= threads for process in seen)
+    assert len(seen) == processes and not (set(children()) - before)
+    asked = {"busy_processes": processes} if neighbour == BUSY else {"beside_convolutions": True}
+    rows = compare(small_net(), "small", image(), ["eager"], rounds=2, round_ms=0.1, **asked)
     assert [row["contender"] for row in rows] == [OURS, "eager"]
-    assert all(row["busy_latency_ms"] > 0 for row in rows)
+    columns = {column for column in rows[0] if column.endswith("latency_ms")}
+    assert columns == {"latency_ms", f"{neighbour}_latency_ms"}
+    assert all(row[column] > 0 for row in rows for column in columns)
     assert set(children()) <= before
+
+
+PARENT = """
+import os, sys, time
+from pathlib import Path
+from depthfuse.benching.apart import beside
+
+with beside(sys.argv[1]):
+    print(Path(f"/proc/self/task/{os.getpid()}/children").read_text(), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("neighbour", [BUSY, CONVOLUTIONS])
+def test_another_program_ends_when_we_are_killed(neighbour):
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, neighbour], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    assert is_alive(child)
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 60
+    while is_alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(child)
+
+
+def test_another_program_that_does_not_start_is_an_error(monkeypatch):
+    monkeypatch.setitem(apart._NEIGHBOURS, BUSY, "raise SystemExit(3)")
+    with pytest.raises(RuntimeError, match="ended with code 3"), beside(BUSY):
+        pass
+
+
+def is_alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def children():

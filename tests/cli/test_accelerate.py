@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 import depthfuse.cli.accelerate
 from depthfuse import ModelSource, load, load_accelerated
 from depthfuse.acceleration import accelerate
+from depthfuse.acceleration.running.other_engines import OTHER_ENGINES, OtherEngine
 from depthfuse.cli import main
 from depthfuse.config import DTYPES
 
@@ -181,6 +182,20 @@ def test_flags_reach_the_acceleration(flags, batch, wanted, asked, weights, tmp_
     ((x, options),) = asked
     assert x.shape[:2] == (batch, 1) and x.device.type == "cpu" and options.items() >= wanted.items()
     assert ("not verified" in capsys.readouterr().out) == (wanted.get("verify") is False)
+
+
+def test_an_engine_that_fails_is_named_to_who_asked_for_it(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DEPTHFUSE_CACHE_DIR", str(tmp_path / "cache"))
+
+    def cannot(exported, threads):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setitem(OTHER_ENGINES, "openvino", OtherEngine(cannot))
+    arguments = ["accelerate", "test_resnet", *KWARGS, "--weights", str(weights[1]), "--quiet"]
+    assert main([*arguments, "--engines", "openvino", "--out", str(tmp_path / "fast")]) == 0
+    shown = capsys.readouterr()
+    assert "WARNING openvino does not run this model: no such operator. What runs: " in shown.err
+    assert shown.err.strip().split("What runs: ")[1] in shown.out
 
 
 def test_a_word_for_many_engines_stands_alone(weights, tmp_path, capsys):

@@ -210,6 +210,13 @@ def test_a_reader_that_has_gone_ends_it_quietly(args, nobody_reads, monkeypatch,
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("module", ["depthfuse", "depthfuse.cli"])
+def test_python_starts_it(module):
+    said = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
+    assert (said.returncode, said.stderr) == (0, "")
+    assert said.stdout.startswith("usage: depthfuse COMMAND [FLAGS]")
+
+
 def test_a_reader_that_has_gone_leaves_nothing_to_the_end_of_the_process(nobody_reads):
     command = [sys.executable, "-m", "depthfuse.cli", "--help"]
     result = subprocess.run(command, stdout=nobody_reads, stderr=subprocess.PIPE, text=True)

@@ -13,11 +13,12 @@ from depthfuse.acceleration.planning.plan import Entry
 class Report:
     """All operations of a plan, in order, and what was measured when it was made.
 
-    executor: what runs the plan as a whole. max_relative_error: max |plan - model| / max |model| on the example input,
-    or None if that was not verified. engines: the time of each that was tried for the whole plan over that of what was
-    chosen. latency_ms: of the plan ("accelerated") and of the model in each memory layout,
-    on the example input; empty where they were not compared. ratios: of those over the plan's, round by round, because
-    a machine's speed drifts: the quotient of two medians can be another.
+    executor: what runs the plan as a whole. whole: what runs all operations in the place of the implementations that
+    are bound to them, as an engine does, or the model itself; None where those run. max_relative_error:
+    max |plan - model| / max |model| on the example input, or None if that was not verified. engines: the time of each
+    that was tried for the whole plan over that of what was chosen. latency_ms: of the plan ("accelerated") and of the
+    model in each memory layout, on the example input; empty where they were not compared. ratios: of those over the
+    plan's, round by round, because a machine's speed drifts: the quotient of two medians can be another.
     """
 
     model: str
@@ -26,6 +27,7 @@ class Report:
     entries: tuple[Entry, ...]
     executor: str
     max_relative_error: float | None
+    whole: str | None = None
     engines: Mapping[str, float] = field(default_factory=dict)
     latency_ms: Mapping[str, float] = field(default_factory=dict)
     ratios: Mapping[str, float] = field(default_factory=dict)
@@ -52,14 +54,20 @@ class Report:
         return max(known, key=lambda entry: entry.error or 0.0, default=None)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The entries as a table of plain values; columns that nothing was measured for are left out."""
+        """The entries as a table of plain values; columns that nothing was measured for are left out.
+
+        implementation: what runs an operation on the example. op by op: where that is an engine, or the model itself,
+        what would run it without, as an engine's plan for other shapes, and what latency_ms is of.
+        """
         rows = []
         for entry in self.entries:
             row: dict[str, Any] = {
                 "path": entry.path,
                 "op": entry.kind,
-                "implementation": entry.implementation,
+                "implementation": self.whole or entry.implementation,
             }
+            if self.whole is not None:
+                row["op by op"] = entry.implementation
             if entry.cost is not None:
                 row |= {
                     "latency_ms": entry.cost.latency_ms,

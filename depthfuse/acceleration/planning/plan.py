@@ -46,8 +46,9 @@ class Cost:
 class Entry:
     """One operation of the plan.
 
-    path: module path in the original model. kind: class or function. implementation: what runs it ("eager" if it runs
-    as it was). epilogue: what is fused behind it. absorbed: paths of the layers that it also stands for.
+    path: module path in the original model. kind: class or function. implementation: what runs it where the plan runs
+    op by op ("eager" if it runs as it was). epilogue: what is fused behind it. absorbed: paths of the layers that it
+    also stands for.
 
     module: path of its module in the plan, "" for a function. part: path of the graph in the plan that it belongs to,
     "" for the plan itself. node: its name in that graph. nodes: the names in the traced model of all that it stands

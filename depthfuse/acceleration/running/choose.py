@@ -109,7 +109,7 @@ def restore(
     executor = Executor(plan, plain, eager=eager, graphs=graphs)
     if execution.compiled is None:
         return executor
-    return _compiled(execution.compiled, executor, call, Exported(plan.module, call.tensors)) or executor
+    return _as_before(execution.compiled, executor, call, Exported(plan.module, call.tensors))
 
 
 def _choose_by_measurement(
@@ -152,8 +152,9 @@ def _choose_by_measurement(
         cache.put(question, execution.document())
     else:
         if known.compiled is not None:
-            executor = _compiled(known.compiled, executor, call, exported) or executor
-        execution = replace(known, compiled=executor.execution.compiled)
+            executor = _as_before(known.compiled, executor, call, exported)
+        failed = known.failed | executor.execution.failed
+        execution = replace(known, compiled=executor.execution.compiled, failed=failed)
     eager = None
     if execution.eager is not None and model is not None:
         eager = _own(model, execution.eager, plan.dtype).__call__
@@ -163,7 +164,9 @@ def _choose_by_measurement(
 def _fastest(plain: Executor, call: Call, engines: Sequence[str], exported: Exported) -> Executor:
     """What takes least time for `call`: `plain`, or an engine; where the difference is noise, who comes first."""
     found = {name: _compiled(name, plain, call, exported) for name in engines}
-    candidates = {name: each for name, each in found.items() if each is not None}
+    failed = {name: why for name, why in found.items() if isinstance(why, str) and name in OTHER_ENGINES}
+    plain = replace(plain, execution=replace(plain.execution, failed=failed))
+    candidates = {name: each for name, each in found.items() if not isinstance(each, str)}
     candidates[OP_BY_OP] = plain
     if len(candidates) == 1:
         return plain
@@ -175,7 +178,18 @@ def _fastest(plain: Executor, call: Call, engines: Sequence[str], exported: Expo
         if clearly_faster(name, best, latency_ms):
             best = name
     ratios = {name: latency_ms[name] / latency_ms[best] for name in latency_ms}
-    return replace(candidates[best], execution=replace(candidates[best].execution, engines=ratios))
+    return replace(
+        candidates[best], execution=replace(candidates[best].execution, engines=ratios, failed=failed)
+    )
+
+
+def _as_before(name: str, plain: Executor, call: Call, exported: Exported) -> Executor:
+    """With the engine that was chosen before; `plain` where it does not run the plan any more."""
+    compiled = _compiled(name, plain, call, exported)
+    if not isinstance(compiled, str):
+        return compiled
+    failed = {name: compiled} if name in OTHER_ENGINES else {}
+    return replace(plain, execution=replace(plain.execution, failed=failed))
 
 
 def _graphs(plan: Plan, call: Call) -> GraphCache | None:
@@ -193,25 +207,29 @@ def _suits_engines(plan: Plan) -> bool:
     return on_cpu and plan.form is not None and not plan.writes_inputs
 
 
-def _compiled(name: str, plain: Executor, call: Call, exported: Exported) -> Executor | None:
-    """`plain` with a plan that an engine runs; None where it cannot, or where it does not agree with the plan: its
-    algorithms round differently, and another project's may be wrong.
+def _compiled(name: str, plain: Executor, call: Call, exported: Exported) -> Executor | str:
+    """`plain` with a plan that an engine runs; or why it cannot, which is in the log, too, or does not agree with the
+    plan: its algorithms round differently, and another project's may be wrong.
     """
     plan = plain.plan
     if plan.form is None or plan.writes_inputs:
-        return None
+        return "the plan is no graph, or writes over its inputs"
+    run: Callable[..., Any] | str | None
     chunk, threads, part = None, None, call
     if name == ONEDNN:  # whose layout suits a few images at a time
         chunk, part = plain.execution.chunk, plain.execution.part(call)
         run = compile_for_onednn(plan.module, part.tensors)
     elif not _suits_engines(plan):
-        return None
+        return "the plan is not for float32 on a CPU"
     elif name == NATIVE:
         run = compile_natively(plan.module, call.tensors, direct if plain.execution.exact else None)
     else:
         run, threads = compile_plan(name, exported), torch.get_num_threads()
-    if run is None:
-        return None
+    if run is None:  # it has said why
+        return "it does not take the plan"
+    if isinstance(run, str):
+        logger.info("%s does not run this plan: %s", name, run)
+        return run
     compiled = replace(
         plain,
         execution=replace(plain.execution, chunk=chunk, compiled=name),
@@ -223,12 +241,12 @@ def _compiled(name: str, plain: Executor, call: Call, exported: Exported) -> Exe
     given, wanted = (flatten(run(call), once=True)[0] for run in (replace(compiled, eager=None), alone))
     if any(_stride(g) != _stride(w) for g, w in zip(given, wanted, strict=True)):
         logger.info("the outputs of %s would lie otherwise in memory: it is not used", name)
-        return None
+        return "its outputs would lie otherwise in memory"
     pairs = zip(given, wanted, strict=True)
     error = max((relative_error(g, w) for g, w in pairs if isinstance(w, torch.Tensor)), default=0.0)
     if not error <= TOLERANCE[plan.dtype]:
         logger.warning("%s is off by %.1e of the largest value: it is not used", name, error)
-        return None
+        return f"it is off by {error:.1e} of the largest value"
     return compiled
 
 

@@ -33,6 +33,7 @@ class Execution:
 
     chunk: how many images run at a time, None for all. compiled: the engine that runs the plan for the example's
     shapes, if any. engines: each engine's time, and OP_BY_OP's for none, over that of what was chosen among them.
+    failed: why another project's engine, which was tried, does not run the plan.
     eager: "eager" or "eager channels_last" where the model itself runs. graphs: whether launches are replayed as graphs
     (on a GPU). exact: whether Winograd, which rounds more than a sum does, is ruled out. latency_ms: of the plan and of
     the model in each layout, on the example input; empty where nothing was compared. ratios: each layout's time over
@@ -47,6 +48,7 @@ class Execution:
     graphs: bool = False
     exact: bool = False
     engines: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
     latency_ms: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
 
@@ -68,6 +70,11 @@ class Execution:
                 for key, value in numbers.items()
             ):
                 raise ValueError(f"{name} is {numbers!r}, expected a positive number for each name")
+        failed = self.failed
+        if not isinstance(failed, dict) or not all(
+            isinstance(word, str) for word in (*failed, *failed.values())
+        ):
+            raise ValueError(f"failed is {failed!r}, expected a reason for each name")
         if self.eager is not None and self.eager not in self.ratios:
             raise ValueError(f"{self.eager!r} is chosen, but no ratio of it is known")
 
@@ -126,6 +133,15 @@ class Executor:
     def alone(self) -> Executor:
         """The plan alone, as many images at a time as before."""
         return Executor(self.plan, Execution(chunk=self.execution.chunk, exact=self.execution.exact))
+
+    @property
+    def whole(self) -> str | None:
+        """What computes all operations in the place of their own implementations, for the example's shapes; None where
+        these do.
+        """
+        if self.eager is not None:
+            return self.execution.eager
+        return None if self.compiled is None else self.execution.compiled
 
     def in_words(self) -> str:
         """What runs, for the report."""

@@ -11,7 +11,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import io
-import logging
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,8 +24,6 @@ from depthfuse.acceleration.planning.part import as_tuple
 from depthfuse.errors import AccelerationError
 from depthfuse.ops.declare import DECOMPOSITIONS
 from depthfuse.untrusted import is_out_of_memory
-
-logger = logging.getLogger(__name__)
 
 Run = Callable[..., Sequence[Tensor]]
 
@@ -204,23 +201,21 @@ def chosen_engines(engines: str | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def compile_plan(name: str, exported: Exported) -> Callable[..., Any] | None:
-    """A callable for inputs of exactly the exported shapes, with as many threads as PyTorch has now, or None, with the
-    reason in the log, where the engine does not run the graph or is not installed.
+def compile_plan(name: str, exported: Exported) -> Callable[..., Any] | str:
+    """A callable for inputs of exactly the exported shapes, with as many threads as PyTorch has now; or why the engine
+    does not run the graph.
     """
     engine = OTHER_ENGINES[name]
     if missing := engine.missing():
-        logger.warning("%s does not run this plan: %s is not installed", name, " and ".join(missing))
-        return None
+        return f"{' and '.join(missing)} is not installed"
     with torch.no_grad():
         wanted = exported.graph(*exported.inputs)
     outputs = as_tuple(wanted)
     if not isinstance(exported.graph, fx.GraphModule) or not all(isinstance(y, Tensor) for y in outputs):
-        return None
+        return "it is no single graph that gives tensors"
     memories = [x.untyped_storage().data_ptr() for x in (*exported.inputs, *outputs)]
     if len(set(memories)) < len(memories):
-        logger.info("%s does not run this plan: outputs share memory", name)
-        return None
+        return "outputs share memory"
     single = isinstance(wanted, Tensor)
     try:
         run = engine.make(exported, torch.get_num_threads())
@@ -228,9 +223,7 @@ def compile_plan(name: str, exported: Exported) -> Callable[..., Any] | None:
     except Exception as error:  # whatever another project raises
         if is_out_of_memory(error):
             raise
-        logger.info("%s does not run this plan: %s", name, (str(error) or repr(error)).splitlines()[0])
-        return None
+        return (str(error).strip() or repr(error)).splitlines()[0]
     if found != [(y.shape, y.dtype) for y in outputs]:
-        logger.info("%s does not run this plan: it gives %s", name, found)
-        return None
+        return f"it gives {found}"
     return lambda *inputs: run(*inputs)[0] if single else tuple(run(*inputs))

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from depthfuse.acceleration.running import choose, native_engine
 from depthfuse.acceleration.running.execution import NATIVE, Execution, Executor
 from depthfuse.acceleration.running.native_engine import ALGORITHMS, compile_plan
 from depthfuse.measuring.accuracy import relative_error
+from depthfuse.native import library
 from depthfuse.native import plan as native
 
 import timm  # isort: skip
@@ -147,21 +149,62 @@ def test_what_it_would_do_wrong_it_leaves(function):
     assert compile_plan(graph_of(function, x), (x,)) is None
 
 
-def test_no_operation_of_pytorch_computes_beside_the_engine(always):
-    """Its threads spin for milliseconds after each operation, on the cores that the engine's threads need."""
+def operations_of_pytorch(call, x):
+    """Those that a call runs, except what computes nothing."""
 
     class Recorded(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            computed.add(function)
+            ran.add(function)
             return function(*args, **(kwargs or {}))
 
-    computed = set()
+    ran = set()
+    with torch.no_grad(), Recorded():
+        call(x)
+    nothing = {torch.ops.aten.empty.memory_format, torch.ops.aten.detach.default}
+    return {str(function) for function in ran - nothing}
+
+
+def test_no_operation_of_pytorch_computes_beside_the_engine(always):
+    """Its threads spin for milliseconds after each operation, on the cores that the engine's threads need."""
     model, x = small()
     fast = accelerate(model, x)
     assert "native engine" in fast.report().executor
-    with Recorded():
-        fast(x)
-    assert computed <= {torch.ops.aten.empty.memory_format, torch.ops.aten.detach.default}
+    assert not operations_of_pytorch(fast, x)
+
+
+def column(report, name="implementation"):
+    """Of the report's table."""
+    return [row.get(name) for row in report.rows()]
+
+
+def test_the_report_names_what_runs_each_operation(always, monkeypatch, tmp_path):
+    model, x = small()
+    fast = accelerate(model, x, engines="own")
+    bound = [entry.implementation for entry in fast.made.named_entries()]
+    assert not operations_of_pytorch(fast, x)
+    fast.save(tmp_path / "fast")
+    for each in (fast, copy.deepcopy(fast), load_accelerated(tmp_path / "fast")):
+        assert set(column(each.report())) == {NATIVE}
+        assert column(each.report(), "op by op") == bound and NATIVE not in bound
+    profiled = fast.profile(x, passes=1)
+    assert set(column(profiled)) == {NATIVE} and column(profiled, "op by op") == bound
+
+    monkeypatch.setenv("DEPTHFUSE_NATIVE", "0")
+    monkeypatch.setattr(library, "_loaded", lambda: "it is gone")
+    alone = load_accelerated(tmp_path / "fast", tune="heuristic", engines="own")
+    assert any("conv" in name for name in operations_of_pytorch(alone, x))
+    assert column(alone.report()) == [entry.implementation for entry in alone.made.named_entries()]
+    assert NATIVE not in column(alone.report()) and set(column(alone.report(), "op by op")) == {None}
+
+
+def test_the_report_says_where_the_model_itself_runs(always, monkeypatch, tmp_path):
+    monkeypatch.setenv("DEPTHFUSE_CACHE_DIR", str(tmp_path))
+    model, x = small()
+    faster = {"eager": "eager", "ratios": {"eager": 0.5}}
+    monkeypatch.setattr(choose, "judge", lambda execution, timings: replace(execution, **faster))
+    fast = accelerate(model, x)
+    assert operations_of_pytorch(fast, x) == operations_of_pytorch(model, x)
+    assert set(column(fast.report())) == {"eager"}
 
 
 def test_a_sign_that_is_not_in_memory_is_seen(always):

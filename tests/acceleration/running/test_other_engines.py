@@ -79,6 +79,7 @@ def test_the_fastest_runs_and_the_report_says_by_how_much(calls):
     with torch.no_grad():
         assert relative_error(fast(x), model(x)) < 1e-5
         assert calls == [threads]
+        assert {row["implementation"] for row in report.rows()} == {"another"}
         assert relative_error(copy.deepcopy(fast)(x), model(x)) < 1e-5
         assert len(calls) > 2  # the copy was checked before
         calls.clear()
@@ -153,6 +154,64 @@ def test_what_disagrees_is_not_used(calls, wrong, said, monkeypatch, caplog):
         assert relative_error(fast(x), model(x)) < 1e-5
 
 
+def cannot(exported, threads):
+    raise RuntimeError("no such operator\nand more")
+
+
+def warnings_in(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_an_engine_asked_for_by_name_that_fails_is_a_warning(monkeypatch, caplog):
+    model, x = small()
+    monkeypatch.setitem(OTHER_ENGINES, "another", OtherEngine(cannot))
+    for engines in (("another",), "another"):  # the second time nothing is tried again
+        caplog.clear()
+        fast = accelerate(model, x, engines=engines)
+        (said,) = warnings_in(caplog)
+        assert (
+            said == f"another does not run this model: no such operator. What runs: {fast.report().executor}"
+        )
+    assert copy.deepcopy(fast).report() == fast.report()
+
+
+@pytest.mark.parametrize("engines", ["auto", "own"])
+def test_nobody_is_warned_of_engines_that_nobody_named(engines, monkeypatch, caplog):
+    model, x = small()
+    for name in list(OTHER_ENGINES):
+        monkeypatch.delitem(OTHER_ENGINES, name)
+    monkeypatch.setitem(OTHER_ENGINES, "another", OtherEngine(cannot))
+    with caplog.at_level(logging.INFO, "depthfuse"):
+        accelerate(model, x, engines=engines)
+    assert ("another does not run this plan: no such operator" in caplog.text) is (engines == "auto")
+    assert "and more" not in caplog.text and not warnings_in(caplog)
+
+
+def test_an_engine_that_was_chosen_and_fails_later_is_a_warning(calls, monkeypatch, caplog):
+    model, x = small()
+    accelerate(model, x, engines="another")
+    monkeypatch.setitem(OTHER_ENGINES, "another", OtherEngine(cannot))
+    fast = accelerate(model, x, engines="another")
+    assert "another" not in fast.report().executor
+    assert warnings_in(caplog)[0].startswith("another does not run this model: no such operator. What runs: ")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"dtype": torch.float64}, {"tune": "heuristic"}, {"exact": True}], ids=str
+)
+def test_an_engine_asked_for_by_name_that_is_not_tried_is_a_warning(calls, settings, caplog, tmp_path):
+    model, x = small()
+    fast = accelerate(model, x, engines="another", **settings)
+    assert not calls
+    (said,) = warnings_in(caplog)
+    assert said.startswith("another is not tried: it would be for float32 on a CPU")
+    assert said.endswith(f"What runs: {fast.report().executor}")
+    caplog.clear()
+    fast.save(tmp_path / "fast")
+    loaded = load_accelerated(tmp_path / "fast", engines="another")  # which keeps its choice
+    assert not warnings_in(caplog) and loaded.report() == fast.report()
+
+
 def test_onednn_graph_is_compared_with_the_plan_too(monkeypatch, caplog):
     model, x = small()
     monkeypatch.setattr(choose, "clearly_faster", lambda a, b, ms: a == ONEDNN)
@@ -209,7 +268,7 @@ def test_engines_that_are_installed_compute_the_same(name):
     model, x = small()
     plan = accelerate(model, x, tune="off").made
     run = compile_plan(name, Exported(plan.module, (x,)))
-    assert run is not None
+    assert callable(run), run
     with torch.no_grad():
         first, wanted = run(x), model(x)
         kept = first.clone()

@@ -17,16 +17,19 @@ from typing import Any
 
 from torch import nn
 
-from depthfuse.checkpoint import load_json, save_json
+from depthfuse.checkpoint import load_json, load_tensors, save_json, save_tensors
 from depthfuse.config import TrainConfig
 from depthfuse.costs.table import CostTable
 from depthfuse.data import DataBundle
 from depthfuse.data.bundle import Batches
 from depthfuse.errors import BudgetError, MethodError
+from depthfuse.fitting.calibration import Calibration
+from depthfuse.fitting.fitted import with_fitted
 from depthfuse.merging.supernet import Supernet
 from depthfuse.rivals.channels import prune_channels
 from depthfuse.rivals.gates import FoldingObjective, GatedNet, TopGatesObjective
 from depthfuse.runs.run import Run
+from depthfuse.runs.weights import load_strictly
 from depthfuse.searching.search import search
 from depthfuse.searching.space import Choices, SearchSpace
 from depthfuse.searching.strategies import best_additive
@@ -71,6 +74,20 @@ class Trial:
         self.seconds += self.run.stage_seconds("supernet")
         return net
 
+    def calibration(self) -> Calibration:
+        """A supernet whose candidates are fitted, which several methods share; each is charged for it."""
+        net = with_fitted(self.baseline_supernet())
+        calibration = Calibration(net, self.run.data, self.run.config.search.calibration_images)
+        path = self.folder.parent / "fitted.safetensors"
+        if not path.exists():
+            started = time.monotonic()
+            calibration.fit_candidates(self.space.options)
+            save_json(path.with_suffix(".json"), time.monotonic() - started)
+            save_tensors(path, net.state_dict(), {"model": self.run.source.name})
+        load_strictly(net, load_tensors(path)[0], path)
+        self.seconds += load_json(path.with_suffix(".json"), float)
+        return calibration
+
     def fit(
         self, objective: Objective, stage: str, settings: TrainConfig, data: DataBundle | None = None
     ) -> None:
@@ -89,10 +106,16 @@ class Trial:
         )
         self.seconds += result.seconds
 
-    def search(self, supernet: Supernet, name: str = "all", **changes: Any) -> Choices:
-        """The best subnet of the trained supernet within the budget; searched once, and charged to each that asks.
+    def search(
+        self,
+        supernet: Supernet,
+        name: str = "all",
+        settle: Callable[[], None] | None = None,
+        **changes: Any,
+    ) -> Choices:
+        """The best subnet of the supernet within the budget; searched once, and charged to each that asks.
 
-        name: of the search, where `changes` make it another one.
+        name: of the search, where another supernet or `changes` make it another one. settle: see `search`.
         """
         found, journal = (
             self.folder.parent / file for file in (f"subnet_{name}.json", f"search_{name}.jsonl")
@@ -109,6 +132,7 @@ class Trial:
                 costs=self.costs,
                 seed=config.seed,
                 journal=journal,
+                settle=settle,
             )
             assert result.spec is not None
             seconds = time.monotonic() - started
@@ -193,6 +217,39 @@ def direct(trial: Trial) -> Result:
     """The subnet of updp, its blocks pruned at once (lambda = 0 throughout)."""
     supernet = trial.shared_supernet()
     return trial.finetune(supernet, trial.search(supernet), lambda_schedule="none")
+
+
+def _fitted(trial: Trial) -> tuple[Supernet, Choices]:
+    """The best subnet of fitted blocks, these fitted once more, one after another."""
+    calibration = trial.calibration()
+    net = calibration.supernet
+    choices = trial.search(net, "fitted", calibration.settle)
+    net.set_choices(choices)
+    calibration.fit_chosen()
+    calibration.settle()
+    return net, choices
+
+
+@method("fit")
+def fit_only(trial: Trial) -> Result:
+    """Blocks fitted on a few hundred images, chosen by the same search: no training at all."""
+    net, choices = _fitted(trial)
+    subnet = net.subnet(SubnetSpec.from_mapping(net.source, choices))
+    return trial.run.merged(subnet), choices
+
+
+@method("fit-direct")
+def fit_direct(trial: Trial) -> Result:
+    """As fit, then all epochs for training, its blocks pruned at once."""
+    net, choices = _fitted(trial)
+    return trial.finetune(net, choices, lambda_schedule="none", epochs=trial.total_epochs())
+
+
+@method("fit-progressive")
+def fit_progressive(trial: Trial) -> Result:
+    """As fit, then all epochs for progressive training."""
+    net, choices = _fitted(trial)
+    return trial.finetune(net, choices, epochs=trial.total_epochs())
 
 
 @method("replacing")

@@ -17,7 +17,6 @@ FAMILIES = {
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24)},
     "deit_tiny_patch16_224": {"depth": 4, "embed_dim": 24, "num_heads": 2, "img_size": 32},
     "swin_tiny_patch4_window7_224": {"img_size": 56, "depths": (1, 1, 1, 1), "embed_dim": 16},
-    "mixer_s32_224": {"img_size": 64},
 }
 
 

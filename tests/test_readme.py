@@ -11,6 +11,7 @@ from nets import build
 from torch import nn
 
 import depthfuse
+import depthfuse.training.schedule
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 

@@ -1,8 +1,15 @@
 """The whole job in some seconds, on the embedded images: what tests of runs start from."""
 
+import dataclasses
+from pathlib import Path
+
+import pytest
+from fake_clock import Clock
+
 from depthfuse import PruneConfig
 from depthfuse.config import FinetuneConfig, LatencyConfig, SearchConfig, SupernetConfig, TrainConfig
 from depthfuse.data import DataConfig
+from depthfuse.runs.run import prune
 
 CONFIG = PruneConfig(
     model="resnet18",
@@ -18,3 +25,11 @@ CONFIG = PruneConfig(
     cpu=True,
     checkpoint_seconds=0.0,
 )
+
+
+def undisturbed(config: PruneConfig, out: Path) -> Path:
+    """The folder of a run that nobody disturbed. Its latencies are not measured: a busy machine changes nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        Clock().install(patch)
+        prune(dataclasses.replace(config, out=out))
+    return out

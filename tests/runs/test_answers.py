@@ -4,18 +4,15 @@ import csv
 import dataclasses
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from fake_clock import Clock
+from killed_runs import assert_same_weights, kill_when_there, run_again
 from PIL import Image
 from safetensors.torch import save_file
-from small_run import CONFIG
+from small_run import CONFIG, undisturbed
 
 from depthfuse import ModelSource, PruneConfig
 from depthfuse.checkpoint import load_json, load_tensors
@@ -23,7 +20,7 @@ from depthfuse.config import CompareConfig, parse_model_kwargs, to_yaml
 from depthfuse.data import DataConfig
 from depthfuse.errors import ConfigError, DataError
 from depthfuse.rivals.compare import compare
-from depthfuse.runs.run import Run, prune
+from depthfuse.runs.run import Run
 
 CLASSES = 6
 
@@ -61,11 +58,7 @@ def config(images, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
-    out = tmp_path_factory.mktemp("answers") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        Clock().install(patch)
-        prune(dataclasses.replace(config, out=out))
-    return out
+    return undisturbed(config, tmp_path_factory.mktemp("answers") / "run")
 
 
 def test_from_a_flat_folder_to_the_report(finished, config):
@@ -94,20 +87,10 @@ def test_killed_on_the_way_it_ends_with_the_same_bits(finished, config, tmp_path
     latency = dataclasses.replace(CONFIG.latency, table=finished / "latency.json")
     file.write_text(to_yaml(dataclasses.replace(config, latency=latency)))
     command = [sys.executable, "-m", "depthfuse.cli", "merge", "--config", file, "--out", out]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, env=os.environ | threads, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 240
-    while not (out / "answers.safetensors").exists():
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when_there(command, out / "answers.safetensors")
     assert not (out / "supernet.safetensors").exists()
-    subprocess.run(command, env=os.environ | threads, capture_output=True, check=True)
-    for name in ("answers", "baseline", "supernet", "finetune", "merged"):
-        got, wanted = (load_tensors(folder / f"{name}.safetensors")[0] for folder in (out, finished))
-        assert set(got) == set(wanted) and all(torch.equal(got[key], wanted[key]) for key in wanted), name
+    run_again(command)
+    assert_same_weights(out, finished, ("answers", "baseline", "supernet", "finetune", "merged"))
 
 
 def test_in_memory_gives_the_same_answers(finished, config, tmp_path):

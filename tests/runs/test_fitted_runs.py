@@ -2,15 +2,12 @@
 
 import dataclasses
 import os
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from fake_clock import Clock
-from small_run import CONFIG
+from killed_runs import assert_same_weights, kill_when_there, run_again
+from small_run import CONFIG, undisturbed
 
 from depthfuse import load
 from depthfuse.checkpoint import load_json, load_tensors
@@ -25,11 +22,7 @@ FIT = dataclasses.replace(CONFIG, start="fit", train=False)
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("fit") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        Clock().install(patch)
-        prune(dataclasses.replace(FIT, out=out))
-    return out
+    return undisturbed(FIT, tmp_path_factory.mktemp("fit") / "run")
 
 
 def test_nothing_is_trained_beside_the_baseline(finished):
@@ -72,20 +65,9 @@ def test_killed_on_the_way_it_ends_with_the_same_bits(finished, tmp_path, stage)
     latency = dataclasses.replace(CONFIG.latency, table=finished / "latency.json")
     file.write_text(to_yaml(dataclasses.replace(FIT, latency=latency)))
     command = [sys.executable, "-m", "depthfuse.cli", "merge", "--config", file, "--out", out]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, env=os.environ | threads, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 240
-    seen = out / (stage if "." in stage else f"{stage}.safetensors")
-    while not seen.exists():
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    subprocess.run(command, env=os.environ | threads, capture_output=True, check=True)
-    for name in ("baseline", "supernet", "finetune", "merged"):
-        got, wanted = (load_tensors(folder / f"{name}.safetensors")[0] for folder in (out, finished))
-        assert set(got) == set(wanted) and all(torch.equal(got[key], wanted[key]) for key in wanted), name
+    kill_when_there(command, out / (stage if "." in stage else f"{stage}.safetensors"))
+    run_again(command)
+    assert_same_weights(out, finished, ("baseline", "supernet", "finetune", "merged"))
 
 
 def test_training_goes_on_from_the_fit(finished, tmp_path):

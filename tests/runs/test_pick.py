@@ -3,19 +3,16 @@
 import csv
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from fake_clock import Clock
+from killed_runs import assert_same_weights, kill_when_there
 from small_run import CONFIG
 
-from depthfuse.checkpoint import load_json, load_tensors
+from depthfuse.checkpoint import load_json
 from depthfuse.costs.table import CostTable
 from depthfuse.errors import BudgetError, ConfigError
 from depthfuse.runs import report
@@ -137,25 +134,13 @@ def test_killed_on_the_way_it_ends_with_the_same_bits(explored, tmp_path, monkey
         "--out",
         tmp_path / "out",
     ]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(
-        command, env=os.environ | threads, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 600
-    while not (tmp_path / "out" / "finetune.state").exists():
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when_there(command, tmp_path / "out" / "finetune.state")
     assert not (tmp_path / "out" / "finetune.safetensors").exists()
     resumed = pick(explored, blocks=blocks, out=tmp_path / "out").dir
     whole = pick(explored, blocks=blocks, out=tmp_path / "whole").dir
     assert len(SubnetSpec.load(whole / "subnet.json").choices) == blocks
     assert (resumed / "subnet.json").read_text() == (whole / "subnet.json").read_text()
-    for name in ("finetune", "merged"):
-        got, wanted = (load_tensors(folder / f"{name}.safetensors")[0] for folder in (resumed, whole))
-        assert set(got) == set(wanted) and all(torch.equal(got[key], wanted[key]) for key in wanted), name
+    assert_same_weights(resumed, whole, ("finetune", "merged"))
 
 
 def test_what_nothing_meets_is_told_with_the_nearest_offers(explored):

@@ -3,17 +3,15 @@
 import csv
 import dataclasses
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from fake_clock import Clock
-from small_run import CONFIG
+from killed_runs import assert_same_weights, kill_when_there
+from small_run import CONFIG, undisturbed
 
 from depthfuse import Supernet, load, open_data
 from depthfuse.checkpoint import load_json, load_tensors
@@ -29,12 +27,7 @@ from depthfuse.training.evaluation import top1
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that nobody disturbed. Its latency table is not measured: a busy machine changes nothing."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        Clock().install(patch)
-        prune(dataclasses.replace(CONFIG, out=out))
-    return out
+    return undisturbed(CONFIG, tmp_path_factory.mktemp("finished") / "run")
 
 
 @pytest.fixture
@@ -113,29 +106,13 @@ def test_sigkill_in_each_stage_changes_nothing(finished, tmp_path):
     latency = dataclasses.replace(CONFIG.latency, table=finished / "latency.json")
     config.write_text(to_yaml(dataclasses.replace(CONFIG, latency=latency)))
     command = [sys.executable, "-m", "depthfuse.cli", "prune", "--config", config, "--out", out]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     assert list(MOMENTS) == list(STAGES)
     for moment in MOMENTS.values():
-        process = subprocess.Popen(
-            command, env=os.environ | threads, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        deadline = time.monotonic() + 300
-        while not (out / moment).exists():
-            assert process.poll() is None, process.stderr.read().decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_when_there(command, out / moment)
         assert not (out / "results.json").exists()
     prune(dataclasses.replace(CONFIG, latency=latency, out=out))
     assert (out / "subnet.json").read_text() == (finished / "subnet.json").read_text()
-    for name in ("baseline", "supernet", "finetune", "merged"):
-        got, wanted = (
-            load_tensors(out / f"{name}.safetensors")[0],
-            load_tensors(finished / f"{name}.safetensors")[0],
-        )
-        assert set(got) == set(wanted)
-        assert all(torch.equal(got[key], wanted[key]) for key in wanted), name
+    assert_same_weights(out, finished, ("baseline", "supernet", "finetune", "merged"))
 
 
 def refused(tmp_path, error, message, until="compare", **changes):

@@ -2,14 +2,12 @@
 
 import dataclasses
 import os
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import timm
 import torch
+from killed_runs import kill_when_there, run_again
 from own_code import BLOCK
 from safetensors.torch import save_file
 from small_run import CONFIG
@@ -162,18 +160,9 @@ def test_killed_on_the_way_it_ends_with_the_same_bits(other_classes, tmp_path):
     whole = Run(dataclasses.replace(settings, out=tmp_path / "whole")).baseline().state_dict()
     config.write_text(to_yaml(settings))
     command = [sys.executable, "-m", "depthfuse.cli", "baseline", "--config", config, "--out", out]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, env=os.environ | threads, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 240
-    while not (out / "baseline.state").exists():
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when_there(command, out / "baseline.state")
     assert not (out / "baseline.safetensors").exists()
-    done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True, check=True)
-    assert "going on from iteration" in done.stderr
+    assert "going on from iteration" in run_again(command)
     got = load_tensors(out / "baseline.safetensors")[0]
     assert all(torch.equal(got[name], whole[name]) for name in whole)
     assert not torch.equal(got["conv1.weight"], load_foreign_tensors(other_classes)["conv1.weight"])

@@ -18,6 +18,7 @@ from depthfuse.runs.weights import CLASSES, unfit_given
 from depthfuse.spec import ModelSource
 from depthfuse.tasks import CLASSIFICATION, Classification, Task
 from depthfuse.training.evaluation import in_eval_mode
+from depthfuse.untrusted import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ def _outputs(probe: nn.Module) -> int:
         with torch.no_grad(), in_eval_mode(probe):
             return CLASSIFICATION.read(probe(torch.zeros(1, *input_size(probe)))).shape[-1]
     except Exception as error:  # the model's own code may raise anything
+        if is_out_of_memory(error):
+            raise
         raise ConfigError(
             f"how many classes the model has could not be found out ({type(error).__name__}: {error}): say so, "
             f"--model-kwargs {CLASSES}=N"

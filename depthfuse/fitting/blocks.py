@@ -261,9 +261,9 @@ def _grouped(rows: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
 
 def _set_layer(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> None:
     """weight: [G, F, O]; bias: [G, O]."""
-    layer.weight.copy_(weight.movedim(1, 2).reshape(layer.weight.shape))
     if layer.bias is None:
         raise FitError("its layer has no bias")
+    layer.weight.copy_(weight.movedim(1, 2).reshape(layer.weight.shape))
     layer.bias.copy_(bias.flatten())
 
 

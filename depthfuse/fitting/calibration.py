@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from depthfuse.data import DataBundle
 from depthfuse.errors import FitError
 from depthfuse.fitting.fit import fit_candidates, fit_chosen
-from depthfuse.fitting.statistics import match_moments, output_moments
+from depthfuse.fitting.statistics import BatchMoments, match_moments, output_moments
 from depthfuse.merging.supernet import Supernet
 
 _BATCH = 32  # images; one batch in four decides how far the others are trusted
@@ -38,8 +39,15 @@ class Calibration:
         self.batches: list[Tensor] = [
             batch.to(device, memory_format=torch.channels_last) for batch in all_images.split(_BATCH)
         ]
-        supernet.set_choices({})
-        self.moments = output_moments(supernet, self.batches)
+
+    @cached_property
+    def _moments(self) -> BatchMoments:
+        """What the norms of the original net give; those of blocks that are kept still are as they were then."""
+        chosen = self.supernet.choices()
+        self.supernet.set_choices({})
+        moments = output_moments(self.supernet, self.batches)
+        self.supernet.set_choices(chosen)
+        return moments
 
     def fit_candidates(self, options: Mapping[str, Sequence[str]]) -> None:
         """Fit each candidate alone, for the search."""
@@ -51,4 +59,4 @@ class Calibration:
 
     def settle(self) -> None:
         """Make the batch norms of the chosen subnet give what those of the original net gave."""
-        match_moments(self.supernet, self.batches, self.moments)
+        match_moments(self.supernet, self.batches, self._moments)

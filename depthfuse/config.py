@@ -76,6 +76,9 @@ class FinetuneConfig(TrainConfig):
     distill: float = 0.5
     """Weight of the original net's soft labels; 0 trains on labels alone."""
     temperature: float = 2.0
+    features: float = 0.0
+    """Weight of the distance between what the pruned blocks give and what the original net's give at their place: the
+    squared error over the variance."""
     mixing: Literal["op", "block", "norm", "random"] = "op"
     """op: lambda mixes at each activation and norm; block: outputs of whole blocks; norm: norms only, while
     activations go at once (SLAB); random: lambda is each block's chance to be the original in a step (Theseus)."""
@@ -237,7 +240,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 # Entries that came later. A run of before did what their defaults do.
-_ADDED = ("task", "points", "start", "train")
+_ADDED = ("task", "points", "start", "train", "features")
 
 
 def from_dict(cls: type, values: Any, where: str = "config", complete: bool = False) -> Any:

@@ -147,7 +147,7 @@ class Trial:
         subnet = net.subnet(SubnetSpec.from_mapping(net.source, choices))
         subnet.set_mixing(settings.mixing)
         schedule = settings.lambda_schedule, settings.lambda_share
-        objective = ProgressiveObjective(subnet, *schedule, **self.run.teaching(settings))
+        objective = ProgressiveObjective(subnet, *schedule, settings.features, **self.run.teaching(settings))
         self.fit(objective, "finetune", settings)
         subnet.set_lambda(0.0)
         self.run.calibrate(subnet)

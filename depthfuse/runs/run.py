@@ -332,7 +332,7 @@ class Run:
         if self.config.train:
             subnet.set_mixing(settings.mixing)
             schedule = settings.lambda_schedule, settings.lambda_share
-            objective = ProgressiveObjective(subnet, *schedule, **self.teaching(settings))
+            objective = ProgressiveObjective(subnet, *schedule, settings.features, **self.teaching(settings))
             self._fit(objective, "finetune", settings)
             subnet.set_lambda(0.0)
         if self.config.train or self.config.start == "supernet":
@@ -347,7 +347,7 @@ class Run:
     def teaching(self, settings: FinetuneConfig) -> dict[str, Any]:
         """What `TaughtObjective` needs to be taught by this run's baseline."""
         return {
-            "teacher": self.baseline().to(self.device) if settings.distill > 0 else None,
+            "teacher": self.baseline().to(self.device) if settings.distill or settings.features else None,
             "distill": settings.distill,
             "temperature": settings.temperature,
             "label_smoothing": settings.label_smoothing,

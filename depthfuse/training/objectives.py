@@ -13,6 +13,7 @@ from depthfuse.config import Schedule
 from depthfuse.merging.supernet import Supernet
 from depthfuse.spec import KEEP
 from depthfuse.tasks import CLASSIFICATION, Task
+from depthfuse.training.features import feature_loss, recorded
 from depthfuse.training.lambda_schedule import lambda_at
 
 ScoreNet = Callable[[nn.Module], float]  # the task's metric (percent) on held-out images
@@ -125,14 +126,22 @@ class TaughtObjective(Objective):
         self.distill, self.temperature = distill, temperature
 
     def forward(self, images: Tensor, targets: Tensor, progress: float) -> Tensor:
-        output = self.task.read(self.net(images))
+        return self.taught_loss(self.net(images), self.ask_teacher(images), targets)
+
+    def ask_teacher(self, images: Tensor) -> Tensor | None:
+        """What the teacher gives, as the task reads it; None without one."""
+        if not self._teacher:
+            return None
+        with torch.no_grad():
+            return self.task.read(self._teacher[0](images))
+
+    def taught_loss(self, given: Any, wanted: Tensor | None, targets: Tensor) -> Tensor:
+        """Of what the net gives, the teacher gives, and the labels."""
+        output = self.task.read(given)
         loss = self.label_loss(output, targets)
-        if self._teacher and self.distill > 0.0:
-            with torch.no_grad():
-                wanted = self.task.read(self._teacher[0](images))
-            taught = self.task.taught(output, wanted, self.temperature)
-            loss = (1.0 - self.distill) * loss + self.distill * taught
-        return loss
+        if wanted is None:
+            return loss
+        return (1.0 - self.distill) * loss + self.distill * self.task.taught(output, wanted, self.temperature)
 
 
 class ProgressiveObjective(TaughtObjective):
@@ -140,16 +149,30 @@ class ProgressiveObjective(TaughtObjective):
 
     net: Supernet
 
-    def __init__(self, subnet: Supernet, schedule: Schedule = "cosine", share: float = 0.4, **teaching: Any):
+    def __init__(
+        self,
+        subnet: Supernet,
+        schedule: Schedule = "cosine",
+        share: float = 0.4,
+        features: float = 0.0,  # weight of the distance to the teacher's blocks, where there is a teacher
+        **teaching: Any,
+    ):
         super().__init__(subnet, **teaching)
-        self.schedule, self.share = schedule, share
+        self.schedule, self.share, self.features = schedule, share, features
 
     def lam(self, progress: float) -> float:
         return lambda_at(progress, self.schedule, self.share)
 
     def forward(self, images: Tensor, targets: Tensor, progress: float) -> Tensor:
         self.net.set_lambda(self.lam(progress))
-        return super().forward(images, targets, progress)
+        paths = list(self.net.blocks) if self._teacher and self.features > 0.0 else []
+        if not paths:
+            return super().forward(images, targets, progress)
+        with recorded(self._teacher[0], paths) as wanted:
+            answers = self.ask_teacher(images)
+        with recorded(self.net.model, paths) as outputs:
+            loss = self.taught_loss(self.net(images), answers, targets)
+        return loss + self.features * feature_loss(outputs, wanted)
 
     def evaluate(
         self, net: nn.Module, progress: float, score: ScoreNet, calibrate: CalibrateNet

@@ -14,6 +14,7 @@ import torch
 from depthfuse.checkpoint import read_bounded
 from depthfuse.data import DataConfig
 from depthfuse.devices import OPTIONS
+from depthfuse.effort import overlaid
 from depthfuse.errors import CheckpointError, ConfigError
 from depthfuse.untrusted import MALFORMED, check_plain
 
@@ -294,8 +295,12 @@ def _typed(hint: Any, value: Any, where: str, complete: bool = False) -> Any:
     raise ConfigError(f"{where}: expected {expected}, got {value!r:.60}")
 
 
-def load_yaml(path: str | Path, cls: type = PruneConfig, complete: bool = False) -> Any:
+def load_yaml(
+    path: str | Path, cls: type = PruneConfig, complete: bool = False, under: dict[str, Any] | None = None
+) -> Any:
     """Read a config file, in UTF-8. Entries that it does not name keep their defaults, unless it has to be `complete`.
+
+    under: entries in the place of the defaults.
 
     Raises ConfigError for a file that is missing, no YAML, larger than any config, or of unknown or wrong entries.
     """
@@ -308,7 +313,10 @@ def load_yaml(path: str | Path, cls: type = PruneConfig, complete: bool = False)
         raise ConfigError(f"cannot read config {path}: save it as UTF-8 ({error})") from error
     except (CheckpointError, yaml.YAMLError, *MALFORMED) as error:
         raise ConfigError(f"cannot read config {path}: {error}") from error
-    return from_dict(cls, {} if values is None else values, where=str(path), complete=complete)
+    values = {} if values is None else values
+    if under and isinstance(values, dict):
+        values = overlaid(under, values)
+    return from_dict(cls, values, where=str(path), complete=complete)
 
 
 def _plain_loader() -> type:

@@ -38,7 +38,13 @@ _IMAGENET = (
 
 def _stage(name: str, about: str) -> Command:
     return Command(
-        name, f"prune:{name}", about, (f"depthfuse {name} {_IMAGENET}",), takes_config=True, resumes=True
+        name,
+        f"prune:{name}",
+        about,
+        (f"depthfuse {name} {_IMAGENET}",),
+        takes_config=True,
+        takes_effort=True,
+        resumes=True,
     )
 
 
@@ -53,10 +59,12 @@ COMMANDS = {
             (
                 "depthfuse prune --search.blocks 4",
                 f"depthfuse prune {_IMAGENET}",
+                f"depthfuse prune --effort quick {_IMAGENET}",
                 "depthfuse prune --model my_nets:build --task segmentation --data.data shapes --search.blocks 2",
                 "depthfuse prune --config my.yaml --seed 1 --out runs/seed1",
             ),
             takes_config=True,
+            takes_effort=True,
             resumes=True,
         ),
         _stage("baseline", "Only train (or take over) the baseline."),

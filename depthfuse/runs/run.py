@@ -52,7 +52,7 @@ from depthfuse.measuring.timing import time_interleaved
 from depthfuse.merging.merge import merge
 from depthfuse.merging.model_inputs import fixed_image_size, input_size
 from depthfuse.merging.supernet import Supernet
-from depthfuse.runs import report
+from depthfuse.runs import expectation, report
 from depthfuse.runs.answers import answering_classes, ask, give
 from depthfuse.runs.weights import load, load_strictly, take_given
 from depthfuse.searching.search import front_csv, search
@@ -163,6 +163,7 @@ class Run:
 
     def run(self, until: str = "compare") -> None:
         """Do all stages up to `until`, skipping those that are done."""
+        expectation.tell(self, until)
         for stage in STAGES[: STAGES.index(until) + 1]:
             seed_iteration(self.config.seed, STAGES.index(stage))
             getattr(self, stage)()

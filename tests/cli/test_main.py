@@ -37,7 +37,7 @@ def parse_only(monkeypatch):
         raise Parsed
 
     monkeypatch.setattr(tyro, "cli", parse)
-    monkeypatch.setattr(depthfuse.config, "load_yaml", lambda path, kind: kind())
+    monkeypatch.setattr(depthfuse.config, "load_yaml", lambda path, kind, under: kind())
 
 
 def does(monkeypatch, action):
@@ -72,6 +72,7 @@ def test_help_of_each_command(name, capsys):
     assert all(example in text for example in COMMANDS[name].examples)
     assert "--verbose" in text and "--quiet" in text
     assert ("--config FILE" in text) == COMMANDS[name].takes_config
+    assert ("--effort WORD" in text) == COMMANDS[name].takes_effort
 
 
 def test_examples_are_command_lines(parse_only, capsys):
@@ -105,6 +106,10 @@ def test_help_and_version_import_nothing_heavy():
         (["prune", "--config="], "--config needs the path of a YAML file"),
         (["prune", "--config", "--out", "x"], "--config needs the path of a YAML file"),
         (["prune", "--config=a.yaml", "--config", "b.yaml"], "more than once (a.yaml, b.yaml)"),
+        (["env", "--effort", "quick"], "depthfuse env takes no --effort"),
+        (["prune", "--effort", "heroic"], "unknown effort 'heroic'; known: quick, normal, thorough"),
+        (["prune", "--effort", "--seed"], "--effort needs a word: --effort quick|normal|thorough"),
+        (["prune", "--effort=quick", "--effort", "normal"], "more than once (quick, normal)"),
         (["env", "--verbose", "--quiet"], "--verbose and --quiet contradict each other"),
     ],
 )

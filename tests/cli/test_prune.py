@@ -1,11 +1,14 @@
 """`depthfuse prune`, its stages and the demo: flags over the entries of a file, what is printed, missed budgets."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from depthfuse.checkpoint import save_json
 from depthfuse.cli import main
+from depthfuse.config import PruneConfig, from_dict
+from depthfuse.effort import EFFORTS
 from depthfuse.runs import demo, run
 from depthfuse.runs.report import budget_missed
 from depthfuse.runs.run import STAGES
@@ -48,6 +51,22 @@ def test_each_stage_is_a_command(stage, asked):
     assert [(settings.out, until) for settings, until in asked] == [
         (Path("x"), "compare" if stage == "prune" else stage)
     ]
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_an_effort_lies_under_a_file_and_flags(effort, tmp_path, asked):
+    file = tmp_path / "own.yaml"
+    file.write_text("search:\n  blocks: 3\nfinetune:\n  lr: 0.5\n")
+    assert main(["prune", "--effort", effort]) == 130
+    assert main(["prune", f"--effort={effort}", "--config", str(file), "--search.metric", "top1"]) == 130
+    (alone, _), (settings, _) = asked
+    expected = from_dict(PruneConfig, EFFORTS[effort])
+    assert alone == expected != PruneConfig()
+    assert settings == replace(
+        expected,
+        search=replace(expected.search, blocks=3, metric="top1"),
+        finetune=replace(expected.finetune, lr=0.5),
+    )
 
 
 def test_config_stands_anywhere_and_flags_win(tmp_path, asked):

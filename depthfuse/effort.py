@@ -1,0 +1,30 @@
+"""How much time a run may take, in one word: settings of `PruneConfig` that go together, for `--effort`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# The integer programme scores the fewest subnets, and the loss tells them apart on few images.
+_QUICK_SEARCH = {"strategy": "milp", "metric": "loss"}
+
+# {effort: entries of `PruneConfig`, as `depthfuse.config.from_dict` takes them}
+EFFORTS: dict[str, dict[str, Any]] = {
+    "quick": {"start": "fit", "train": False, "search": _QUICK_SEARCH},
+    "normal": {"start": "fit", "search": _QUICK_SEARCH, "finetune": {"epochs": 6}},
+    "thorough": {"search": {"metric": "loss"}, "finetune": {"epochs": 30}},
+}
+ABOUT = {
+    "quick": "minutes, no training and no labels: merged blocks are fitted",
+    "normal": "fitted blocks, then some epochs of fine-tuning",
+    "thorough": "a supernet is trained, the search scores many subnets, and fine-tuning is long",
+}
+
+
+def overlaid(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested entries: those of `over`, and of `under` where `over` has none."""
+    result = dict(under)
+    for name, value in over.items():
+        below = result.get(name)
+        both = isinstance(below, dict) and isinstance(value, dict)
+        result[name] = overlaid(below, value) if both else value
+    return result

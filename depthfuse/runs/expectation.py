@@ -1,0 +1,147 @@
+"""How long a run will take, told before it starts: a few steps are timed, and those of all stages are counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from depthfuse.config import SearchConfig, TrainConfig
+from depthfuse.data import DataBundle
+from depthfuse.errors import DataError
+from depthfuse.measuring.timing import time_interleaved
+from depthfuse.merging.supernet import Supernet
+from depthfuse.runs.weights import unfit_given
+from depthfuse.searching.space import SearchSpace
+from depthfuse.searching.strategies import find_strategy
+from depthfuse.training.evaluation import in_eval_mode
+from depthfuse.training.objectives import Objective
+
+if TYPE_CHECKING:
+    from depthfuse.runs.run import Run
+
+log = logging.getLogger(__name__)
+
+_ARTEFACTS = {
+    "baseline": "baseline.safetensors",
+    "supernet": "supernet.safetensors",
+    "search": "front.csv",
+    "finetune": "finetune.safetensors",
+    "compare": "results.json",
+}
+_NETS_COMPARED = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """Seconds an image takes on this machine, of the whole net: in a step of training, and forward alone."""
+
+    training: float
+    forward: float
+
+
+def measure_pace(net: nn.Module, objective: Objective, data: DataBundle, device: torch.device) -> Pace:
+    """Times a training step and a forward pass of one training batch. The net is left with gradients."""
+    images, targets = next(iter(data.train_loader(seed=0, epoch=0)))
+    images, targets = images.to(device, memory_format=torch.channels_last), targets.to(device)
+    if not data.labelled:
+        targets = targets.clamp(min=0)
+    net = net.to(device, memory_format=torch.channels_last)
+
+    def step() -> None:
+        with torch.inference_mode(False), torch.enable_grad():  # the timer takes both away
+            objective(images, targets, 0.0).backward()
+
+    def forward() -> None:
+        with torch.no_grad():
+            net(images)
+
+    with in_eval_mode(net):  # leaves the statistics of batch norms alone, and takes as long
+        times = time_interleaved(
+            {"step": step, "forward": forward}, rounds=1, min_round_ms=1.0, warmup=1, device=device
+        )
+    return Pace(*(times[name].least_ms / 1e3 / len(images) for name in ("step", "forward")))
+
+
+def expected_seconds(run: Run, pace: Pace, until: str) -> dict[str, float]:
+    """{stage: seconds} of the stages up to `until` that are not done yet, but for the latency table.
+
+    What data is read from disk in that time is not in it.
+    """
+    config, data = run.config, run.data
+    batches, size = data.train_batches(run.accelerator.num_processes), data.config.batch_size
+    held = _held_out(data)
+
+    def training(settings: TrainConfig, step: float, scores: int = 1) -> float:
+        return settings.epochs * (batches * size * step + scores * held * pace.forward)
+
+    supernet = Supernet(run.source.build())
+    options = supernet.options()
+    calibrating = config.search.calibration_images * pace.forward
+    subnets = 2 + config.supernet.random_subnets
+    given = config.weights is not None or config.pretrained
+    taught = config.finetune.distill or config.finetune.features
+    seconds = {
+        "baseline": 0.0
+        if given and not unfit_given(run.source, config.weights, config.pretrained)
+        else training(config.baseline, pace.training),
+        # each block is run up to, and its candidates are fitted and judged
+        "supernet": len(options) * calibrating
+        if config.start == "fit"
+        else training(config.supernet, subnets * pace.training, scores=2),
+        "search": _scored(options, config.search) * (calibrating + held * pace.forward),
+        "finetune": training(config.finetune, pace.training + (pace.forward if taught else 0.0))
+        if config.train
+        else len(options) * calibrating / 2,
+        "compare": _NETS_COMPARED * len(data.val_loader()) * data.config.val_batch_size * pace.forward,
+    }
+    return {stage: seconds[stage] for stage in left(run, until)}
+
+
+def left(run: Run, until: str) -> list[str]:
+    """The stages up to `until` that are not done yet, but for merging, which takes no time."""
+    stages = list(_ARTEFACTS)
+    wanted = stages[: stages.index("finetune" if until == "merge" else until) + 1]
+    return [stage for stage in wanted if not (run.dir / _ARTEFACTS[stage]).exists()]
+
+
+def _held_out(data: DataBundle) -> int:
+    """About how many images; 0 where there are none, which the stages that need them will say."""
+    try:
+        return len(data.holdout_loader()) * data.config.val_batch_size
+    except DataError:
+        return 0
+
+
+def _scored(options: dict[str, list[str]], search: SearchConfig) -> int:
+    """About how many subnets the search scores: at most, as merges that do not pay are left out of it later."""
+    plain = dataclasses.replace(
+        search, blocks=1, budget_ms=None, speedup=None, macs=None, parameters=None, points=None, force=()
+    )
+    return find_strategy(search.strategy).count(SearchSpace(options, plain), search)
+
+
+def tell(run: Run, until: str) -> None:
+    """Log how long the stages up to `until` will take, where anything is left to do and anybody reads it."""
+    if not log.isEnabledFor(logging.INFO) or not run.accelerator.is_main_process or not left(run, until):
+        return
+    net = run.build()
+    pace = measure_pace(net, Objective(net, task=run.task), run.data, run.device)
+    expected = {stage: s for stage, s in expected_seconds(run, pace, until).items() if s}
+    if expected:
+        parts = ", ".join(f"{stage} {duration(s)}" for stage, s in expected.items())
+        log.info(
+            "expected: about %s (%s), and what measuring latencies takes",
+            duration(sum(expected.values())),
+            parts,
+        )
+
+
+def duration(seconds: float) -> str:
+    """40 s, 12 min, 3.4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -19,6 +19,7 @@ from depthfuse.errors import CheckpointError, ConfigError
 from depthfuse.untrusted import MALFORMED, check_plain
 
 Schedule = Literal["linear", "cosine", "none"]
+SearchMetric = Literal["top1", "loss", "divergence"]
 # "here", or a GPU that latencies can be predicted for
 LatencyDevice = Literal[("here", *OPTIONS)]
 # Of YAML. PyYAML reads 100 kB a second; our largest config has 3 kB, five levels and no aliases.
@@ -106,9 +107,10 @@ class SearchConfig:
     strategy: str = "evolution"
     """evolution; milp: exact optimum of summed losses of single blocks, the cheapest; greedy; random, uniform:
     controls; pick: the best of an earlier search's subnets, without scoring more."""
-    metric: Literal["top1", "loss"] = "top1"
-    """What ranks subnets on held-out images: top1, or the metric of another task; or the loss, which is finer where
-    those are few."""
+    metric: SearchMetric = "top1"
+    """What ranks subnets on held-out images: top1, or the metric of another task; the loss, which is finer where those
+    are few; or the divergence of the outputs from the unpruned net's (of class probabilities in nats, else as the task
+    teaches), which needs no labels."""
     force: tuple[str, ...] = ()
     """Blocks to prune in any case: "layer1.0", or with its candidate "layer1.0=compact"."""
     exclude: tuple[str, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from depthfuse.config import PruneConfig, SearchConfig, load_yaml
@@ -11,9 +12,9 @@ from depthfuse.errors import BudgetError, ConfigError
 from depthfuse.runs.run import Run, prune
 from depthfuse.searching.choosing import choose, nearest, offer, unpruned
 from depthfuse.searching.journal import Journal
+from depthfuse.searching.scoring import value_of
 from depthfuse.searching.space import SearchSpace
 from depthfuse.searching.strategies import pareto
-from depthfuse.tasks import Score
 
 # The wishes of `pick`, and all other budgets, which the search itself may have had.
 WISHES = ("speedup", "points", "blocks")
@@ -73,11 +74,7 @@ def _check(search: SearchConfig, rows: list, table: CostTable) -> None:
         without = dataclasses.replace(search, **_NONE)
         told = nearest(SearchSpace(options, without, table, table), rows, table)
         raise BudgetError(f"{error}{told}") from error
-    choose(space, rows, lambda score: _value(search, score), table)
-
-
-def _value(search: SearchConfig, score: Score) -> float:
-    return score.top1 if search.metric == "top1" else -score.loss
+    choose(space, rows, functools.partial(value_of, metric=search.metric), table)
 
 
 def _front(rows: list, table: CostTable) -> list[str]:

@@ -21,6 +21,7 @@ _SHAPE = {
     "choices": dict[str, str],
     "top1": float,
     "loss": float | Literal["nan", "inf", "-inf"],  # of a subnet whose outputs overflow
+    "divergence?": float | Literal["nan", "inf", "-inf"],
     "images?": int,  # and the next two: beside the unpruned net, see `Paired`
     "lost?": int,
     "gained?": int,
@@ -79,9 +80,15 @@ class Journal:
 
 
 def _line(choices: Choices, score: Score, pair: Paired | None) -> str:
-    loss = score.loss if math.isfinite(score.loss) else str(score.loss)
-    row = {"choices": dict(choices), "top1": score.top1, "loss": loss, **(pair._asdict() if pair else {})}
+    row = {"choices": dict(choices), "top1": score.top1, "loss": _plain(score.loss)}
+    if score.divergence is not None:
+        row["divergence"] = _plain(score.divergence)
+    row |= pair._asdict() if pair else {}
     return json.dumps(row | {"sha256": _digest(row)})
+
+
+def _plain(number: float) -> float | str:
+    return number if math.isfinite(number) else str(number)
 
 
 def _parse(line: bytes) -> tuple[Choices, Score, Paired | None]:
@@ -91,7 +98,8 @@ def _parse(line: bytes) -> tuple[Choices, Score, Paired | None]:
     if digest != _digest(row):
         raise ValueError("its checksum does not match its contents")
     pair = Paired(row["images"], row["lost"], row["gained"]) if "images" in row else None
-    return row["choices"], Score(row["top1"], float(row["loss"])), pair
+    divergence = float(row["divergence"]) if "divergence" in row else None
+    return row["choices"], Score(row["top1"], float(row["loss"]), divergence), pair
 
 
 def _digest(row: dict[str, Any]) -> str:

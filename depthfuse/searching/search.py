@@ -24,7 +24,7 @@ from depthfuse.merging.supernet import Supernet
 from depthfuse.searching.choosing import choose, unpruned
 from depthfuse.searching.intervals import Paired, points_lost, wilson
 from depthfuse.searching.journal import Journal
-from depthfuse.searching.scoring import Scorer
+from depthfuse.searching.scoring import Scorer, value_of
 from depthfuse.searching.space import Choices, SearchSpace
 from depthfuse.searching.strategies import find_strategy, pareto
 from depthfuse.spec import SubnetSpec
@@ -36,14 +36,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Point:
-    """One subnet on the front. cost: in the unit of the cost table. top1 (of a task other than classification: its
-    metric; percent), loss: on held-out images. pair: beside the unpruned net, where the score is a share of images."""
+    """One subnet on the front. cost: in the unit of the cost table. score: on held-out images. pair: beside the
+    unpruned net, where the score is a share of images."""
 
     choices: Choices
     cost: float
-    top1: float
-    loss: float
+    score: Score
     pair: Paired | None = None
+
+    @property
+    def top1(self) -> float:
+        """The task's metric in percent."""
+        return self.score.top1
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,10 @@ def search(
         log.info("excluded, or merging is no faster than keeping: %s", ", ".join(left_out))
     book = Journal(journal)
 
-    def value(score: Score) -> float:
-        return score.top1 if config.metric == "top1" else -score.loss
-
+    value = functools.partial(value_of, metric=config.metric)
+    wanted = config.metric == "divergence"
     settle = settle or functools.partial(calibrate, supernet, data, config.calibration_images)
-    scorer = Scorer(supernet, data, settle, task) if judge is None else None
+    scorer = Scorer(supernet, data, settle, task, wanted) if judge is None else None
 
     def measure(choices: Choices) -> tuple[Score, Paired | None]:
         return scorer(choices) if scorer is not None else (judge(choices), None)
@@ -103,7 +106,7 @@ def search(
 
         def score(choices: Choices) -> float:
             known = book.get(choices)
-            if known is None:
+            if known is None or (wanted and known.divergence is None):  # scored by another metric before
                 known, pair = measure(choices)
                 book.add(choices, known, pair)
                 bar.advance(**{task.key: known.top1})
@@ -115,10 +118,10 @@ def search(
     axis = latency or costs
     rows = list(book.rows.values())
     points = [
-        Point(choices, axis.cost(choices) if axis else len(choices), *score, book.pair(choices))
+        Point(choices, axis.cost(choices) if axis else len(choices), score, book.pair(choices))
         for choices, score in rows
     ]
-    front = pareto([(p.cost, value(Score(p.top1, p.loss)), p) for p in points])
+    front = pareto([(p.cost, value(p.score), p) for p in points])
     spec = None
     if space.unit is not None:
         best = choose(space, rows, value, axis)
@@ -142,7 +145,7 @@ def front_csv(result: SearchResult, table: CostTable | None, task: Task = CLASSI
         [
             *(f"cost_{unit}", "speedup", f"{key}_holdout", f"{key}_low", f"{key}_high"),
             *("points_lost", "points_lost_low", "points_lost_high"),
-            *("loss_holdout", "images_holdout", "blocks", "choices"),
+            *("loss_holdout", "divergence_holdout", "images_holdout", "blocks", "choices"),
         ]
     )
     for p in result.front:
@@ -157,7 +160,8 @@ def front_csv(result: SearchResult, table: CostTable | None, task: Task = CLASSI
                 ratio,
                 f"{p.top1:.3f}",
                 *cells,
-                f"{p.loss:.5f}",
+                f"{p.score.loss:.5f}",
+                "" if p.score.divergence is None else f"{p.score.divergence:.5f}",
                 images,
                 len(p.choices),
                 choices,

@@ -16,6 +16,8 @@ ROWS = [
     ({"layer1.0": "compact"}, Score(90.0, 0.5)),
     ({"layer1.0": "dense", "layer2.1": "drop"}, Score(10.0, math.inf)),
     ({"layer2.1": "drop"}, Score(0.0, 1e-300)),
+    ({"layer3.1": "drop"}, Score(80.0, 0.7, 0.1 + 0.2)),
+    ({"layer3.1": "dense"}, Score(80.0, 0.7, math.inf)),
 ]
 
 

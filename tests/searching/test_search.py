@@ -141,7 +141,7 @@ def test_without_a_budget_the_front_spans_the_space(supernet, strategy, tmp_path
     lines = front_csv(result, table).splitlines()
     assert lines[0] == (
         "cost_ms,speedup,top1_holdout,top1_low,top1_high,points_lost,points_lost_low,points_lost_high,"
-        "loss_holdout,images_holdout,blocks,choices"
+        "loss_holdout,divergence_holdout,images_holdout,blocks,choices"
     )
     assert len(lines) == 1 + len(costs)
     # any budget can then be picked without scoring more

@@ -27,7 +27,8 @@ importlib.import_module("depthfuse")  # first, so that a test may import timm be
 _MEMORY = Path("/dev/shm")
 if _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK):
     facts = os.statvfs(_MEMORY)
-    if facts.f_bavail * facts.f_frsize > 4 * 2**30 and not facts.f_flag & os.ST_NOEXEC:  # engines are built there
+    roomy = facts.f_bavail * facts.f_frsize > 4 * 2**30
+    if roomy and not facts.f_flag & os.ST_NOEXEC:  # engines are built there
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
 
 # Several workers with a pool of threads each would slow each other down many times over.

@@ -18,7 +18,7 @@ from depthfuse.errors import CheckpointError
 from depthfuse.measured_cache import MeasuredCache
 from depthfuse.runs.report import RESULTS, merge_document
 from depthfuse.searching.journal import Journal
-from depthfuse.training.evaluation import Score
+from depthfuse.searching.scoring import SubnetScore
 
 KWARGS = {"channels": (4, 4, 8, 8), "layers": (1, 1, 1, 1), "in_chans": 1, "num_classes": 3}
 NET = {
@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
     CostTable(CONDITIONS, "ms", 3.25, saved).save(folder / "latency.json")
     book = Journal(folder / "search.jsonl")
     for number, name in enumerate(["compact", "dense", "drop"]):
-        book.add({"layer1.0": name}, Score(50.0 + number, 0.5))
+        book.add({"layer1.0": name}, SubnetScore(50.0 + number, 0.5))
     save_text(folder / "config.yaml", to_yaml(PruneConfig(model_kwargs=("in_chans=1",))))
     blocks, choices = supernet.options(), spec.mapping()
     results = {**SETTINGS, "rows": [{"net": "baseline", **NET}], "choices": choices, "blocks": blocks}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
-from depthfuse.config import SearchConfig, TrainConfig
+from depthfuse.config import PruneConfig, SearchConfig, TrainConfig
 from depthfuse.data import DataBundle
 from depthfuse.errors import DataError
 from depthfuse.measuring.timing import time_interleaved
@@ -17,11 +17,10 @@ from depthfuse.merging.supernet import Supernet
 from depthfuse.runs.weights import unfit_given
 from depthfuse.searching.space import SearchSpace
 from depthfuse.searching.strategies import find_strategy
+from depthfuse.spec import ModelSource
+from depthfuse.tasks import Task
 from depthfuse.training.evaluation import in_eval_mode
 from depthfuse.training.objectives import Objective
-
-if TYPE_CHECKING:
-    from depthfuse.runs.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -66,19 +65,20 @@ def measure_pace(net: nn.Module, objective: Objective, data: DataBundle, device:
     return Pace(*(times[name].least_ms / 1e3 / len(images) for name in ("step", "forward")))
 
 
-def expected_seconds(run: Run, pace: Pace, until: str) -> dict[str, float]:
+def expected_seconds(
+    config: PruneConfig, data: DataBundle, source: ModelSource, pace: Pace, until: str, processes: int = 1
+) -> dict[str, float]:
     """{stage: seconds} of the stages up to `until` that are not done yet, but for the latency table.
 
-    What data is read from disk in that time is not in it.
+    Reading images from a disk is not in it. processes: that train together.
     """
-    config, data = run.config, run.data
-    batches, size = data.train_batches(run.accelerator.num_processes), data.config.batch_size
+    batches, size = data.train_batches(processes), data.config.batch_size
     held = _held_out(data)
 
     def training(settings: TrainConfig, step: float, scores: int = 1) -> float:
         return settings.epochs * (batches * size * step + scores * held * pace.forward)
 
-    supernet = Supernet(run.source.build())
+    supernet = Supernet(source.build())
     options = supernet.options()
     calibrating = config.search.calibration_images * pace.forward
     subnets = 2 + config.supernet.random_subnets
@@ -86,7 +86,7 @@ def expected_seconds(run: Run, pace: Pace, until: str) -> dict[str, float]:
     taught = config.finetune.distill or config.finetune.features
     seconds = {
         "baseline": 0.0
-        if given and not unfit_given(run.source, config.weights, config.pretrained)
+        if given and not unfit_given(source, config.weights, config.pretrained)
         else training(config.baseline, pace.training),
         # each block is run up to, and its candidates are fitted and judged
         "supernet": len(options) * calibrating
@@ -98,14 +98,14 @@ def expected_seconds(run: Run, pace: Pace, until: str) -> dict[str, float]:
         else len(options) * calibrating / 2,
         "compare": _NETS_COMPARED * len(data.val_loader()) * data.config.val_batch_size * pace.forward,
     }
-    return {stage: seconds[stage] for stage in left(run, until)}
+    return {stage: seconds[stage] for stage in left(config, until)}
 
 
-def left(run: Run, until: str) -> list[str]:
+def left(config: PruneConfig, until: str) -> list[str]:
     """The stages up to `until` that are not done yet, but for merging, which takes no time."""
     stages = list(_ARTEFACTS)
     wanted = stages[: stages.index("finetune" if until == "merge" else until) + 1]
-    return [stage for stage in wanted if not (run.dir / _ARTEFACTS[stage]).exists()]
+    return [stage for stage in wanted if not (config.out / _ARTEFACTS[stage]).exists()]
 
 
 def _held_out(data: DataBundle) -> int:
@@ -124,13 +124,21 @@ def _scored(options: dict[str, list[str]], search: SearchConfig) -> int:
     return find_strategy(search.strategy).count(SearchSpace(options, plain), search)
 
 
-def tell(run: Run, until: str) -> None:
+def tell(
+    config: PruneConfig,
+    data: DataBundle,
+    source: ModelSource,
+    task: Task,
+    accelerator: Accelerator,
+    until: str,
+) -> None:
     """Log how long the stages up to `until` will take, where anything is left to do and anybody reads it."""
-    if not log.isEnabledFor(logging.INFO) or not run.accelerator.is_main_process or not left(run, until):
+    if not log.isEnabledFor(logging.INFO) or not accelerator.is_main_process or not left(config, until):
         return
-    net = run.build()
-    pace = measure_pace(net, Objective(net, task=run.task), run.data, run.device)
-    expected = {stage: s for stage, s in expected_seconds(run, pace, until).items() if s}
+    net = source.build()
+    pace = measure_pace(net, Objective(net, task=task), data, accelerator.device)
+    seconds = expected_seconds(config, data, source, pace, until, accelerator.num_processes)
+    expected = {stage: s for stage, s in seconds.items() if s}
     if expected:
         parts = ", ".join(f"{stage} {duration(s)}" for stage, s in expected.items())
         log.info(

@@ -163,7 +163,7 @@ class Run:
 
     def run(self, until: str = "compare") -> None:
         """Do all stages up to `until`, skipping those that are done."""
-        expectation.tell(self, until)
+        expectation.tell(self.config, self.data, self.source, self.task, self.accelerator, until)
         for stage in STAGES[: STAGES.index(until) + 1]:
             seed_iteration(self.config.seed, STAGES.index(stage))
             getattr(self, stage)()

@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 
 from depthfuse.costs.table import CostTable
 from depthfuse.errors import BudgetError
+from depthfuse.searching.scoring import SubnetScore
 from depthfuse.searching.space import Choices, SearchSpace
 from depthfuse.searching.strategies import key_of
-from depthfuse.tasks import Score
 
-Row = tuple[Choices, Score]
+Row = tuple[Choices, SubnetScore]
 _OFFERS = 3
 _ROUNDING = 1e-9  # of sums of percentages
 
 
 def choose(
-    space: SearchSpace, rows: Sequence[Row], value: Callable[[Score], float], axis: CostTable | None
+    space: SearchSpace, rows: Sequence[Row], value: Callable[[SubnetScore], float], axis: CostTable | None
 ) -> Choices:
     """The subnet of most value within the budget; where that is a loss in points, the cheapest within it.
 
@@ -46,7 +46,7 @@ def choose(
     return min(ranked)[3]
 
 
-def unpruned(rows: Sequence[Row]) -> Score | None:
+def unpruned(rows: Sequence[Row]) -> SubnetScore | None:
     """The score of the unpruned net, if it is among them."""
     return next((score for choices, score in rows if not choices), None)
 
@@ -68,7 +68,7 @@ def nearest(space: SearchSpace, rows: Sequence[Row], axis: CostTable | None) -> 
     return f". Nearest: {told}" if told else ""
 
 
-def offer(choices: Choices, score: Score, whole: Score | None, axis: CostTable | None) -> str:
+def offer(choices: Choices, score: SubnetScore, whole: SubnetScore | None, axis: CostTable | None) -> str:
     """A subnet in words: "3 blocks, 1.21x faster, loses 0.80 points"."""
     words = [f"{len(choices)} block{'s' if len(choices) > 1 else ''}"]
     if axis is not None:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 from depthfuse.checkpoint import read_bounded
 from depthfuse.errors import CheckpointError
 from depthfuse.searching.intervals import Paired
+from depthfuse.searching.scoring import SubnetScore
 from depthfuse.searching.space import Choices
 from depthfuse.searching.strategies import key_of
-from depthfuse.training.evaluation import Score
 from depthfuse.untrusted import MALFORMED, conform, parse_json
 
 _SHAPE = {
@@ -39,7 +39,7 @@ class Journal:
 
     def __init__(self, path: Path | None):
         self.path = path
-        self.rows: dict[str, tuple[Choices, Score]] = {}
+        self.rows: dict[str, tuple[Choices, SubnetScore]] = {}
         self.pairs: dict[str, Paired] = {}
         if path is not None and path.exists():
             data = read_bounded(path, _MAX_BYTES)
@@ -56,7 +56,7 @@ class Journal:
             if whole != data:
                 os.truncate(path, len(whole))
 
-    def get(self, choices: Choices) -> Score | None:
+    def get(self, choices: Choices) -> SubnetScore | None:
         row = self.rows.get(key_of(choices))
         return None if row is None else row[1]
 
@@ -64,12 +64,12 @@ class Journal:
         """A subnet beside the unpruned net, where that is known."""
         return self.pairs.get(key_of(choices))
 
-    def _keep(self, choices: Choices, score: Score, pair: Paired | None) -> None:
+    def _keep(self, choices: Choices, score: SubnetScore, pair: Paired | None) -> None:
         self.rows[key_of(choices)] = choices, score
         if pair is not None:
             self.pairs[key_of(choices)] = pair
 
-    def add(self, choices: Choices, score: Score, pair: Paired | None = None) -> None:
+    def add(self, choices: Choices, score: SubnetScore, pair: Paired | None = None) -> None:
         self._keep(choices, score, pair)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ class Journal:
                 os.fsync(file.fileno())
 
 
-def _line(choices: Choices, score: Score, pair: Paired | None) -> str:
+def _line(choices: Choices, score: SubnetScore, pair: Paired | None) -> str:
     row = {"choices": dict(choices), "top1": score.top1, "loss": _plain(score.loss)}
     if score.divergence is not None:
         row["divergence"] = _plain(score.divergence)
@@ -91,7 +91,7 @@ def _plain(number: float) -> float | str:
     return number if math.isfinite(number) else str(number)
 
 
-def _parse(line: bytes) -> tuple[Choices, Score, Paired | None]:
+def _parse(line: bytes) -> tuple[Choices, SubnetScore, Paired | None]:
     row: Any = parse_json(line, at_most=_MAX_LINE_BYTES)
     conform(row, _SHAPE, "the line")
     digest = row.pop("sha256")
@@ -99,7 +99,7 @@ def _parse(line: bytes) -> tuple[Choices, Score, Paired | None]:
         raise ValueError("its checksum does not match its contents")
     pair = Paired(row["images"], row["lost"], row["gained"]) if "images" in row else None
     divergence = float(row["divergence"]) if "divergence" in row else None
-    return row["choices"], Score(row["top1"], float(row["loss"]), divergence), pair
+    return row["choices"], SubnetScore(row["top1"], float(row["loss"]), divergence), pair
 
 
 def _digest(row: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +14,21 @@ from depthfuse.data import DataBundle
 from depthfuse.merging.supernet import Supernet
 from depthfuse.searching.intervals import Paired, paired
 from depthfuse.searching.space import Choices
-from depthfuse.tasks import Score, Task
+from depthfuse.tasks import Task
 from depthfuse.training.evaluation import evaluate
 
 _TEMPERATURE = 1.0  # probabilities as they are
 
 
-def value_of(score: Score, metric: SearchMetric) -> float:
+class SubnetScore(NamedTuple):
+    """A `Score` of a subnet, and its divergence from the unpruned net, by `Task.taught`, where that was asked for."""
+
+    top1: float
+    loss: float
+    divergence: float | None = None
+
+
+def value_of(score: SubnetScore, metric: SearchMetric) -> float:
     """What ranks a score, higher is better; least of all what is no number, or was scored by another metric."""
     if metric == "top1":
         return score.top1
@@ -46,10 +55,10 @@ class Scorer:
     ):
         self.supernet, self.data, self.settle, self.task = supernet, data, settle, task
         self.divergence = divergence
-        self._whole: tuple[Score, Tensor | None] | None = None
+        self._whole: tuple[SubnetScore, Tensor | None] | None = None
         self._outputs: list[Tensor] = []
 
-    def __call__(self, choices: Choices) -> tuple[Score, Paired | None]:
+    def __call__(self, choices: Choices) -> tuple[SubnetScore, Paired | None]:
         """Of a subnet; None instead of counts where the task's score is no share of images."""
         if self._whole is None:
             self._whole = self._judged({})
@@ -57,7 +66,7 @@ class Scorer:
         whole = self._whole[1]
         return score, None if whole is None or right is None else paired(whole, right)
 
-    def _judged(self, choices: Choices) -> tuple[Score, Tensor | None]:
+    def _judged(self, choices: Choices) -> tuple[SubnetScore, Tensor | None]:
         """The score, and [N] bool, which images are answered right."""
         self.supernet.set_choices(choices)
         self.settle()
@@ -74,8 +83,8 @@ class Scorer:
             whole = self._outputs[len(sums)].to(output.device)
             sums.append((float(self.task.taught(output, whole, _TEMPERATURE)), len(output)))
 
-        score = evaluate(self.supernet, self.data.holdout_loader(), task=self.task, watch=watch)
-        if self.divergence:
-            score = score._replace(divergence=sum(d * n for d, n in sums) / sum(n for _, n in sums))
+        top1, loss = evaluate(self.supernet, self.data.holdout_loader(), task=self.task, watch=watch)
+        divergence = sum(d * n for d, n in sums) / sum(n for _, n in sums) if sums else None
         known = [right for right in found if right is not None]
+        score = SubnetScore(top1, loss, divergence)
         return score, torch.cat(known) if len(known) == len(found) else None

@@ -24,7 +24,7 @@ from depthfuse.merging.supernet import Supernet
 from depthfuse.searching.choosing import choose, unpruned
 from depthfuse.searching.intervals import Paired, points_lost, wilson
 from depthfuse.searching.journal import Journal
-from depthfuse.searching.scoring import Scorer, value_of
+from depthfuse.searching.scoring import Scorer, SubnetScore, value_of
 from depthfuse.searching.space import Choices, SearchSpace
 from depthfuse.searching.strategies import find_strategy, pareto
 from depthfuse.spec import SubnetSpec
@@ -41,7 +41,7 @@ class Point:
 
     choices: Choices
     cost: float
-    score: Score
+    score: SubnetScore
     pair: Paired | None = None
 
     @property
@@ -99,8 +99,8 @@ def search(
     settle = settle or functools.partial(calibrate, supernet, data, config.calibration_images)
     scorer = Scorer(supernet, data, settle, task, wanted) if judge is None else None
 
-    def measure(choices: Choices) -> tuple[Score, Paired | None]:
-        return scorer(choices) if scorer is not None else (judge(choices), None)
+    def measure(choices: Choices) -> tuple[SubnetScore, Paired | None]:
+        return scorer(choices) if scorer is not None else (SubnetScore(*judge(choices)), None)
 
     with progress("search", total=strategy.count(space, config)) as bar:
 

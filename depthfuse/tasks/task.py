@@ -23,9 +23,6 @@ class Score(NamedTuple):
 
     top1: float  # the task's metric in percent, higher is better; by its first task's name, as in the files of runs
     loss: float  # mean; cross-entropy of classification and segmentation in nats
-    divergence: float | None = (
-        None  # from what the unpruned net gives, by `Task.taught`, where it was asked for
-    )
 
 
 class Task(ABC):

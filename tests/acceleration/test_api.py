@@ -137,6 +137,8 @@ def test_merged_nets(family):
         assert relative_error(fast(x), merged(x)) < 1e-11
     # The norm behind a merged block's activation is part of the fused operation.
     assert "batch_norm" not in kinds(fast)
+    modules = dict(merged.named_modules())
+    assert all(entry.path.partition(":")[0] in modules for entry in fast.report().entries if entry.fused)
     assert any("affine" in entry.epilogue for entry in fast.report().entries)
 
 

@@ -16,7 +16,7 @@ from depthfuse import accelerate, load_accelerated
 from depthfuse.acceleration.planning.trees import flatten
 from depthfuse.measuring.accuracy import relative_error
 
-NETS = int(os.environ.get("DEPTHFUSE_FUZZ", "60"))
+NETS = int(os.environ.get("DEPTHFUSE_FUZZ", "24"))
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 

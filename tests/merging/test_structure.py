@@ -132,7 +132,6 @@ OWN = {
 TORCHVISION = {
     "resnet18": 8,
     "resnet50": 16,
-    "wide_resnet50_2": 16,
     "resnext50_32x4d": 16,
     "mobilenet_v2": 17,
     "mnasnet0_5": 16,

@@ -30,7 +30,7 @@ from depthfuse.rivals.methods import METHODS
 CONFIG = CompareConfig(
     model="resnet18",
     model_kwargs=("channels=(8,12,16,24)", "layers=(2,2,1,1)", "in_chans=1"),
-    data=DataConfig(max_train_images=320, batch_size=64, holdout=0.2),
+    data=DataConfig(max_train_images=240, batch_size=64, holdout=0.2),
     baseline=TrainConfig(epochs=1, lr=2e-3, warmup_epochs=0.0),
     supernet=SupernetConfig(epochs=1, warmup_epochs=0.0),
     search=SearchConfig(population=4, parents=2, generations=1, calibration_images=64, losing_merges=True),

@@ -24,6 +24,14 @@ def run(tmp_path):
     return Run(dataclasses.replace(CONFIG, out=tmp_path / "run"))
 
 
+def expected(run, until):
+    return expected_seconds(run.config, run.data, run.source, PACE, until)
+
+
+def told(run, until):
+    tell(run.config, run.data, run.source, run.task, run.accelerator, until)
+
+
 def held(run):
     return len(run.data.holdout_loader()) * run.data.config.val_batch_size
 
@@ -33,7 +41,7 @@ def test_every_stage_is_counted(run):
     options = Supernet(run.source.build()).options()
     assert (len(options), sum(map(len, options.values()))) == (BLOCKS, CANDIDATES)
     validated = len(run.data.val_loader()) * run.data.config.val_batch_size
-    assert expected_seconds(run, PACE, "compare") == {
+    assert expected(run, "compare") == {
         "baseline": whole * 3 + held(run),
         "supernet": whole * 3 * 3 + 2 * held(run),  # the full, the pruned and one random subnet
         "search": 8 * (64 + held(run)),  # 4 subnets in the first generation, and 4 in one more
@@ -45,7 +53,7 @@ def test_every_stage_is_counted(run):
 def test_what_is_fitted_and_not_trained_takes_no_epochs(run):
     search = dataclasses.replace(run.config.search, strategy="milp", best=3)
     run.config = dataclasses.replace(run.config, start="fit", train=False, search=search)
-    seconds = expected_seconds(run, PACE, "merge")
+    seconds = expected(run, "merge")
     assert seconds["supernet"] == BLOCKS * 64
     assert seconds["search"] == (1 + CANDIDATES + 3) * (64 + held(run))
     assert seconds["finetune"] == BLOCKS * 64 / 2
@@ -54,21 +62,21 @@ def test_what_is_fitted_and_not_trained_takes_no_epochs(run):
 
 def test_what_is_done_is_left_out(run):
     (run.dir / "baseline.safetensors").touch()
-    assert list(expected_seconds(run, PACE, "search")) == ["supernet", "search"]
+    assert list(expected(run, "search")) == ["supernet", "search"]
 
 
 def test_a_finished_run_is_not_timed(run, caplog, monkeypatch):
     monkeypatch.delattr(expectation, "measure_pace")
     (run.dir / "baseline.safetensors").touch()
     with caplog.at_level(logging.INFO, "depthfuse"):
-        tell(run, "baseline")
+        told(run, "baseline")
     assert not caplog.records
 
 
 def test_no_held_out_images_are_no_fault_of_here(tmp_path):
     data = dataclasses.replace(CONFIG.data, max_train_images=64, holdout=0.0)
     run = Run(dataclasses.replace(CONFIG, data=data, out=tmp_path / "run"))
-    assert expected_seconds(run, PACE, "baseline") == {"baseline": 64 * 3}
+    assert expected(run, "baseline") == {"baseline": 64 * 3}
 
 
 def test_the_pace_leaves_the_net_as_it_was(run):
@@ -84,10 +92,10 @@ def test_the_pace_leaves_the_net_as_it_was(run):
 def test_it_is_told_where_somebody_reads_it(run, caplog, monkeypatch):
     monkeypatch.setattr(expectation, "measure_pace", lambda *args: PACE)
     with caplog.at_level(logging.WARNING, "depthfuse"):
-        tell(run, "baseline")
+        told(run, "baseline")
     assert not caplog.records
     with caplog.at_level(logging.INFO, "depthfuse"):
-        tell(run, "baseline")
+        told(run, "baseline")
     seconds = 9 * 64 * 3 + held(run)
     assert f"expected: about {seconds / 60:.0f} min (baseline {seconds / 60:.0f} min)" in caplog.text
 

@@ -9,15 +9,15 @@ import pytest
 from depthfuse.errors import CheckpointError
 from depthfuse.searching.intervals import Paired
 from depthfuse.searching.journal import Journal
-from depthfuse.training.evaluation import Score
+from depthfuse.searching.scoring import SubnetScore
 
 ROWS = [
-    ({}, Score(91.25, 0.30000000000000004)),
-    ({"layer1.0": "compact"}, Score(90.0, 0.5)),
-    ({"layer1.0": "dense", "layer2.1": "drop"}, Score(10.0, math.inf)),
-    ({"layer2.1": "drop"}, Score(0.0, 1e-300)),
-    ({"layer3.1": "drop"}, Score(80.0, 0.7, 0.1 + 0.2)),
-    ({"layer3.1": "dense"}, Score(80.0, 0.7, math.inf)),
+    ({}, SubnetScore(91.25, 0.30000000000000004)),
+    ({"layer1.0": "compact"}, SubnetScore(90.0, 0.5)),
+    ({"layer1.0": "dense", "layer2.1": "drop"}, SubnetScore(10.0, math.inf)),
+    ({"layer2.1": "drop"}, SubnetScore(0.0, 1e-300)),
+    ({"layer3.1": "drop"}, SubnetScore(80.0, 0.7, 0.1 + 0.2)),
+    ({"layer3.1": "dense"}, SubnetScore(80.0, 0.7, math.inf)),
 ]
 
 
@@ -36,15 +36,15 @@ def rows_of(path):
 
 def test_scores_come_back_exactly(path):
     assert rows_of(path) == ROWS
-    Journal(path).add({"a": "b"}, Score(1.0, math.nan))
+    Journal(path).add({"a": "b"}, SubnetScore(1.0, math.nan))
     assert math.isnan(Journal(path).get({"a": "b"}).loss)
 
 
 def test_counts_beside_the_unpruned_net_come_back(path):
-    Journal(path).add({"a": "b"}, Score(1.0, 0.5), Paired(200, 7, 3))
+    Journal(path).add({"a": "b"}, SubnetScore(1.0, 0.5), Paired(200, 7, 3))
     book = Journal(path)
     assert book.pair({"a": "b"}) == Paired(200, 7, 3) and book.pair({}) is None
-    assert rows_of(path) == [*ROWS, ({"a": "b"}, Score(1.0, 0.5))]
+    assert rows_of(path) == [*ROWS, ({"a": "b"}, SubnetScore(1.0, 0.5))]
 
 
 def test_a_cut_anywhere_drops_the_last_line_and_no_other(path):

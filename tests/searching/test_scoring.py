@@ -10,9 +10,9 @@ from depthfuse import Supernet
 from depthfuse.config import SearchConfig
 from depthfuse.data import DataConfig, bundle_of_tensors
 from depthfuse.searching.journal import Journal
-from depthfuse.searching.scoring import Scorer, value_of
+from depthfuse.searching.scoring import Scorer, SubnetScore, value_of
 from depthfuse.searching.search import search
-from depthfuse.tasks import CLASSIFICATION, Score
+from depthfuse.tasks import CLASSIFICATION
 
 CHOICES = {"layer1.0": "compact"}
 SEARCH = SearchConfig(strategy="greedy", metric="divergence", blocks=2, calibration_images=0)
@@ -80,11 +80,11 @@ def test_what_was_scored_by_another_metric_is_scored_again(net, tmp_path):
 @pytest.mark.parametrize(
     ("score", "metric", "value"),
     [
-        (Score(90.0, 0.5, 0.1), "top1", 90.0),
-        (Score(90.0, 0.5, 0.1), "loss", -0.5),
-        (Score(90.0, 0.5, 0.1), "divergence", -0.1),
-        (Score(90.0, 0.5), "divergence", -math.inf),
-        (Score(90.0, math.nan), "loss", -math.inf),
+        (SubnetScore(90.0, 0.5, 0.1), "top1", 90.0),
+        (SubnetScore(90.0, 0.5, 0.1), "loss", -0.5),
+        (SubnetScore(90.0, 0.5, 0.1), "divergence", -0.1),
+        (SubnetScore(90.0, 0.5), "divergence", -math.inf),
+        (SubnetScore(90.0, math.nan), "loss", -math.inf),
     ],
 )
 def test_what_ranks_a_score(score, metric, value):

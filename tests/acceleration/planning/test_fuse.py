@@ -85,7 +85,7 @@ KINDS = [
 ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.sampled_from(KINDS), max_size=6), st.booleans(), st.integers(0, 99))
 def test_any_chain_computes_the_same(steps, linear, seed):
     model = Chain(steps, linear, seed).eval().double()

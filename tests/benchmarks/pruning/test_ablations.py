@@ -26,7 +26,7 @@ budgets: ["macs=0.99", "macs=0.95"]
 def test_jobs_differ_in_one_setting_and_are_not_repeated(tmp_path, monkeypatch):
     config, jobs = tmp_path / "small.yaml", tmp_path / "out" / "ablations"
     config.write_text(CONFIG.format(out=tmp_path / "out"))
-    only = ["as configured", "no ramp", "no re-calibration", "no border remedy"]
+    only = ["as configured", "no border remedy"]
     arguments = ["ablations", "--config", str(config), "--out", str(tmp_path), "--only", *only]
     monkeypatch.setattr("sys.argv", [*arguments, "--seeds", "0", "--no-table"])
     ablations.main()

@@ -51,6 +51,7 @@ def start(config: Path, out: Path, task: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.skipif(os.environ.get("DEPTHFUSE_LONG") != "1", reason="two minutes: set DEPTHFUSE_LONG=1")
 @pytest.mark.parametrize(
     ("task", "metric", "moment"),
     [("segmentation", "mean IoU", "supernet.state"), ("detection", "AP50", "finetune.state")],

@@ -32,6 +32,7 @@ from depthfuse.data.bundle import Batch, DataBundle
 from depthfuse.errors import CheckpointError, TrainingDiverged
 from depthfuse.log import progress
 from depthfuse.training.evaluation import calibrate, evaluate
+from depthfuse.training.memory import keep_freed_memory
 from depthfuse.training.objectives import Objective
 from depthfuse.training.processes import on_all, on_one, share_buffers
 from depthfuse.untrusted import MALFORMED
@@ -55,6 +56,8 @@ def make_accelerator(amp: str = "no", cpu: bool = False) -> Accelerator:
     # the others wait while the first process measures latencies and searches
     patient = InitProcessGroupKwargs(timeout=timedelta(days=2))
     accelerator = Accelerator(mixed_precision=amp, cpu=cpu, kwargs_handlers=[unused, patient])
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if accelerator.num_processes > 1:
         atexit.register(_leave_the_others)
     return accelerator

@@ -12,7 +12,7 @@ import functools
 
 # malloc.h of glibc
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST_KEPT = 2**28  # bytes; larger blocks come and go as before, as the gaps between them would not be filled
+_LARGEST_KEPT = 2**28  # bytes; gaps between larger ones would not be filled
 _NEVER = -1
 
 

@@ -34,6 +34,4 @@ def test_freed_memory_is_taken_again_without_page_faults():
         done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
         return int(done.stdout)
 
-    pages = 48 * 2**20 // 4096
-    assert faults("kept") < 2 * pages  # in 50 steps
-    assert faults("given back") > 25 * pages  # or there is nothing to be gained any more
+    assert faults("kept") < faults("given back") / 5

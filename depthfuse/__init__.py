@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from depthfuse.acceleration import accelerate, load_accelerated
     from depthfuse.config import PruneConfig
     from depthfuse.data import DataConfig, open_data
+    from depthfuse.exporting import export
     from depthfuse.merging.merge import merge
     from depthfuse.merging.supernet import Supernet, recalibrate
     from depthfuse.origins import allow_origin
@@ -34,6 +35,7 @@ __all__ = [
     "Supernet",
     "accelerate",
     "allow_origin",
+    "export",
     "load",
     "load_accelerated",
     "merge",
@@ -55,6 +57,7 @@ _WHERE = {
     "Supernet": "merging.supernet",
     "accelerate": "acceleration",
     "allow_origin": "origins",
+    "export": "exporting",
     "load": "runs.weights",
     "load_accelerated": "acceleration",
     "merge": "merging.merge",

@@ -11,8 +11,10 @@ import json
 import os
 import re
 import secrets
+import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +307,27 @@ def _read(path: str | Path, at_most: int = -1) -> bytes:
 def _replace(path: str | Path, data: bytes) -> None:
     """Put `data` in the place of `path` in one step; on failure the old file stays and nothing else."""
     path = Path(path)
+    try:
+        with temporary_beside(path) as temporary:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror or error}. What stood there before is untouched; "
+            "free some space or choose another folder, and run again"
+        ) from error
+
+
+@contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """A name for a file or folder on its way to `path`, in the same folder, which is made; gone when the block ends.
+
+    What writers of `path` that were killed half-way left there is deleted first. Raises OSError.
+    """
     # of its own for every write: threads, too, save to one path at once
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(6)}.tmp")
     with _own_lock:
@@ -312,28 +335,21 @@ def _replace(path: str | Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror or error}. What stood there before is untouched; "
-            "free some space or choose another folder, and run again"
-        ) from error
+        yield temporary
     finally:
+        _remove(temporary)
         with _own_lock:
             _own_temporaries.discard(temporary.name)
 
 
+def _remove(temporary: Path) -> None:
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        temporary.unlink(missing_ok=True)
+
+
 def _remove_leftovers(path: Path) -> None:
-    """Delete temporary files of writers of `path` that were killed half-way."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         writer = re.fullmatch(r"(\d+)(-\w+)?", leftover.name.split(".")[-2])
         if writer is None:
@@ -345,7 +361,7 @@ def _remove_leftovers(path: Path) -> None:
         else:
             alive = _is_running(pid)
         if not alive:
-            leftover.unlink(missing_ok=True)
+            _remove(leftover)
 
 
 def _is_running(pid: int) -> bool:
@@ -358,8 +374,8 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut."""
+def sync_folder(folder: Path) -> None:
+    """Make a rename in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -36,6 +36,10 @@ class DataError(DepthfuseError, ValueError):
     """Data that cannot be used; the message names the file, folder, split or option at fault."""
 
 
+class ExportError(DepthfuseError, RuntimeError):
+    """A model that cannot be exported as asked, or an exported file that does not compute the same."""
+
+
 class FitError(DepthfuseError, ValueError):
     """Merged blocks cannot be fitted to what the original ones give; the message names the block."""
 

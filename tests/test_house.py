@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "depthfuse"
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("rivals",),
+    ("rivals", "exporting"),
     ("runs",),
     ("searching", "benching"),
     ("costs",),

@@ -1,6 +1,7 @@
 """The README's code for training loops that are not ours, run as it stands there, on small nets and few images."""
 
 import ast
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,15 @@ def batches(count: int, classes: int) -> list[tuple[torch.Tensor, torch.Tensor]]
 def test_every_block_is_python():
     for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
         ast.parse(code)
+
+
+def test_export(tmp_path, monkeypatch):
+    (code,) = blocks_of("Export")
+    monkeypatch.chdir(tmp_path)
+    model = build("resnet")[0]
+    left = run(code, merged=model, x=torch.randn(1, 3, 224, 224))
+    assert json.loads(left["facts"]["depthfuse"])["model"] == "resnet18" and left["logits"].shape == (5, 7)
+    assert left["written"].comparison.error < 1e-5
 
 
 def test_a_plain_loop(capsys):

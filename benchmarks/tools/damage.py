@@ -24,6 +24,7 @@ from depthfuse.errors import CheckpointError, DepthfuseError
 from depthfuse.measured_cache import MeasuredCache
 from depthfuse.rivals import compare_report
 from depthfuse.runs import report
+from depthfuse.runs.feeding import load_feeding
 from depthfuse.runs.weights import load
 from depthfuse.searching.journal import Journal
 from depthfuse.spec import SubnetSpec
@@ -80,6 +81,7 @@ KINDS: dict[str, Kind] = {
     "history_*.json": Kind(_history),
     "seconds_*.json": Kind(lambda path: load_json(path, float)),
     "search*.jsonl": Kind(lambda path: list(Journal(path).rows.values()), lines=True),
+    "feeding.json": Kind(lambda path: load_feeding(path.parent)),
     "config.yaml": Kind(lambda path: load_yaml(path, complete=True), checked=False),
     "fast.safetensors": Kind(_fast),
     "foreign.safetensors": Kind(load_foreign_tensors, checked=False),

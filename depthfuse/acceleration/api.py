@@ -131,7 +131,7 @@ def _accelerate(
     resolve_backend(backend, device)
     others = chosen_engines(engines)
     if example_inputs is None:
-        example_inputs = () if example_kwargs else _default_input(model, main, device)
+        example_inputs = () if example_kwargs else default_input(model, main, device)
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     call = Call.of(*signature_of(model).bind(args, example_kwargs or {}))
     elsewhere = next((x.device for x in call.tensors if x.device != device), None)
@@ -328,7 +328,8 @@ def fast_dtypes(own: torch.dtype, device: torch.device) -> tuple[torch.dtype, ..
     return own, *coarser
 
 
-def _default_input(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Tensor:
+def default_input(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Noise [1, C, H, W] of the input size that a model names. Raises AccelerationError for one that names none."""
     size = known_input_size(model)
     if size is None:
         raise AccelerationError(

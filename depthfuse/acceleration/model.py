@@ -98,6 +98,11 @@ class AcceleratedModel(nn.Module):
         """Whether a copy of the model runs, because that was faster than its plan."""
         return self._executor.eager is not None
 
+    @property
+    def original(self) -> nn.Module | None:
+        """A private copy of what it was made from, in the plan's dtype; None where it was loaded from a file."""
+        return self.__dict__["_original"]
+
     def verified(self, error: float | None, entries: tuple[Entry, ...]) -> AcceleratedModel:
         """The same with what was found when it was checked in its report."""
         self._report = replace(self._report, max_relative_error=error, entries=entries)
@@ -200,7 +205,7 @@ class AcceleratedModel(nn.Module):
     @torch.no_grad()
     def _run_original(self, call: Call) -> Any:
         """Run the model itself, and plan for such calls from then on."""
-        original: nn.Module | None = self.__dict__["_original"]
+        original = self.original
         if original is None:
             where = "under autocast" if torch.is_autocast_enabled(self.device.type) else f"a call like {call}"
             raise AccelerationError(
@@ -256,7 +261,7 @@ class AcceleratedModel(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
-        original: nn.Module | None = self.__dict__["_original"]
+        original = self.original
         if probe.dtype != self.dtype:
             return self._cast(fn, original, probe.dtype)
         moved = probe.device != self.device
@@ -296,8 +301,8 @@ class AcceleratedModel(nn.Module):
         self._device = self._made.device  # PyTorch may load it to another one
         try:
             with one_at_a_time:
-                original = self.__dict__["_original"]
-                self._executor = restore(self._made, execution, self._made.example_call(), names, original)
+                call = self._made.example_call()
+                self._executor = restore(self._made, execution, call, names, self.original)
         except (DepthfuseError, RuntimeError, ValueError, KeyError) as error:  # as on another machine
             logger.info("a copy runs its plan op by op: %s", error)
             self._leave_plan_alone(Executor(self._made))

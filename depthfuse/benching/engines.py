@@ -15,8 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from depthfuse.acceleration.running.conversion import (
+    executorch,
+    executorch_of,
+    onnx_of,
+    onnxruntime,
+    openvino,
+)
 from depthfuse.acceleration.running.cuda_graphs import capture
-from depthfuse.acceleration.running.other_engines import executorch, onnx_of, onnxruntime, openvino
 
 OURS = "depthfuse"  # beside which all of `ENGINES` are measured
 
@@ -69,7 +75,7 @@ def _openvino(model: nn.Module, x: Tensor) -> Call:
 
 
 def _executorch(model: nn.Module, x: Tensor) -> Call:
-    run = executorch(torch.export.export(model, (x,)), torch.get_num_threads())
+    run = executorch(executorch_of(torch.export.export(model, (x,))), torch.get_num_threads())
     return lambda x: run(x)[0]
 
 

@@ -103,6 +103,18 @@ COMMANDS = {
             ),
         ),
         Command(
+            "export",
+            "export:export",
+            "A model, the merged model of a run, or what was accelerated, as a file for another runtime: ONNX Runtime, "
+            "OpenVINO, torch.export, AOTInductor, ExecuTorch, TensorRT, MIGraphX; compared there with the model.",
+            (
+                "depthfuse export runs/resnet34 --to onnx --out resnet34.onnx",
+                "depthfuse export resnet50 --pretrained --to openvino --out resnet50.xml",
+                "depthfuse export fast.safetensors --to executorch --largest-batch 8 --out fast.pte",
+                "depthfuse export runs/resnet34 --to tensorrt --dynamic none --batch 8 --out resnet34.onnx",
+            ),
+        ),
+        Command(
             "compare",
             "compare:compare",
             "Pruning methods on one model under equal conditions, over several budgets and seeds: ours, rivals after "

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
-from torch import nn
 
 from depthfuse.acceleration import AcceleratedModel, load_accelerated
 from depthfuse.acceleration import accelerate as accelerate_model
-from depthfuse.benching.bench import randomised
 from depthfuse.cli.command import Invocation
 from depthfuse.cli.models import (
     chosen_device,
     merged_model,
-    named_source,
+    model_of,
     refuse_for,
     require_positive,
     run_folder,
@@ -26,10 +23,6 @@ from depthfuse.cli.models import (
 from depthfuse.cli.tables import print_plain
 from depthfuse.config import DTYPES
 from depthfuse.errors import CheckpointError, UsageError
-from depthfuse.merging.model_inputs import input_size
-from depthfuse.runs.weights import read_weights
-
-logger = logging.getLogger(__name__)
 
 _VERIFY = {"outputs": True, "blocks": "blocks", "off": False}
 
@@ -111,7 +104,13 @@ def _accelerated_anew(given: AccelerateArguments, device: torch.device) -> Accel
 
 
 def _accelerated(given: AccelerateArguments, device: torch.device) -> AcceleratedModel:
-    model, size = _model(given)
+    folder = run_folder(given.model)
+    if folder is None:
+        model, size = model_of(given.model, given.model_kwargs, given.pretrained, given.weights)
+    else:
+        settings = {name: getattr(given, name) for name in ("model_kwargs", "pretrained", "weights")}
+        refuse_for(f"{folder}: a run names its model and brings the weights", **settings)
+        model, size = merged_model(folder)
     batch = 1 if given.batch is None else given.batch
     x = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
     dtype = given.dtype or "fp32"
@@ -131,25 +130,3 @@ def _engines(given: AccelerateArguments) -> str | tuple[str, ...]:
     if alone and len(given.engines) > 1:
         raise UsageError(f"--engines {alone[0]} stands alone: give it, or names of engines")
     return alone[0] if alone else given.engines
-
-
-def _model(given: AccelerateArguments) -> tuple[nn.Module, tuple[int, int, int]]:
-    """The model in evaluation mode on the CPU, and its input size (C, H, W)."""
-    folder = run_folder(given.model)
-    if folder is not None:
-        settings = {name: getattr(given, name) for name in ("model_kwargs", "pretrained", "weights")}
-        refuse_for(f"{folder}: a run names its model and brings the weights", **settings)
-        return merged_model(folder)
-    if given.pretrained and given.weights is not None:
-        raise UsageError("--pretrained and --weights are two sources of weights: give one of them")
-    source = named_source(given.model, given.model_kwargs)
-    model = source.build(pretrained=given.pretrained)
-    if given.weights is not None:
-        model.load_state_dict(read_weights(given.weights, model))
-    elif not given.pretrained:
-        logger.warning(
-            "%s has RANDOM WEIGHTS: the file will be fast and useless. Give --pretrained, or --weights FILE",
-            given.model,
-        )
-        model = randomised(model)
-    return model.eval(), input_size(model)

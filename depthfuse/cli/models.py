@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,15 +13,41 @@ from depthfuse.checkpoint import load_json
 from depthfuse.config import parse_model_kwargs
 from depthfuse.costs.table import CostTable
 from depthfuse.errors import ConfigError, UsageError
+from depthfuse.merging.model_inputs import input_size
 from depthfuse.origins import is_own
 from depthfuse.runs.report import RESULTS
-from depthfuse.runs.weights import load
+from depthfuse.runs.weights import load, read_weights
 from depthfuse.spec import ModelSource
+
+logger = logging.getLogger(__name__)
 
 
 def named_source(name: str, model_kwargs: Sequence[str]) -> ModelSource:
     """A model by its name. Raises ConfigError for arguments that are not written name=value."""
     return ModelSource.make(name, **parse_model_kwargs(tuple(model_kwargs)))
+
+
+def model_of(
+    name: str, model_kwargs: Sequence[str], pretrained: bool, weights: Path | None
+) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A model by its name in evaluation mode on the CPU, and its input size (C, H, W). Random weights are said loudly.
+
+    Raises UsageError for two sources of weights, ConfigError, SpecError or CheckpointError for what is not there.
+    """
+    from depthfuse.benching.bench import randomised
+
+    if pretrained and weights is not None:
+        raise UsageError("--pretrained and --weights are two sources of weights: give one of them")
+    model = named_source(name, model_kwargs).build(pretrained=pretrained)
+    if weights is not None:
+        model.load_state_dict(read_weights(weights, model))
+    elif not pretrained:
+        logger.warning(
+            "%s has RANDOM WEIGHTS: the file will be useless, but for its speed. Give --pretrained, or --weights FILE",
+            name,
+        )
+        model = randomised(model)
+    return model.eval(), input_size(model)
 
 
 def run_folder(model: str) -> Path | None:

@@ -94,6 +94,7 @@ def merge(
     fuse_switches(merged)
     fold_batch_norms(merged)
     merged.depthfuse_source = subnet.source
+    merged.depthfuse_spec = subnet.spec()
     merged.merge_report = report
     log.info("%s", report)
     return merged
@@ -153,6 +154,7 @@ def _structure(spec: SubnetSpec, model: nn.Module) -> nn.Module:
     fuse_switches(supernet.model)
     fold_batch_norms(supernet.model)
     supernet.model.depthfuse_source = spec.source
+    supernet.model.depthfuse_spec = spec
     return supernet.model
 
 

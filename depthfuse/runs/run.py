@@ -54,6 +54,7 @@ from depthfuse.merging.model_inputs import fixed_image_size, input_size
 from depthfuse.merging.supernet import Supernet
 from depthfuse.runs import expectation, report
 from depthfuse.runs.answers import answering_classes, ask, give
+from depthfuse.runs.feeding import save_feeding
 from depthfuse.runs.weights import load, load_strictly, take_given
 from depthfuse.searching.search import front_csv, search
 from depthfuse.searching.space import SearchSpace, budget_unit, check_one_budget
@@ -155,6 +156,7 @@ class Run:
         """Take a free folder: what another run has worked out, and the resolved config."""
         if not (self.dir / "config.yaml").exists():
             self._take_over()
+            save_feeding(self.dir, self.data)
             save_text(self.dir / "config.yaml", to_yaml(self.config))
 
     @property

@@ -49,24 +49,38 @@ def build_plan(own: nn.Module, model: nn.Module, call: Call, backend: str, dynam
     Raises:
         AccelerationError: folding took a weight beyond what the dtype holds.
     """
+    try:
+        return build_whole_plan(own, model, call, backend, dynamic)
+    except CaptureError as error:
+        logger.info("%s is planned in parts: %s", type(model).__name__, error)
+    with sources_forgotten() as kept:
+        planned = _plan_children(own, call, tensors_by_name(model), backend, dynamic)
+        kept.append(planned.module)
+    return _plan_of(planned, None, own, model, call)
+
+
+def build_whole_plan(
+    own: nn.Module, model: nn.Module, call: Call, backend: str, dynamic: bool = True
+) -> Plan:
+    """As `build_plan`, but as one graph or not at all.
+
+    Raises:
+        CaptureError: the model cannot be captured as a whole; the message says why. AccelerationError: as there.
+    """
+    with sources_forgotten() as kept:
+        program = capture_watched(own, call, dynamic)
+        example = _example_of(own, call, program)
+        planned = _plan_program(program, example, tensors_by_name(model), backend)
+        kept.append(planned.module)
+    return _plan_of(planned, program, own, model, call)
+
+
+def _plan_of(planned: Planned, program: Program | None, own: nn.Module, model: nn.Module, call: Call) -> Plan:
     dtype = main_dtype(own)
     assert dtype is not None
-    exact = tensors_by_name(model)
-    program = None
-    with sources_forgotten() as kept:
-        try:
-            program = capture_watched(own, call, dynamic)
-            example = _example_of(own, call, program)
-            graph, entries = _plan_program(program, example, exact, backend)
-            module: nn.Module = graph
-        except CaptureError as error:
-            logger.info("%s is planned in parts: %s", type(model).__name__, error)
-            program = None
-            module, entries = _plan_children(own, call, exact, backend, dynamic)
-        kept.append(module)
     return Plan(
-        module,
-        tuple(entries),
+        planned.module,
+        tuple(planned.entries),
         model=type(model).__name__,
         dtype=dtype,
         example=tuple((tuple(x.shape), x.dtype) for x in call.tensors),

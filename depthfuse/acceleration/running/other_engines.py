@@ -1,18 +1,13 @@
 """Run a whole plan through another project's engine, where that is installed, for one input shape on a CPU.
 
-The engine is given the plan's graph, weights folded, in PyTorch's own operations: nobody else knows ours. OpenVINO and
-ONNX Runtime read it as ONNX; ExecuTorch and torch.compile take what `torch.export` makes of it.
+The engine is given the plan's graph, weights folded, in the form that it reads (`conversion.py`).
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib.metadata
 import importlib.util
-import io
-import threading
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +16,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from depthfuse.acceleration.planning.part import as_tuple
+from depthfuse.acceleration.running.conversion import (
+    Run,
+    executorch,
+    executorch_of,
+    in_own_operations,
+    in_rows,
+    onnx_of,
+    onnxruntime,
+    openvino,
+)
 from depthfuse.errors import AccelerationError
-from depthfuse.ops.declare import DECOMPOSITIONS
 from depthfuse.untrusted import is_out_of_memory
-
-Run = Callable[..., Sequence[Tensor]]
 
 
 class Exported:
@@ -37,101 +39,16 @@ class Exported:
     @functools.cached_property
     def program(self) -> torch.export.ExportedProgram:
         """In PyTorch's own operations."""
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch.export about itself
-            return torch.export.export(self.graph, self.inputs).run_decompositions(DECOMPOSITIONS)
+        return in_own_operations(self.graph, self.inputs)
 
     @functools.cached_property
     def onnx(self) -> bytes:
         return onnx_of(self.program, self.inputs)
 
 
-def _in_rows(exported: Exported) -> torch.export.ExportedProgram:
-    """With weights that lie in no other order than their axes': ExecuTorch takes no others."""
-    twin = copy.deepcopy(exported.graph)
-    for tensor in (*twin.parameters(), *twin.buffers()):
-        tensor.data = tensor.data.contiguous()
-    return Exported(twin, exported.inputs).program
-
-
-def onnx_of(model: nn.Module | torch.export.ExportedProgram, inputs: tuple[Tensor, ...]) -> bytes:
-    """As `torch.onnx.export` writes it, which needs onnxscript."""
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch.onnx about itself
-        torch.onnx.export(model, inputs, buffer, dynamo=True, verbose=False)
-    return buffer.getvalue()
-
-
-def openvino(onnx: bytes, threads: int, precision: str = "f32", pinned: bool = False) -> Run:
-    """Several threads may call the result.
-
-    pinned: whether it may tie threads to cores, which is its default and ties the caller's, too.
-    """
-    import openvino
-
-    core = openvino.Core()
-    options = {
-        "INFERENCE_PRECISION_HINT": precision,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-        "ENABLE_CPU_PINNING": pinned,
-    }
-    network = core.compile_model(core.read_model(onnx), "CPU", options)
-    local = threading.local()
-
-    def run(*inputs: Tensor) -> list[Tensor]:
-        if not hasattr(local, "request"):
-            local.request = network.create_infer_request()
-        results = local.request.infer([_array(x) for x in inputs], share_inputs=True)
-        return [torch.from_numpy(results[output]) for output in network.outputs]
-
-    return run
-
-
-def onnxruntime(onnx: bytes, threads: int) -> Run:
-    """Several threads may call the result."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
-    names = [argument.name for argument in session.get_inputs()]
-
-    def run(*inputs: Tensor) -> list[Tensor]:
-        given = {name: _array(x) for name, x in zip(names, inputs, strict=True)}
-        return [torch.from_numpy(result) for result in session.run(None, given)]
-
-    return run
-
-
-def executorch(program: torch.export.ExportedProgram, threads: int) -> Run:
-    """On XNNPACK. Several threads may call the result, in turn. All of a process's programs share one pool of threads,
-    so the number of the last one holds for all.
-    """
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-    from executorch.extension.pybindings import portable_lib
-    from executorch.runtime import Runtime
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of ExecuTorch about torch
-        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
-    if portable_lib._threadpool_get_thread_count() != threads:
-        portable_lib._unsafe_reset_threadpool(threads)
-    loaded = Runtime.get().load_program(lowered.buffer)
-    method, lock = loaded.load_method("forward"), threading.Lock()
-
-    def run(*inputs: Tensor) -> list[Tensor]:
-        with lock:  # its outputs lie in the program's own memory until the next call
-            return [y.clone() for y in method.execute([x.detach().contiguous() for x in inputs])]
-
-    run.kept = loaded  # type: ignore[attr-defined]  # a method does not keep its program
-    return run
-
-
-def _array(x: Tensor) -> Any:
-    return x.detach().contiguous().numpy()
+def _executorch(exported: Exported, threads: int) -> Run:
+    program = in_own_operations(in_rows(exported.graph), exported.inputs)
+    return executorch(executorch_of(program), threads)
 
 
 def _torch_compile(exported: Exported) -> Run:
@@ -173,9 +90,7 @@ OTHER_ENGINES: dict[str, OtherEngine] = {
     "onnxruntime": OtherEngine(
         lambda exported, threads: onnxruntime(exported.onnx, threads), ("onnxruntime", "onnxscript")
     ),
-    "executorch": OtherEngine(
-        lambda exported, threads: executorch(_in_rows(exported), threads), ("executorch",), quick=False
-    ),
+    "executorch": OtherEngine(_executorch, ("executorch",), quick=False),
     "torch.compile": OtherEngine(lambda exported, threads: _torch_compile(exported), quick=False),
 }
 

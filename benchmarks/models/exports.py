@@ -1,0 +1,113 @@
+"""What networks compute, and how fast, as the files that `depthfuse.export` writes, in each runtime that is here.
+
+    python -m benchmarks.models.exports --models resnet34 --runtimes onnx openvino
+
+The networks of `benchmarks.models`, torchvision's ResNet-50 and Hugging Face's ViT (three blocks of a base one), plain
+and with half of their blocks merged; the batch is open, the files are checked as always. Each file runs in a process of
+its own, and they are timed in turn; beside them eager, of which the error is told. Writes exports_cpu.csv to
+benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.models.__main__ import VARIANTS, merged_half
+from benchmarks.models.__main__ import build as build_timm
+from depthfuse.benching.apart import time_apart
+from depthfuse.benching.bench import machine, randomised, write_csv
+from depthfuse.exporting import RUNTIMES, export
+from depthfuse.merging.model_inputs import input_size
+
+HUGGING_FACE = "hf:vit"
+MODELS = (
+    "resnet34",
+    "mobilenetv2_100",
+    "convnext_tiny",
+    "deit_tiny_patch16_224",
+    "torchvision:resnet50",
+    HUGGING_FACE,
+)
+EAGER = "eager"
+RUN_HERE = ("onnx", "openvino", "torch", "aoti", "executorch")
+
+
+def build(name: str, variant: str) -> nn.Module:
+    """The network in evaluation mode, with random weights and norms that do something."""
+    if name != HUGGING_FACE:
+        return build_timm(name, variant)
+    import transformers
+
+    from depthfuse.logits import Logits
+
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(num_hidden_layers=3)
+    model = randomised(Logits(transformers.ViTForImageClassification(config)))
+    return model if variant == "plain" else merged_half(model)
+
+
+def eager(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    return model
+
+
+def exported(model: nn.Module, x: Tensor, runtime: str) -> Callable[[Tensor], Tensor]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"net{RUNTIMES[runtime].suffix}"
+        print(export(model, x, path, runtime), flush=True)
+        run = RUNTIMES[runtime].run(path)
+        run(x)  # some read their file no earlier
+    return lambda x: run(x)[0]
+
+
+def judge(failed: dict[str, str], name: str, outcome: float | str) -> bool:
+    if isinstance(outcome, str):
+        failed[name] = outcome
+    return not isinstance(outcome, str)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--runtimes", nargs="+", choices=RUN_HERE, default=list(RUN_HERE))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--round-ms", type=float, default=150.0, help="time for each file in each round")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    here = [name for name in args.runtimes if not RUNTIMES[name].missing(running=True)]
+    makes = {EAGER: eager} | {name: functools.partial(exported, runtime=name) for name in here}
+    rows = []
+    for name, variant in itertools.product(args.models, args.variants):
+        model = build(name, variant)
+        x = torch.randn(1, *input_size(model))
+        failed: dict[str, str] = {}
+        with torch.no_grad():
+            errors, timings, _ = time_apart(
+                makes, model, x, args.rounds, args.round_ms, {}, functools.partial(judge, failed)
+            )
+        for runtime in makes:
+            row = {
+                "model": name,
+                "variant": variant,
+                "runtime": runtime,
+                "error_to_eager": f"{errors[runtime]:.1e}" if runtime in errors else "",
+                "latency_ms": round(timings[runtime].median_ms, 3) if runtime in timings else "",
+                "failed": failed.get(runtime, ""),
+            }
+            print(row, flush=True)
+            rows.append(row)
+    write_csv(rows, args.out / "exports_cpu.csv", machine(torch.device("cpu")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""`depthfuse export`: from a model's name, a run, or an accelerated file, to a file for another runtime."""
+
+import json
+
+import pytest
+import torch
+from nets import randomise_norms
+from safetensors.torch import save_file
+
+from depthfuse import ModelSource, SubnetSpec, accelerate, load
+from depthfuse.cli import main
+from depthfuse.data.embedded import CLASS_NAMES
+from depthfuse.exporting import RUNTIMES
+from depthfuse.measuring.accuracy import relative_error
+from depthfuse.runs.feeding import save_feeding
+
+KWARGS = ["--model-kwargs", "num_classes=3", "in_chans=1"]
+
+
+def facts_of(path):
+    files = {"depthfuse": ""}
+    torch.export.load(path, extra_files=files)
+    return json.loads(files["depthfuse"])
+
+
+def agree(path, model, x):
+    with torch.no_grad():
+        assert relative_error(*RUNTIMES["torch"].run(path)(x), model(x)) < 1e-5
+
+
+class Fed:
+    """What a run knows of its data."""
+
+    class_names, in_chans, img_size, mean, std = list(CLASS_NAMES), 1, 28, (0.25,), (0.5,)
+
+
+def test_a_run(finished, tmp_path, capsys):
+    path = tmp_path / "new" / "net.pt2"
+    assert main(["export", str(finished.dir), "--to", "torch", "--out", str(path), "--quiet"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == "" and shown.out.startswith(f"written: {path} (")
+    assert "float32[batch, 1, 28, 28]" in shown.out
+    facts = facts_of(path)
+    assert facts["spec"] == json.loads(SubnetSpec.load(finished.dir / "subnet.json").to_json())
+    assert facts["classes"] is None and facts["mean"] is None  # an early run, which did not keep them
+    agree(path, load(finished.dir), torch.randn(3, 1, 28, 28))
+    save_feeding(finished.dir, Fed)
+    try:
+        assert main(["export", str(finished.dir), "--to", "torch", "--out", str(path)]) == 0
+    finally:
+        (finished.dir / "feeding.json").unlink()
+    facts = facts_of(path)
+    assert facts["classes"] == list(CLASS_NAMES) and (facts["mean"], facts["std"]) == ([0.25], [0.5])
+
+
+def test_a_model_by_its_name_and_what_was_accelerated(tmp_path, capsys):
+    torch.manual_seed(3)
+    model = randomise_norms(ModelSource.make("test_resnet", num_classes=3, in_chans=1).build()).eval()
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    weights = ["--weights", str(tmp_path / "weights.safetensors")]
+    flags = ["--dynamic", "none", "--batch", "2", "--classes", "a", "b", "c", "--mean", "0.5", "--std", "0.2"]
+    path, x = tmp_path / "net.pt2", torch.randn(2, 1, 160, 160)
+    assert (
+        main(["export", "test_resnet", *KWARGS, *weights, *flags, "--to", "torch", "--out", str(path)]) == 0
+    )
+    facts = facts_of(path)
+    assert facts["inputs"][0]["shape"] == [2, 1, 160, 160] and facts["classes"] == ["a", "b", "c"]
+    assert (facts["mean"], facts["std"]) == ([0.5], [0.2])
+    agree(path, model, x)
+    accelerate(model, x, tune="off").save(tmp_path / "fast.safetensors")
+    assert main(["export", str(tmp_path / "fast.safetensors"), "--to", "torch", "--out", str(path)]) == 0
+    assert facts_of(path)["inputs"][0]["shape"] == ["batch", 1, 160, 160]
+    agree(path, model, torch.randn(5, 1, 160, 160))
+    assert "RANDOM" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "arguments"),
+    [
+        (2, "does not end in .onnx, which ONNX Runtime expects", ["test_resnet", "--to", "onnx"]),
+        (2, "--device is for aoti", ["test_resnet", "--to", "torch", "--device", "cpu"]),
+        (2, "--batch is 0, expected 1 or more", ["test_resnet", "--to", "torch", "--batch", "0"]),
+        (2, "two sources of weights", ["test_resnet", "--to", "torch", "--pretrained", "--weights", "w"]),
+        (
+            2,
+            "--batch cannot be given for fast.safetensors",
+            ["fast.safetensors", "--to", "torch", "--batch", "2"],
+        ),
+        (1, "timm has no model 'resnet1888'", ["resnet1888", "--to", "torch"]),
+        (1, "none.safetensors does not exist", ["none.safetensors", "--to", "torch"]),
+    ],
+)
+def test_what_cannot_be_exported_is_named(code, message, arguments, tmp_path, capsys):
+    out = tmp_path / "net.pt2"
+    assert main(["export", *arguments, "--out", str(out)]) == code
+    assert message in capsys.readouterr().err and not out.exists()

@@ -8,6 +8,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from depthfuse import _torchvision
+from depthfuse._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from depthfuse.acceleration import accelerate, load_accelerated
@@ -44,7 +45,6 @@ __all__ = [
     "recalibrate",
     "search",
 ]
-__version__ = "0.1.0"
 
 # The same as above, for when the program runs.
 _WHERE = {

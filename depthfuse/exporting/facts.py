@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import depthfuse
+from depthfuse._version import __version__
 from depthfuse.errors import ExportError
 from depthfuse.exporting.subject import Subject
 
@@ -52,7 +52,7 @@ def facts_of(
     source, spec = subject.plan.source, getattr(subject.model, "depthfuse_spec", None)
     return {
         "format": FORMAT,
-        "depthfuse": depthfuse.__version__,
+        "depthfuse": __version__,
         "torch": torch.__version__,
         "model": subject.name() if source is None else source.name,
         "model_kwargs": {} if source is None else source.kwargs,

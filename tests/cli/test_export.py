@@ -12,7 +12,7 @@ from depthfuse.cli import main
 from depthfuse.data.embedded import CLASS_NAMES
 from depthfuse.exporting import RUNTIMES
 from depthfuse.measuring.accuracy import relative_error
-from depthfuse.runs.feeding import save_feeding
+from depthfuse.runs.feeding import load_feeding, save_feeding
 
 KWARGS = ["--model-kwargs", "num_classes=3", "in_chans=1"]
 
@@ -34,23 +34,32 @@ class Fed:
     class_names, in_chans, img_size, mean, std = list(CLASS_NAMES), 1, 28, (0.25,), (0.5,)
 
 
-def test_a_run(finished, tmp_path, capsys):
+@pytest.fixture
+def fed(finished):
+    """A run that keeps what its net is fed, as those of this version do."""
+    save_feeding(finished.dir, Fed)
+    yield finished.dir
+    (finished.dir / "feeding.json").unlink()
+
+
+def test_a_run(fed, tmp_path, capsys):
     path = tmp_path / "new" / "net.pt2"
-    assert main(["export", str(finished.dir), "--to", "torch", "--out", str(path), "--quiet"]) == 0
+    assert main(["export", str(fed), "--to", "torch", "--out", str(path), "--quiet"]) == 0
     shown = capsys.readouterr()
     assert shown.err == "" and shown.out.startswith(f"written: {path} (")
     assert "float32[batch, 1, 28, 28]" in shown.out
     facts = facts_of(path)
-    assert facts["spec"] == json.loads(SubnetSpec.load(finished.dir / "subnet.json").to_json())
-    assert facts["classes"] is None and facts["mean"] is None  # an early run, which did not keep them
-    agree(path, load(finished.dir), torch.randn(3, 1, 28, 28))
-    save_feeding(finished.dir, Fed)
-    try:
-        assert main(["export", str(finished.dir), "--to", "torch", "--out", str(path)]) == 0
-    finally:
-        (finished.dir / "feeding.json").unlink()
-    facts = facts_of(path)
+    assert facts["spec"] == json.loads(SubnetSpec.load(fed / "subnet.json").to_json())
     assert facts["classes"] == list(CLASS_NAMES) and (facts["mean"], facts["std"]) == ([0.25], [0.5])
+    agree(path, load(fed), torch.randn(3, 1, 28, 28))
+
+
+def test_an_early_run_did_not_keep_what_it_is_fed(finished, tmp_path):
+    assert load_feeding(finished.dir) is None
+    path = tmp_path / "net.pt2"
+    assert main(["export", str(finished.dir), "--to", "torch", "--no-check", "--out", str(path)]) == 0
+    facts = facts_of(path)
+    assert (facts["classes"], facts["mean"], facts["input_size"]) == (None, None, [1, 28, 28])
 
 
 def test_a_model_by_its_name_and_what_was_accelerated(tmp_path, capsys):

@@ -14,6 +14,8 @@ from torch import nn
 from depthfuse import Supernet, accelerate, export
 from depthfuse.errors import ExportError
 from depthfuse.exporting import RUNTIMES, runtimes
+from depthfuse.exporting.checking import compare, other_calls
+from depthfuse.exporting.subject import subject_of
 
 
 @pytest.fixture
@@ -29,37 +31,45 @@ def patched(monkeypatch, **changes):
     monkeypatch.setitem(RUNTIMES, "torch", replace(RUNTIMES["torch"], **changes))
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        (
-            lambda y: [y * 1.0001],
-            "gives something else than Small on .*: it is off by 1.0e-04 .* rounding explains",
-        ),
-        (lambda y: [y / 0], "is off by inf"),
-        (lambda y: [torch.full_like(y, torch.nan)], "is off by inf"),
-        (lambda y: [y.double()], "gives .*float64.* where Small gives .*float32"),
-        (lambda y: [y[:1]], "gives .* where Small gives"),
-        (lambda y: [y, y], "gives .* where Small gives"),
-        (
-            lambda y: y.no_such,
-            "cannot run the file on .*'no_such'; with check=False the file is written unseen",
-        ),
-    ],
-    ids=["value", "inf", "nan", "dtype", "shape", "number", "raises"],
-)
-def test_a_file_that_differs_is_not_left(wrong, said, kept, monkeypatch):
+@pytest.fixture(scope="module")
+def subject():
+    return subject_of(small(), images(), None, "batch", on_cpu=True)
+
+
+def compared(subject, run):
+    with torch.no_grad():
+        calls = other_calls(subject, None)
+        return compare(subject, lambda path: run, None, calls, 20, "It")
+
+
+WRONG = {
+    "value": (lambda y: [y * 1.0001], "it is off by 1.0e-04 of the largest output, where rounding explains"),
+    "inf": (lambda y: [y / 0], "gives something else than Small on .*: it is off by inf"),
+    "nan": (lambda y: [torch.full_like(y, torch.nan)], "is off by inf"),
+    "dtype": (lambda y: [y.double()], "gives .*float64.* where Small gives .*float32"),
+    "shape": (lambda y: [y[:1]], "gives .* where Small gives"),
+    "number": (lambda y: [y, y], "gives .* where Small gives"),
+    "raises": (lambda y: y.no_such, "It cannot run the file on .*'no_such'; with check=False"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_file_that_differs_is_named(kind, subject):
+    wrong, said = WRONG[kind]
+    with pytest.raises(ExportError, match=said):
+        compared(subject, lambda x: wrong(subject.model(x)))
+
+
+def test_a_right_one_passes(subject):
+    """With as much rounding as a model of twenty operations may show."""
+    assert 5e-7 < compared(subject, lambda x: [subject.model(x) * (1 + 1e-6)]).error < 2e-6
+
+
+def test_a_file_that_differs_is_not_left(kept, monkeypatch):
     model = small()
-    patched(monkeypatch, run=lambda path: lambda x: wrong(model(x)))
-    with torch.no_grad(), pytest.raises(ExportError, match=f"torch.export {said}"):
+    patched(monkeypatch, run=lambda path: lambda x: [model(x) * 1.0001])
+    with torch.no_grad(), pytest.raises(ExportError, match="torch.export gives something else"):
         export(model, images(), kept, "torch")
-
-
-def test_a_right_one_passes(tmp_path, monkeypatch):
-    """By the same way as the wrong ones above, and with all the rounding that there may be."""
-    model = small()
-    patched(monkeypatch, run=lambda path: lambda x: [model(x) * (1 + 1e-6)])
-    assert export(model, images(), tmp_path / "net.pt2", "torch").comparison.error > 5e-7
 
 
 def full(*args, **kwargs):

@@ -66,6 +66,8 @@ def folder(tmp_path_factory):
         book.add({"layer1.0": name}, SubnetScore(50.0 + number, 0.5))
     save_text(folder / "config.yaml", to_yaml(PruneConfig(model_kwargs=("in_chans=1",))))
     blocks, choices = supernet.options(), spec.mapping()
+    feeding = {"classes": ["a", "b"], "input_size": [1, 28, 28], "mean": [0.5], "std": [0.25]}
+    save_json(folder / "feeding.json", feeding)
     results = {**SETTINGS, "rows": [{"net": "baseline", **NET}], "choices": choices, "blocks": blocks}
     results |= {"noisy_latencies": ["layer1.0 (dense)"], "merge": str(merged.merge_report), "budget": BUDGET}
     save_json(folder / "results.json", results)

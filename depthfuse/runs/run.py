@@ -54,7 +54,7 @@ from depthfuse.merging.model_inputs import fixed_image_size, input_size
 from depthfuse.merging.supernet import Supernet
 from depthfuse.runs import expectation, report
 from depthfuse.runs.answers import answering_classes, ask, give
-from depthfuse.runs.feeding import save_feeding
+from depthfuse.runs.feeding import load_feeding, save_feeding
 from depthfuse.runs.weights import load, load_strictly, take_given
 from depthfuse.searching.search import front_csv, search
 from depthfuse.searching.space import SearchSpace, budget_unit, check_one_budget
@@ -153,10 +153,11 @@ class Run:
         return data, source
 
     def _take_folder(self) -> None:
-        """Take a free folder: what another run has worked out, and the resolved config."""
+        """Take a free folder: what another run has worked out, what a net is fed, and the resolved config."""
+        if load_feeding(self.dir) is None:  # also where a run of an earlier version goes on
+            save_feeding(self.dir, self.data)
         if not (self.dir / "config.yaml").exists():
             self._take_over()
-            save_feeding(self.dir, self.data)
             save_text(self.dir / "config.yaml", to_yaml(self.config))
 
     @property

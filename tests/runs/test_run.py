@@ -18,8 +18,10 @@ from depthfuse.checkpoint import load_json, load_tensors
 from depthfuse.config import SearchConfig, to_yaml
 from depthfuse.costs.table import CostTable
 from depthfuse.data import DataConfig, DataError
+from depthfuse.data.embedded import CLASS_NAMES
 from depthfuse.errors import BudgetError, CheckpointError, ConfigError, CostError, SpecError
 from depthfuse.runs import report
+from depthfuse.runs.feeding import load_feeding
 from depthfuse.runs.run import STAGES, Run, prune
 from depthfuse.spec import SubnetSpec
 from depthfuse.training.evaluation import top1
@@ -50,6 +52,9 @@ def test_it_leaves_what_it_promises(finished):
     stages = [row["stage"] for row in csv.DictReader((finished / "metrics.csv").open())]
     assert list(dict.fromkeys(stages)) == ["baseline", "supernet", "finetune"]
     assert not list(finished.glob("*.state")) and not list(finished.glob(".*"))
+    feeding = load_feeding(finished)
+    assert feeding["classes"] == list(CLASS_NAMES) and feeding["input_size"] == [1, 28, 28]
+    assert (feeding["mean"], feeding["std"]) == ([0.2863], [0.3526])
 
 
 def test_load_rebuilds_the_model_in_a_fresh_process(finished):

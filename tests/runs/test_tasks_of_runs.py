@@ -148,7 +148,7 @@ def test_a_loss_that_is_nan_leaves_nothing_half_written(fails_at, tmp_path):
     ):
         prune(config, "baseline", task=own_task(fails_at))
     left = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    assert left == ([] if fails_at == 1 else ["baseline.state", "config.yaml"])
+    assert left == ([] if fails_at == 1 else ["baseline.state", "config.yaml", "feeding.json"])
     if fails_at > 1:  # what was saved is from before, and goes on
         prune(config, "baseline", task=own_task())
         assert (out / "baseline.safetensors").exists()

@@ -342,6 +342,20 @@ def test_a_killed_writer_leaves_the_old_file_and_its_rest_is_cleared(tmp_path):
     assert load_tensors(path)[0]["w"].equal(torch.full((10,), 2.0))
 
 
+def test_a_folder_on_its_way_is_cleared_too(tmp_path):
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    )
+    left = tmp_path / f".net.pte.{dead.stdout.strip()}-0123456789ab.tmp"
+    left.mkdir()
+    (left / "net.pte").write_text("half of it")
+    with checkpoint.temporary_beside(tmp_path / "net.pte") as place:
+        place.mkdir()
+        (place / "net.pte").write_text("whole")
+        assert list(tmp_path.iterdir()) == [place]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=f"cannot write {tmp_path / 'file' / 'w'}"):

@@ -5,8 +5,9 @@ Every operator in this folder has three functions: `config_for` (the heuristic t
 running lets `benchmarks/prove.py` compile, for cards that are not there, exactly what a launch would compile here.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,8 @@ def target_of(x: torch.Tensor) -> Target:
     Raises:
         ValueError: `x` is not on a GPU and the kernels were not imported with TRITON_INTERPRET=1.
     """
+    if _stand_in is not None:
+        return _stand_in[0]
     if INTERPRETED:
         return INTERPRETER
     if not x.is_cuda:
@@ -105,8 +108,33 @@ class Launch:
         """Launch on the device and current stream of `x`. A grid with a zero in it is no launch."""
         if 0 in self.grid:
             return
+        if _stand_in is not None:
+            _stand_in[1](self)
+            return
         with torch.cuda.device_of(x):
             self.kernel[self.grid](**self.arguments, **self.options)
+
+
+_stand_in: tuple[Target, Callable[[Launch], None]] | None = None
+
+
+@contextlib.contextmanager
+def stand_in(target: Target, run: Callable[[Launch], None]) -> Iterator[None]:
+    """Within, kernels on any tensor are planned for `target`, and `run` is called in place of each launch.
+
+    For a card that is not there (`benchmarks/gfx908`); one thread at a time.
+    """
+    global _stand_in
+    before, _stand_in = _stand_in, (target, run)
+    try:
+        yield
+    finally:
+        _stand_in = before
+
+
+def is_stood_in() -> bool:
+    """Whether launches go to a stand-in."""
+    return _stand_in is not None
 
 
 # How much the compiler may overlap on gfx908 (`compiler_options`).

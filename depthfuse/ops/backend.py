@@ -28,6 +28,13 @@ def _amd_architecture(device: torch.device) -> str:
     return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
 
 
+def _stood_in() -> bool:
+    """Whether something runs kernels in the place of a GPU. Only where there is Triton."""
+    from depthfuse.kernels.launch import is_stood_in
+
+    return is_stood_in()
+
+
 def _why_not_triton(device: torch.device) -> str | None:
     """The reason why the Triton kernels cannot run on `device`, or None if they can."""
     if importlib.util.find_spec("triton") is None:
@@ -38,7 +45,7 @@ def _why_not_triton(device: torch.device) -> str | None:
         if re.match(r"gfx1\d", arch):
             return f"{arch} runs waves of 32 lanes, and the Triton kernels are laid out for AMD's 64 (gfx9)"
         return None
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+    if device.type == "cpu" and (os.environ.get("TRITON_INTERPRET") == "1" or _stood_in()):
         return None
     return f"the Triton kernels need a CUDA or ROCm device, and the device is {device}"
 

@@ -15,8 +15,11 @@ from depthfuse.kernels.launch import (
     Target,
     compiler_options,
     needs_wide_offsets,
+    stand_in,
+    target_of,
 )
 from depthfuse.kernels.tuning.space import stages_in_flight
+from depthfuse.ops.backend import resolve_backend
 
 HALF = torch.float16
 BLACKWELL = Target("cuda", "sm_100", 148, 232448)
@@ -99,3 +102,15 @@ def test_only_gfx908_is_told_what_to_overlap_and_only_by_a_compiler_that_can_be_
             else:
                 assert "+back-off-barrier" in told
                 assert ("iterative-ilp" in told) is (overlap == REORDERED)
+
+
+def test_a_stand_in_gets_the_launches():
+    """Planned for the card that it stands for, on tensors of any device; afterwards all is as before."""
+    x, weight, got = torch.ones(3, 8), torch.ones(4, 8), []
+    with stand_in(TARGETS["gfx908"], got.append):
+        assert target_of(x) is TARGETS["gfx908"]
+        assert resolve_backend("triton", "cpu")[0] == "triton"
+        y = linear.linear(x, weight)
+    (planned,) = got
+    assert planned.arguments["y"] is y and planned.options["matrix_instr_nonkdim"]
+    assert not launch.is_stood_in()

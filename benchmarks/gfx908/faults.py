@@ -34,4 +34,5 @@ KINDS = {
     "alignment": "an address that the access is not allowed to have",
     "two stores": "two lanes store to one address",
     "barrier": "waves of a workgroup do not meet at the same barrier",
+    "endless": "the kernel does not come to its end",
 }

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from benchmarks.gfx908 import hazards
 from benchmarks.gfx908.assembly import parse
 from benchmarks.gfx908.machine import Program
 from benchmarks.gfx908.memory import Memory
-from benchmarks.gfx908.running import ARGUMENTS, argument_segment, run
+from benchmarks.gfx908.running import ARGUMENTS, argument_segment, hidden_values, run
 from benchmarks.kernels.resources import compile_launch, key_of, source_of
-from depthfuse.kernels.launch import TARGETS, Launch, extent, stand_in
+from depthfuse.kernels.launch import TARGETS, Launch, stand_in
 
 TARGET = TARGETS["gfx908"]
 WRITTEN_FIRST = frozenset({"y", "parts"})  # arguments that hold nothing before a launch
@@ -27,24 +28,29 @@ def program_of(launch: Launch, change: Callable[[str], str] | None = None) -> Pr
 
     Args:
         change: what is done to the assembly first, such as taking a barrier away.
+
+    Raises:
+        Fault: too few wait states between two instructions. Unsupported.
     """
     key = key_of(launch, TARGET)
     if key in _programs and change is None:
         return _programs[key]
     compiled = compile_launch(launch, TARGET)
     text = compiled.asm["amdgcn"]
-    program = Program(
-        parse(change(text) if change else text, compiled.metadata.shared, compiled.metadata.num_warps)
-    )
+    text = change(text) if change else text
+    program = Program(parse(text, compiled.metadata.shared, compiled.metadata.num_warps))
+    hazards.check(program)
     if change is None:
         _programs[key] = program
     return program
 
 
 def octets_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes from the first element of a tensor on the CPU to its last, as uint8, sharing its memory."""
-    elements = tensor.as_strided((extent(tensor),), (1,))
-    return elements.view(torch.uint8)
+    """The bytes of a tensor on the CPU, as uint8, sharing its memory: from its first element to the end of its storage,
+    for packed weights have zeros after their last element, which kernels read.
+    """
+    length = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
+    return tensor.as_strided((length,), (1,)).view(torch.uint8)
 
 
 def execute(launch: Launch, program: Program, workgroups: list[tuple[int, int, int]] | None = None) -> None:
@@ -60,17 +66,18 @@ def execute(launch: Launch, program: Program, workgroups: list[tuple[int, int, i
     names = {name: _same_place(name, tensor, tensors) for name, tensor in tensors.items()}
     own = {name: octets_of(tensors[name]).numpy() for name in dict.fromkeys(names.values())}
     # Addresses are known once the sizes are, and the segment that holds them is one of the blocks.
-    segment = argument_segment(program.kernel.arguments, [])
-    memory = Memory(own | {ARGUMENTS: segment}, empty=WRITTEN_FIRST & own.keys())
+    grid = (*launch.grid, 1, 1)[:3]
+    kernel, arguments = program.kernel, program.kernel.arguments
+    hidden = hidden_values(grid, kernel.waves, kernel.lds_bytes)
+    memory = Memory(own | {ARGUMENTS: argument_segment(arguments, [], hidden)}, WRITTEN_FIRST & own.keys())
     values = []
     for name, kind in source_of(launch, TARGET).signature.items():
         if kind.startswith("*"):
             values.append(struct.pack("<Q", memory.address(names[name])))
         elif kind != "constexpr":
             values.append(struct.pack(_FORMATS[kind], launch.arguments[name]))
-    memory.contents(ARGUMENTS)[:] = argument_segment(program.kernel.arguments, values)
-    x, y, z = (*launch.grid, 1, 1)[:3]
-    run(program, memory, (x, y, z), workgroups)
+    memory.contents(ARGUMENTS)[:] = argument_segment(arguments, values, hidden)
+    run(program, memory, grid, workgroups)
     for name, octets in own.items():
         if memory.is_written(name):
             octets[:] = memory.contents(name)

@@ -38,6 +38,7 @@ _BRANCHES: dict[str, Callable[[Waves], np.ndarray]] = {
     "s_cbranch_execnz": lambda w: w.exec != 0,
 }
 _COUNTERS = {"vmcnt": 63, "lgkmcnt": 15, "expcnt": 7}
+_MOST_STRETCHES = 1_000_000  # that one run may take: our longest loops go round a few hundred times
 _NOTHING = ("s_nop", "s_setprio", "s_sleep")
 
 
@@ -109,8 +110,10 @@ class Program:
 class Machine:
     """Some workgroups of a launch, while they run."""
 
-    def __init__(self, program: Program, memory: Memory, workgroups: int):
-        self.program, self.memory = program, memory
+    def __init__(
+        self, program: Program, memory: Memory, workgroups: int, most_stretches: int = _MOST_STRETCHES
+    ):
+        self.program, self.memory, self.most_stretches = program, memory, most_stretches
         self.lds = Lds(workgroups, program.kernel.lds_bytes, program.lds_unit)
         self.waiting: list[tuple[Instruction, int, Waves]] = []  # barrier, where to go on, who
         self.ended = np.zeros(workgroups, int)
@@ -122,8 +125,14 @@ class Machine:
             Fault: with the line and the text of the instruction.
         """
         ready: list[tuple[int, Waves]] = [(0, waves)]
+        left = self.most_stretches
         with np.errstate(all="ignore"):
             while ready:
+                left -= 1
+                if not left:
+                    raise ready[0][1].fault(
+                        "endless", f"{self.most_stretches} stretches of instructions, and no end"
+                    )
                 ready.sort(key=lambda pair: pair[0])
                 block, group = ready.pop(0)
                 while ready and ready[0][0] == block and group.joins(ready[0][1]):

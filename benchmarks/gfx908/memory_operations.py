@@ -2,8 +2,8 @@
 
 Semantics: the MI100 ISA guide, "Scalar Memory Operations", "Vector Memory Operations", "Flat Memory Instructions".
 Buffer and global accesses return in order, and vmcnt counts loads and stores alike; scalar loads return in any order,
-and lgkmcnt counts them. Buffers are raw (a stride of 0): an access at or beyond the descriptor's number of bytes reads zero
-and writes nothing, by which Triton masks lanes.
+and lgkmcnt counts them. Buffers are raw (a stride of 0): an access at or beyond the descriptor's number of bytes reads
+zero and writes nothing, by which Triton masks lanes.
 """
 
 from __future__ import annotations

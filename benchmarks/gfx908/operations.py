@@ -45,6 +45,7 @@ class Operation:
 
 Builder = Callable[[Instruction], Operation]
 BUILDERS: dict[str, Builder] = {}
+_built: dict[str, Operation] = {}  # by text: what an instruction does depends on nothing else
 
 
 def operation(*opcodes: str) -> Callable[[Builder], Builder]:
@@ -65,13 +66,16 @@ def build(instruction: Instruction) -> Operation:
     Raises:
         Unsupported: an instruction, an operand or a modifier that is not modelled, with its text.
     """
+    if known := _built.get(instruction.text):
+        return replace(known, instruction=instruction)
     builder = BUILDERS.get(instruction.opcode)
     if builder is None:
         raise Unsupported(f"line {instruction.line}: {instruction.text}: an instruction that is not modelled")
     try:
-        return builder(instruction)
+        _built[instruction.text] = built = builder(instruction)
     except Unsupported as error:
         raise Unsupported(f"line {instruction.line}: {instruction.text}: {error}") from None
+    return built
 
 
 def made(

@@ -21,16 +21,33 @@ _TOGETHER = 64  # waves that run side by side: enough for numpy, few enough for 
 Workgroup = tuple[int, int, int]
 
 
-def argument_segment(arguments: Sequence[Argument], values: Sequence[bytes]) -> np.ndarray:
-    """The values in their places, as bytes; arguments beyond them (Triton's scratch pointers) are 0.
+def hidden_values(grid: Workgroup, waves: int, lds_bytes: int) -> dict[str, int]:
+    """What the runtime adds to the arguments: how large the launch is."""
+    values = {"hidden_grid_dims": 3, "hidden_dynamic_lds_size": lds_bytes}
+    for axis, blocks, threads in zip("xyz", grid, (waves * LANES, 1, 1), strict=True):
+        values |= {f"hidden_block_count_{axis}": blocks, f"hidden_group_size_{axis}": threads}
+        values |= {f"hidden_remainder_{axis}": 0, f"hidden_global_offset_{axis}": 0}
+    return values
+
+
+def argument_segment(
+    arguments: Sequence[Argument], values: Sequence[bytes], hidden: dict[str, int] | None = None
+) -> np.ndarray:
+    """The values in their places, as bytes, and the hidden ones by their kind; arguments beyond them (Triton's scratch
+    pointers) are 0.
 
     Raises:
         Unsupported: a value that has not its argument's size, or an argument of a kind that is not modelled.
     """
     segment = np.zeros(max((a.offset + a.size for a in arguments), default=0), np.uint8)
+    hidden = hidden or {}
     for argument in arguments:
-        if argument.kind not in ("global_buffer", "by_value"):
-            raise Unsupported(f"a kernel's argument of kind {argument.kind}")
+        if argument.kind in ("global_buffer", "by_value"):
+            continue
+        if argument.kind not in hidden:
+            raise Unsupported(f"a kernel's argument of kind {argument.kind} is not modelled")
+        octets = hidden[argument.kind].to_bytes(argument.size, "little")
+        segment[argument.offset : argument.offset + argument.size] = np.frombuffer(octets, np.uint8)
     for argument, value in zip(arguments, values, strict=False):
         if len(value) != argument.size:
             raise Unsupported(f"an argument of {argument.size} bytes was given {len(value)}")

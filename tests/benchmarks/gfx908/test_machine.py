@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from gfx908_snippets import execute
 
-from benchmarks.gfx908.assembly import parse, registers
+from benchmarks.gfx908.assembly import Argument, parse, registers
 from benchmarks.gfx908.faults import Fault, Unsupported
 from benchmarks.gfx908.machine import Machine, Program
 from benchmarks.gfx908.memory import Memory
-from benchmarks.gfx908.running import ARGUMENTS, argument_segment, run, start
+from benchmarks.gfx908.running import ARGUMENTS, argument_segment, hidden_values, run, start
 
 WAVE = np.arange(4)
 
@@ -97,11 +97,19 @@ def test_a_kernel_starts_with_its_arguments_and_its_place_in_the_grid():
     assert not np.delete(found, written, 0).any()
 
 
+def test_hidden_arguments_say_how_large_the_launch_is():
+    arguments = [Argument(0, 4, "hidden_block_count_y"), Argument(4, 2, "hidden_group_size_x")]
+    segment = argument_segment(arguments, [], hidden_values((5, 300, 1), waves=4, lds_bytes=0))
+    assert list(segment) == [44, 1, 0, 0, 0, 1]
+
+
 def test_what_is_not_modelled_is_refused():
     with pytest.raises(Unsupported, match="float_denorm_mode_32 0: only 3"):
         parse(KERNEL.replace("denorm_mode_32 3", "denorm_mode_32 0"), 0, 1)
     with pytest.raises(Unsupported, match="8 bytes was given 4"):
         argument_segment(parse(KERNEL, 0, 1).arguments, [b"1234"])
+    with pytest.raises(Unsupported, match="hidden_printf_buffer"):
+        argument_segment([Argument(0, 8, "hidden_printf_buffer")], [])
     with pytest.raises(Unsupported, match="line 1: s_branch .LBB0_9: no such label"):
         execute("s_branch .LBB0_9")
 
@@ -138,6 +146,14 @@ def test_waves_that_do_not_meet_are_found(text, lines):
     with pytest.raises(Fault, match=lines) as found:
         execute(prefix + text, v={0: np.repeat(WAVE[:, None], 64, 1)}, waves=4)
     assert found.value.kind == "barrier"
+
+
+def test_a_kernel_that_does_not_end_is_found():
+    kernel = parse("\ts_nop 0\n.LBB0_1:\n\ts_branch .LBB0_1\n\ts_endpgm\n", 0, 1)
+    machine = Machine(Program(kernel), Memory({}), 1, most_stretches=100)
+    with pytest.raises(Fault, match="100 stretches") as found:
+        machine.run(start(machine, [(0, 0, 0)], (1, 1, 1)))
+    assert found.value.kind == "endless"
 
 
 def test_workgroups_side_by_side_do_not_see_each_other():

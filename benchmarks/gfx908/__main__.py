@@ -1,0 +1,103 @@
+"""Run kernels by their MI100 code, without the card: what is right, and which planted faults are found.
+
+    python -m benchmarks.gfx908 operators --out benchmarks/results/gfx908_operators.csv
+    python -m benchmarks.gfx908 networks --networks resnet34 --dtypes fp16 --out benchmarks/results/gfx908_networks.csv
+    python -m benchmarks.gfx908 planted --out benchmarks/results/gfx908_planted.csv
+
+`operators` runs every operator, whole, at the shapes of `depthfuse self-test` (`--small`: at the smallest of them);
+`networks` the launches of real networks at batch 1, a few workgroups of each; `planted` breaks compiled kernels on
+purpose. Beside each CSV a summary of the same name with `.md`. Rows of another Triton version, network or dtype that
+the CSV has stay there. Exit status 1 where something is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.gfx908 import networks, operators, planted, tables
+from benchmarks.kernels.registry import NETWORKS
+from depthfuse.kernels.launch import INTERPRETED
+from depthfuse.selftest.cases import OPS
+
+
+def collect(rows: Iterable, out: Path | None, keys: tuple[str, ...], summary) -> list[dict]:
+    """Print each row as it comes; write them, with those of `out` that have other `keys`, and a summary."""
+    new = []
+    for row in rows:
+        new.append({name: str(value) for name, value in dataclasses.asdict(row).items()})
+        print(" ".join(value for value in new[-1].values() if value), flush=True)
+    done = {tuple(row[key] for key in keys) for row in new}
+    old: list[dict] = []
+    if out and out.exists():
+        with out.open(newline="") as file:
+            old = [row for row in csv.DictReader(file) if tuple(row[key] for key in keys) not in done]
+    table = old + new
+    print(summary(table))
+    if out and new:
+        _write(out, table)
+        _replace(out.with_suffix(".md"), summary(table))
+    return new
+
+
+def _write(out: Path, table: list[dict]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_suffix(".part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    os.replace(part, out)
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("operators", "networks", "planted"):
+        command = commands.add_parser(name)
+        command.add_argument("--ops", nargs="+", choices=OPS, help="only these")
+        command.add_argument("--dtypes", nargs="+", choices=operators.DTYPES, default=list(operators.DTYPES))
+        command.add_argument("--out", type=Path, help="CSV to write")
+        if name != "networks":
+            command.add_argument("--cases", nargs="+", help="only those of these names, such as 3x3")
+            command.add_argument("--small", action="store_true", help="at the smallest shapes")
+        else:
+            command.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+        if name == "operators":
+            command.add_argument("--quick", action="store_true", help="not all cases in all dtypes")
+        if name == "planted":
+            command.add_argument("--swaps", type=int, default=20, help="pairs of registers swapped, a kernel")
+    options = parser.parse_args()
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
+    keys = ("triton", "op", "case", "dtype")
+    if options.command == "networks":
+        rows = networks.rows(options.networks, options.ops, options.dtypes)
+        found = collect(rows, options.out, ("triton", "network", "op", "dtype"), tables.networks)
+        return 1 if any(row["outcome"] != operators.RIGHT for row in found) else 0
+    cases = operators.cases_of(options.ops, options.cases)
+    if not cases:
+        parser.error(
+            f"no case of these names; there are: {', '.join(c.name for c in operators.cases_of(None, None))}"
+        )
+    if options.command == "planted":
+        rows = planted.rows(cases, options.dtypes, options.small, options.swaps)
+        return 1 if any(map(planted.is_lost, collect(rows, options.out, keys, tables.planted))) else 0
+    rows = operators.rows(cases, options.dtypes, options.small, options.quick)
+    found = collect(rows, options.out, keys, tables.operators)
+    return 1 if any(row["outcome"] != operators.RIGHT for row in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Summaries of what ran on the MI100's code, in Markdown."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from benchmarks.gfx908.operators import RIGHT
+
+
+def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
+
+
+def operators(rows: list[dict]) -> str:
+    """Right cases of all, for each operator, dtype and version of Triton."""
+    columns = sorted({(row["triton"], row["dtype"]) for row in rows})
+    body = []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        cells = []
+        for column in columns:
+            mine = [r for r in rows if r["op"] == op and (r["triton"], r["dtype"]) == column]
+            right = sum(row["outcome"] == RIGHT for row in mine)
+            cells.append(f"{right} of {len(mine)}" if mine else "-")
+        body.append((f"`{op}`", *cells))
+    head = ("operator", *(f"{dtype}, Triton {version}" for version, dtype in columns))
+    return (
+        "Runs of each operator on gfx908 code that came out right: integers bit for bit, reals within the float64\n"
+        "bound.\n\n" + _table(head, body) + _faults(rows)
+    )
+
+
+def networks(rows: list[dict]) -> str:
+    """Right launches of all, for each network and dtype."""
+    columns = sorted({(row["triton"], row["dtype"]) for row in rows})
+    body = []
+    for network in dict.fromkeys(row["network"] for row in rows):
+        cells = []
+        for column in columns:
+            mine = [r for r in rows if r["network"] == network and (r["triton"], r["dtype"]) == column]
+            right = sum(row["outcome"] == RIGHT for row in mine)
+            cells.append(f"{right} of {len(mine)}" if mine else "-")
+        body.append((network, *cells))
+    head = ("network", *(f"{dtype}, Triton {version}" for version, dtype in columns))
+    return (
+        "Operators of networks at batch 1 and 224 x 224, merged and not, of which a few workgroups ran on gfx908 code\n"
+        "and came out right.\n\n" + _table(head, body) + _faults(rows)
+    )
+
+
+def _faults(rows: list[dict]) -> str:
+    wrong = [
+        f"- {r['op']} {r.get('case') or r.get('shape')} {r['dtype']}: {r['outcome']}"
+        for r in rows
+        if r["outcome"] != RIGHT
+    ]
+    return "\n" + "\n".join(wrong) + "\n" if wrong else ""
+
+
+def planted(rows: list[dict]) -> str:
+    """Planted faults of each kind, how many were found, and by what."""
+    body = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        mine = [row["how"] for row in rows if row["kind"] == kind]
+        ways = Counter(how for how in mine if how)
+        body.append(
+            (kind, len(mine), sum(ways.values()), ", ".join(f"{how} {n}" for how, n in ways.most_common()))
+        )
+    lost = [
+        f"- {row['op']}, {row['case']}, {row['dtype']}, line {row['line']}: {row['kind']}: `{row['before']}`"
+        for row in rows
+        if not row["how"]
+    ]
+    text = "Faults planted in compiled kernels, one at a time.\n\n" + _table(
+        ("planted", "times", "found", "as"), body
+    )
+    return text + ("\nNot found:\n\n" + "\n".join(lost) + "\n" if lost else "")

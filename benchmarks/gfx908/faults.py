@@ -26,7 +26,8 @@ class Fault(Exception):
 KINDS = {
     "wait": "a register is used before the s_waitcnt that covers its load",
     "hazard": "too few wait states between two instructions",
-    "race": "waves touch the same LDS words with no barrier between, one of them writing",
+    "race": "waves touch the same words of LDS, or workgroups the same memory, in no order, one of them writing",
+    "stale": "a load that the first cache may answer, of what another workgroup has written",
     "undefined register": "a register is read that was never written",
     "undefined LDS": "LDS is read that was never written",
     "undefined memory": "memory is read that was never written",

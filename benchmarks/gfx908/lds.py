@@ -124,7 +124,7 @@ class Lds:
         """These waves have passed a barrier: what they have not waited for goes on into the new epoch."""
         own = self._own(waves)
         for flight in waves.flights:
-            if flight.units is None:
+            if flight.units is None or flight.counter != "lgkmcnt":
                 continue
             for n in range(0, flight.units.shape[1], 64):
                 unit = flight.units[:, n : n + 64]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.gfx908.faults import Fault
-from benchmarks.gfx908.waves import Waves
+from benchmarks.gfx908.waves import LANES, Waves
 
 _START = 0x7F00_0000_0000  # any address that is not small
 _GAP = 4096  # between tensors, so that no near miss hits another one
@@ -43,6 +43,11 @@ class Memory:
         self.halves, self.words = self.octets.view(np.uint16), self.octets.view(np.uint32)
         self.known = np.zeros(end // 2, bool)  # of each two bytes, whether they hold a value
         self.writer = np.zeros(end // 2, np.int32)  # 1 + the lane, counted over the launch, that wrote them
+        self.written_at = np.zeros(end // 2, np.int32)  # by the clock, which counts stores
+        self.landed = np.zeros(end // 2, bool)  # whether its wave has waited for that store
+        self.released = np.zeros(end // 2, bool)  # whether its workgroup has counted itself in since
+        self.clock = 0
+        self.invalidated: dict[int, int] = {}  # workgroup -> when it last threw its first cache away
         for block, content in zip(self.blocks, contents.values(), strict=True):
             self.octets[block.start : block.start + block.size] = content
             if block.filled:
@@ -111,20 +116,29 @@ class Memory:
         return waves.fault("bounds", f"byte {byte} of {block.name}, which has {block.size}", bad)
 
     def load(
-        self, waves: Waves, place: np.ndarray, lanes: np.ndarray, width: int, blocks: list[Block]
-    ) -> list:
+        self,
+        waves: Waves,
+        place: np.ndarray,
+        lanes: np.ndarray,
+        width: int,
+        blocks: list[Block],
+        cached: bool = True,
+    ) -> list[np.ndarray]:
         """What lies there, as uint32 [waves, 64] for each 4 bytes.
 
+        Args:
+            cached: whether the first cache may answer.
+
         Raises:
-            Fault: nothing was ever written there.
+            Fault: nothing was ever written there, or what another workgroup has written may not have arrived.
         """
         if not all(block.filled for block in blocks):
             for n in range(-(-width // 2)):
-                empty = ~self.known[(place >> 1) + n] & lanes
+                cell = (place >> 1) + n
+                empty = ~self.known[cell] & lanes
                 if empty.any():
-                    block = self.block_at(int(place[empty][0]))
-                    byte = int(place[empty][0]) - block.start + 2 * n
-                    raise waves.fault("undefined memory", f"byte {byte} of {block.name}", empty)
+                    raise waves.fault("undefined memory", self._at(place[empty][0] + 2 * n), empty)
+                self._check_arrival(waves, cell, lanes, cached)
         if width == 2:
             return [self.halves[place >> 1].astype(np.uint32)]
         if (place & 3).any():
@@ -145,6 +159,7 @@ class Memory:
         Raises:
             Fault: another lane has written there, in this launch.
         """
+        self.clock += 1
         where = place[lanes] >> 1
         own = np.broadcast_to((waves.ids * 64)[:, None] + np.arange(1, 65, dtype=np.int32), lanes.shape)[
             lanes
@@ -164,6 +179,44 @@ class Memory:
             value = np.broadcast_to(values[n // 2], lanes.shape)[lanes]
             self.halves[cell] = (value >> np.uint32(16 * (n % 2))).astype(np.uint16)
             self.known[cell] = True
+            self.written_at[cell], self.landed[cell], self.released[cell] = self.clock, False, False
+
+    def _at(self, place: int) -> str:
+        block = self.block_at(int(place))
+        return f"byte {int(place) - block.start} of {block.name}"
+
+    def _check_arrival(self, waves: Waves, cell: np.ndarray, lanes: np.ndarray, cached: bool) -> None:
+        """What another workgroup has stored is there for sure only once its waves have waited for their stores and it
+        has counted itself in, by an atomic; and the reader's first cache may hold an older copy.
+        """
+        launch = waves.machine.program.kernel.waves
+        mine = (waves.ids // launch)[:, None]
+        others = lanes & ((self.writer[cell] - 1) // (LANES * launch) != mine) & (self.writer[cell] > 0)
+        early = others & ~self.released[cell]
+        if early.any():
+            raise waves.fault(
+                "race", f"{self._at(2 * cell[early][0])} is on its way from another workgroup", early
+            )
+        since = np.array([self.invalidated.get(int(group), 0) for group in mine[:, 0]])[:, None]
+        stale = others & (self.written_at[cell] > since)
+        if cached and stale.any():
+            detail = f"the first cache may hold an older copy of {self._at(2 * cell[stale][0])}"
+            raise waves.fault("stale", detail, stale)
+
+    def land(self, cells: np.ndarray) -> None:
+        """A wave has waited for its stores to these cells."""
+        self.landed[cells] = True
+
+    def release(self, waves: Waves) -> None:
+        """Workgroups have counted themselves in: what has landed of theirs may be read by whom counts in after them."""
+        launch = waves.machine.program.kernel.waves
+        theirs = np.isin((self.writer - 1) // (LANES * launch), waves.ids // launch)
+        self.released |= theirs & self.landed & (self.writer > 0)
+
+    def invalidate(self, waves: Waves) -> None:
+        """Workgroups throw their first cache away."""
+        for group in np.unique(waves.ids // waves.machine.program.kernel.waves):
+            self.invalidated[int(group)] = self.clock
 
     def add(self, place: int, value: int) -> int:
         """An atomic addition of 32 bits, which returns what was there."""

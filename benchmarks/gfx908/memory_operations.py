@@ -95,10 +95,12 @@ def _load(i: Instruction, places: Places, width: int) -> Operation:
     if into.count * 4 != max(4, width):
         raise Unsupported(f"{i.operands[0]} as a result of {width} bytes is not modelled")
 
+    cached = "glc" not in i.modifiers
+
     def run(waves: Waves) -> None:
         place, lanes, blocks = places(waves)
         all_read = waves.full and lanes.all()
-        for n, value in enumerate(_memory(waves).load(waves, place, lanes, width, blocks)):
+        for n, value in enumerate(_memory(waves).load(waves, place, lanes, width, blocks, cached)):
             waves.put(into.first + n, value if all_read else np.where(lanes, value, 0))
         waves.fly(Flight("vmcnt", True, into.numbers, i.text))
 
@@ -114,7 +116,9 @@ def _store(i: Instruction, places: Places, data: str, width: int) -> Operation:
         place, lanes, _ = places(waves)
         values = [waves.v[from_.first + n] for n in range(from_.count)]
         _memory(waves).store(waves, place, lanes, values, width)
-        waves.fly(Flight("vmcnt", True, frozenset(), i.text))
+        first = np.where(lanes, place >> 1, 0)
+        cells = np.concatenate([first + n for n in range(width // 2)], axis=1)
+        waves.fly(Flight("vmcnt", True, frozenset(), i.text, cells, writes=True))
 
     return made(i, run, results=0)
 
@@ -146,7 +150,10 @@ def _global_store(i: Instruction) -> Operation:
 
 @operation("global_atomic_add")
 def _atomic_add(i: Instruction) -> Operation:
-    """Lane by lane, in their order. With glc each gets the value from before its addition."""
+    """Lane by lane, in their order. With glc each gets the value from before its addition.
+
+    Our kernels count arrivals so: who adds releases what it has stored before.
+    """
     returns = "glc" in i.modifiers
     address, data, base = i.operands[1:] if returns else i.operands
     places, value = _global(i, address, base, 4), result(data)
@@ -155,7 +162,8 @@ def _atomic_add(i: Instruction) -> Operation:
     def run(waves: Waves) -> None:
         place, lanes, blocks = places(waves)
         memory, before = _memory(waves), np.zeros((waves.n, LANES), np.uint32)
-        memory.load(waves, place, lanes, 4, blocks)
+        memory.release(waves)
+        memory.load(waves, place, lanes, 4, blocks, cached=False)
         for wave, lane in np.argwhere(lanes):
             before[wave, lane] = memory.add(int(place[wave, lane]), int(waves.v[value, wave, lane]))
         if returns:
@@ -188,5 +196,10 @@ def _scalar_load(i: Instruction) -> Operation:
 
 @operation("buffer_wbinvl1_vol", "buffer_wbinvl1")
 def _invalidate(i: Instruction) -> Operation:
-    """The first cache is not modelled: nothing to throw away."""
-    return made(i, lambda waves: waves.fly(Flight("vmcnt", True, frozenset(), i.text)), reads=EXEC_BITS)
+    """Nothing is held in the first cache from here on."""
+
+    def run(waves: Waves) -> None:
+        _memory(waves).invalidate(waves)
+        waves.fly(Flight("vmcnt", True, frozenset(), i.text))
+
+    return made(i, run, results=0, reads=EXEC_BITS)

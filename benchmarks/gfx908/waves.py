@@ -37,8 +37,8 @@ class Flight:
         ordered: whether it returns in the order of its kind; scalar loads do not.
         registers: numbers of those that it will write.
         text: the instruction.
-        units: LDS units touched, [waves, n] (see lds.py); None of any other access.
-        writes: whether it writes those units.
+        units: what an access to LDS touches (see lds.py), or a store writes (see memory.py), [waves, n]; else None.
+        writes: whether it writes those.
     """
 
     counter: str
@@ -140,6 +140,8 @@ class Waves:
         landed = mine[: max(0, len(mine) - most)]
         for flight in landed:
             self.flights.remove(flight)
+            if counter == "vmcnt" and flight.writes:
+                self.machine.memory.land(flight.units)
             for number in flight.registers:
                 if self.pending.get(number) is flight:
                     del self.pending[number]

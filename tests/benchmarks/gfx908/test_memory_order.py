@@ -1,4 +1,4 @@
-"""What workgroups hand to each other through memory: the last to count itself in may read what the others have stored."""
+"""What workgroups hand to each other through memory: the last to count itself in may read what others have stored."""
 
 import numpy as np
 import pytest

@@ -2,12 +2,13 @@
 
     python -m benchmarks.gfx908 operators --out benchmarks/results/gfx908_operators.csv
     python -m benchmarks.gfx908 networks --networks resnet34 --dtypes fp16 --out benchmarks/results/gfx908_networks.csv
+    python -m benchmarks.gfx908 models --out benchmarks/results/gfx908_models.csv
     python -m benchmarks.gfx908 planted --out benchmarks/results/gfx908_planted.csv
 
 `operators` runs every operator, whole, at the shapes of `depthfuse self-test` (`--small`: at the smallest of them);
-`networks` the launches of real networks at batch 1, a few workgroups of each; `planted` breaks compiled kernels on
-purpose. Beside each CSV a summary of the same name with `.md`. Rows of another Triton version, network or dtype that
-the CSV has stay there. Exit status 1 where something is wrong.
+`networks` the launches of real networks at batch 1, a few workgroups of each; `models` whole networks at small images;
+`planted` breaks compiled kernels on purpose. Beside each CSV a summary of the same name with `.md`. Rows of another
+Triton version, network or dtype that the CSV has stay there. Exit status 1 where something is wrong.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.gfx908 import networks, operators, planted, tables
+from benchmarks.gfx908 import models, networks, operators, planted, tables
 from benchmarks.kernels.registry import NETWORKS
 from depthfuse.kernels.launch import INTERPRETED
-from depthfuse.selftest.cases import OPS
+from depthfuse.selftest.cases import CASES, OPS, Case
+
+_CASE = ("triton", "op", "case", "dtype")
 
 
 def collect(rows: Iterable, out: Path | None, keys: tuple[str, ...], summary) -> list[dict]:
@@ -64,39 +67,48 @@ def _replace(path: Path, text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("operators", "networks", "planted"):
+    for name in ("operators", "networks", "models", "planted"):
         command = commands.add_parser(name)
-        command.add_argument("--ops", nargs="+", choices=OPS, help="only these")
         command.add_argument("--dtypes", nargs="+", choices=operators.DTYPES, default=list(operators.DTYPES))
         command.add_argument("--out", type=Path, help="CSV to write")
-        if name != "networks":
-            command.add_argument("--cases", nargs="+", help="only those of these names, such as 3x3")
-            command.add_argument("--small", action="store_true", help="at the smallest shapes")
-        else:
+        if name == "models":
+            command.add_argument(
+                "--networks", nargs="+", choices=models.IMAGE_SIZES, default=list(models.IMAGE_SIZES)
+            )
+            continue
+        command.add_argument("--ops", nargs="+", choices=OPS, help="only these")
+        if name == "networks":
             command.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+            continue
+        command.add_argument("--cases", nargs="+", help="only those of these names, such as 3x3")
+        command.add_argument("--small", action="store_true", help="at the smallest shapes")
         if name == "operators":
             command.add_argument("--quick", action="store_true", help="not all cases in all dtypes")
-        if name == "planted":
+        else:
             command.add_argument("--swaps", type=int, default=20, help="pairs of registers swapped, a kernel")
     options = parser.parse_args()
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
-    keys = ("triton", "op", "case", "dtype")
-    if options.command == "networks":
+    if options.command == "planted":
+        rows = planted.rows(_cases(parser, options), options.dtypes, options.small, options.swaps)
+        return 1 if any(map(planted.is_lost, collect(rows, options.out, _CASE, tables.planted))) else 0
+    if options.command == "operators":
+        rows = operators.rows(_cases(parser, options), options.dtypes, options.small, options.quick)
+        found = collect(rows, options.out, _CASE, tables.operators)
+    elif options.command == "networks":
         rows = networks.rows(options.networks, options.ops, options.dtypes)
         found = collect(rows, options.out, ("triton", "network", "op", "dtype"), tables.networks)
-        return 1 if any(row["outcome"] != operators.RIGHT for row in found) else 0
+    else:
+        rows = models.rows(options.networks, options.dtypes)
+        found = collect(rows, options.out, ("triton", "network", "dtype"), tables.models)
+    return 1 if any(row["outcome"] != operators.RIGHT for row in found) else 0
+
+
+def _cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
     cases = operators.cases_of(options.ops, options.cases)
     if not cases:
-        parser.error(
-            f"no case of these names; there are: {', '.join(c.name for c in operators.cases_of(None, None))}"
-        )
-    if options.command == "planted":
-        rows = planted.rows(cases, options.dtypes, options.small, options.swaps)
-        return 1 if any(map(planted.is_lost, collect(rows, options.out, keys, tables.planted))) else 0
-    rows = operators.rows(cases, options.dtypes, options.small, options.quick)
-    found = collect(rows, options.out, keys, tables.operators)
-    return 1 if any(row["outcome"] != operators.RIGHT for row in found) else 0
+        parser.error(f"no such case; there are: {', '.join(case.name for case in CASES)}")
+    return cases
 
 
 if __name__ == "__main__":

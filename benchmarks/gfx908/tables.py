@@ -48,6 +48,16 @@ def networks(rows: list[dict]) -> str:
     )
 
 
+def models(rows: list[dict]) -> str:
+    """A line for each network."""
+    names = ("network", "blocks", "dtype", "image", "launches", "workgroups", "error", "outcome")
+    body = [tuple(row[name] for name in names) for row in rows]
+    return (
+        "Whole networks, planned by `accelerate` for the MI100 and run on gfx908 code. Error: the largest difference\n"
+        "from float64, as a share of the largest output.\n\n" + _table(names, body)
+    )
+
+
 def _faults(rows: list[dict]) -> str:
     wrong = [
         f"- {r['op']} {r.get('case') or r.get('shape')} {r['dtype']}: {r['outcome']}"

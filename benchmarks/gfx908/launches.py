@@ -53,11 +53,16 @@ def octets_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((length,), (1,)).view(torch.uint8)
 
 
-def execute(launch: Launch, program: Program, workgroups: list[tuple[int, int, int]] | None = None) -> None:
+def execute(
+    launch: Launch,
+    program: Program,
+    workgroups: list[tuple[int, int, int]] | None = None,
+    watcher: object = None,
+) -> None:
     """Run a launch whose tensors are on the CPU; what it writes is in them afterwards.
 
     Args:
-        workgroups: which programs of the grid; None for all.
+        workgroups: which programs of the grid; None for all. watcher: see `Machine`.
 
     Raises:
         Fault: the code does what hardware does not promise to get right. Unsupported.
@@ -77,7 +82,7 @@ def execute(launch: Launch, program: Program, workgroups: list[tuple[int, int, i
         elif kind != "constexpr":
             values.append(struct.pack(_FORMATS[kind], launch.arguments[name]))
     memory.contents(ARGUMENTS)[:] = argument_segment(arguments, values, hidden)
-    run(program, memory, grid, workgroups)
+    run(program, memory, grid, workgroups, watcher)
     for name, octets in own.items():
         if memory.is_written(name):
             octets[:] = memory.contents(name)

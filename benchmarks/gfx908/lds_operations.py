@@ -44,6 +44,11 @@ def lds_of(waves: Waves) -> Lds:
     return waves.machine.lds
 
 
+def _tell(waves: Waves, address: np.ndarray, width: int, reads: bool) -> None:
+    if waves.machine.watcher is not None:
+        waves.machine.watcher.lds(address, waves.lanes, width, reads)
+
+
 @operation(
     "ds_read_b32",
     "ds_read_b64",
@@ -65,6 +70,7 @@ def _read(i: Instruction) -> Operation:
         base = waves.v[address].astype(np.int64)
         for place in places:
             where = lds.addresses(waves, base + place, width)
+            _tell(waves, base + place, width, reads=True)
             units += lds.read(waves, where, width)
             if width == 2:
                 waves.put(register, lds.halves[where >> 1])
@@ -101,6 +107,7 @@ def _write(i: Instruction) -> Operation:
         base = waves.v[address].astype(np.int64)
         for place, from_ in zip(places, data, strict=True):
             where = lds.addresses(waves, base + place, width)
+            _tell(waves, base + place, width, reads=False)
             if width == 2:
                 value = (waves.v[from_.first] >> np.uint32(16 if high else 0)).astype(np.uint16)
                 units += lds.write(waves, where, width, lds.halves, [value])

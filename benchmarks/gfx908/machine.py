@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -108,7 +109,13 @@ class Program:
 
 
 class Machine:
-    """Some workgroups of a launch, while they run."""
+    """Some workgroups of a launch, while they run.
+
+    Attributes:
+        watcher: is told of each instruction and each access, where there is one (see busy.py).
+    """
+
+    watcher: Any = None
 
     def __init__(
         self, program: Program, memory: Memory, workgroups: int, most_stretches: int = _MOST_STRETCHES
@@ -154,6 +161,8 @@ class Machine:
                 if not group.watched.isdisjoint(at.touched):
                     _look(group, at)
                 at.run(group)
+                if self.watcher is not None:
+                    self.watcher.instruction(at, group)
         except Fault as fault:
             raise fault.at(f"line {at.instruction.line}: {at.instruction.text}") from None
         end = stretch.end

@@ -87,6 +87,8 @@ class Memory:
         place = np.where(lanes, address - _START, 0)
         if not lanes.any():
             return place, []
+        if waves.machine.watcher is not None and lanes.shape[1] > 1:  # scalar loads have a cache of their own
+            waves.machine.watcher.memory(place, lanes, width)
         found = []
         active = place[lanes]
         anchors = active.min(keepdims=True) if base is None else np.unique(base[lanes.any(1)] - _START)

@@ -56,12 +56,17 @@ def argument_segment(
 
 
 def run(
-    program: Program, memory: Memory, grid: Workgroup, workgroups: Iterable[Workgroup] | None = None
+    program: Program,
+    memory: Memory,
+    grid: Workgroup,
+    workgroups: Iterable[Workgroup] | None = None,
+    watcher: object = None,
 ) -> None:
     """Run a kernel: these workgroups of a grid, or all.
 
     Args:
         memory: with a block called ARGUMENTS.
+        watcher: see `Machine`.
 
     Raises:
         Fault: see faults.py. Unsupported.
@@ -74,6 +79,7 @@ def run(
     for first in range(0, len(workgroups), together):
         some = workgroups[first : first + together]
         machine = Machine(program, memory, len(some))
+        machine.watcher = watcher
         machine.run(start(machine, some, grid))
 
 

@@ -58,6 +58,49 @@ def models(rows: list[dict]) -> str:
     )
 
 
+def units(rows: list[dict]) -> str:
+    """For each operator and batch which unit limits how many launches; and the farthest from the roofline."""
+    groups = dict.fromkeys((row["op"], row["batch"], row["dtype"]) for row in rows)
+    body = []
+    for op, batch, dtype in groups:
+        mine = [r for r in rows if (r["op"], r["batch"], r["dtype"]) == (op, batch, dtype)]
+        busiest = Counter(row["busiest"] for row in mine)
+        shares = sorted(float(row["share"]) for row in mine)
+        conflicts = max(float(row["lds_conflicts"]) for row in mine)
+        limits = ", ".join(f"{unit} {count}" for unit, count in busiest.most_common())
+        body.append((f"`{op}`", batch, dtype, len(mine), limits, f"{shares[0]} to {shares[-1]}", conflicts))
+    head = (
+        "operator",
+        "batch",
+        "dtype",
+        "launches",
+        "busiest unit",
+        "share of the roofline",
+        "worst LDS conflicts",
+    )
+    least = sorted(rows, key=lambda row: float(row["share"]))[:20]
+    names = (
+        "op",
+        "batch",
+        "dtype",
+        "shape",
+        "vector",
+        "matrix",
+        "lds",
+        "cache",
+        "lds_conflicts",
+        "busiest",
+        "share",
+    )
+    return (
+        "Simulated, from counts of executed instructions and without latencies: at best this share of the roofline is\n"
+        "possible with the code as compiled for gfx908.\n\n"
+        + _table(head, body)
+        + "\nThe launches that are farthest from the roofline, with the clocks of each unit a workgroup:\n\n"
+        + _table(names, [tuple(row[name] for name in names) for row in least])
+    )
+
+
 def _faults(rows: list[dict]) -> str:
     wrong = [
         f"- {r['op']} {r.get('case') or r.get('shape')} {r['dtype']}: {r['outcome']}"

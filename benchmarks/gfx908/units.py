@@ -1,0 +1,141 @@
+"""For the launches of real networks: which unit of a compute unit their code keeps busy longest, and for how long.
+
+*Simulated* from counts, without latencies (see busy.py): a time below which the compiled code cannot go, beside the
+roofline, below which the device cannot go. Where the first is much above the second, instructions other than the
+products cost the time, or LDS does, however well waits are hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+
+from benchmarks.gfx908.busy import CLOCK_MHZ, UNITS, Busy
+from benchmarks.gfx908.launches import TARGET, execute, program_of
+from benchmarks.gfx908.networks import operands_of
+from benchmarks.gfx908.operators import DTYPES, poisoned
+from benchmarks.kernels.cases import Case
+from benchmarks.kernels.prove import tile_of
+from benchmarks.kernels.registry import unique_cases
+from benchmarks.kernels.resources import key_of
+from depthfuse.devices import DEVICES
+from depthfuse.kernels.launch import Launch, ceil_div, stand_in
+from depthfuse.measuring.roofline import roofline_us
+
+_DEVICE = DEVICES["gfx908"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One launch of a network.
+
+    Attributes:
+        executed: instructions of one workgroup, all its waves.
+        vector, matrix, scalar, lds, cache: clocks that each unit is busy with one workgroup, the waves spread evenly
+            over the four SIMDs.
+        lds_conflicts: LDS's clocks as a multiple of those without conflicts; 0 where LDS is not used.
+        busiest: the unit that is busy longest, or "memory".
+        bound_us: of the whole launch: that unit's clocks times the workgroups of the fullest compute unit, or the
+            roofline where that is longer.
+        share: roofline_us of bound_us.
+    """
+
+    triton: str
+    network: str
+    batch: int
+    op: str
+    dtype: str
+    shape: str
+    tile: str
+    workgroups: int
+    waves: int
+    executed: int
+    vector: int
+    matrix: int
+    scalar: int
+    lds: int
+    cache: int
+    lds_conflicts: float
+    busiest: str
+    bound_us: float
+    roofline_us: float
+    share: float
+
+
+def counted(launch: Launch, shape: Launch) -> Busy:
+    """Count one workgroup of `launch`'s code, or where sums are split one tile's, on the tensors of `shape`: the same
+    operator at a batch that is small enough to hold.
+    """
+    arguments = {
+        name: shape.arguments[name]
+        if isinstance(shape.arguments[name], torch.Tensor) or not _is_constant(launch, name)
+        else value
+        for name, value in launch.arguments.items()
+    }
+    for name, tensor in launch.arguments.items():
+        if name in ("parts", "counters"):
+            arguments[name] = None if tensor is None else torch.zeros_like(tensor, device="cpu")
+    small = replace(launch, arguments=arguments)
+    (x, y), splits = (*shape.grid, 1, 1)[:2], (*launch.grid, 1, 1)[2]
+    middle = min(x, launch.grid[0]) // 2
+    busy = Busy()
+    with poisoned():
+        execute(small, program_of(small), [(middle, y // 2, k) for k in range(splits)], busy)
+    return busy
+
+
+def _is_constant(launch: Launch, name: str) -> bool:
+    return next(p for p in launch.kernel.params if p.name == name).is_constexpr
+
+
+def row_of(network: str, case: Case, small: Case, batch: int, dtype: str) -> Row:
+    """Count the last launch of a case. small: the same operator at batch 1."""
+    launch, shapes = case.launches(DTYPES[dtype], TARGET)[-1], []
+    with stand_in(TARGET, shapes.append), poisoned():
+        small.ours(**operands_of(small, DTYPES[dtype]))
+    busy = counted(launch, shapes[-1])
+    grid = torch.Size(launch.grid).numel()
+    splits = (*launch.grid, 1, 1)[2]
+    clocks = {unit: value / splits for unit, value in busy.of_a_workgroup().items()}
+    busiest = max(clocks, key=clocks.get)
+    bound_us = clocks[busiest] * ceil_div(grid, _DEVICE.compute_units) / CLOCK_MHZ
+    moved = case.elements_moved() * DTYPES[dtype].itemsize
+    least_us = roofline_us("gfx908", case.flops(), moved, DTYPES[dtype], case.matrix)
+    return Row(
+        triton=triton.__version__,
+        network=network,
+        batch=batch,
+        op=case.op,
+        dtype=dtype,
+        shape=case.shape(),
+        tile=tile_of(launch),
+        workgroups=grid,
+        waves=program_of(launch).kernel.waves,
+        executed=busy.executed // splits,
+        **{unit: round(clocks[unit]) for unit in UNITS},
+        lds_conflicts=round(busy.clocks["lds"] / busy.least_lds, 2) if busy.least_lds else 0.0,
+        busiest=busiest if bound_us >= least_us else "memory",
+        bound_us=round(max(bound_us, least_us), 2),
+        roofline_us=round(least_us, 2),
+        share=round(least_us / max(bound_us, least_us), 3),
+    )
+
+
+def rows(networks: list[str], batches: list[int], ops: list[str] | None, dtypes: list[str]) -> Iterator[Row]:
+    """Each distinct operator of the networks, merged and not, whose code and grid were not counted before."""
+    done: set[tuple] = set()
+    for network in networks:
+        small = {names[0]: case for case, names in unique_cases(network, 1).items()}
+        for batch in batches:
+            for case, names in unique_cases(network, batch).items():
+                for dtype in dtypes:
+                    if (ops is not None and case.op not in ops) or not case.supports(DTYPES[dtype]):
+                        continue
+                    launch = case.launches(DTYPES[dtype], TARGET)[-1]
+                    key = (key_of(launch, TARGET), launch.grid)
+                    if key not in done:
+                        done.add(key)
+                        yield row_of(network, case, small[names[0]], batch, dtype)

@@ -36,7 +36,7 @@ def test_clocks_of_lds(address, width, reads, clocks):
 def test_lanes_of_a_wide_read_go_in_as_documented():
     """0:3+20:23 and so on, and of a write lane by lane: four lanes in the first 16 banks, four in the others."""
     for others, of_a_read in ((20, 1), (16, 2)):
-        second = (LANE >= others) & (LANE < others + 4)
+        second = (others <= LANE) & (others + 4 > LANE)
         address = np.where(second, LANE - others + 4, LANE) * 16
         lanes = ((LANE < 4) | second)[None]
         assert lds_clocks(address[None], lanes, 16, reads=True) == of_a_read

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.gfx908 import hazards
+from benchmarks.gfx908 import hazards, waits
 from benchmarks.gfx908.assembly import parse
 from benchmarks.gfx908.machine import Program
 from benchmarks.gfx908.memory import Memory
@@ -30,7 +30,7 @@ def program_of(launch: Launch, change: Callable[[str], str] | None = None) -> Pr
         change: what is done to the assembly first, such as taking a barrier away.
 
     Raises:
-        Fault: too few wait states between two instructions. Unsupported.
+        Fault: too few wait states between two instructions, or a wait that is missing on any way. Unsupported.
     """
     key = key_of(launch, TARGET)
     if key in _programs and change is None:
@@ -40,6 +40,7 @@ def program_of(launch: Launch, change: Callable[[str], str] | None = None) -> Pr
     text = change(text) if change else text
     program = Program(parse(text, compiled.metadata.shared, compiled.metadata.num_warps))
     hazards.check(program)
+    waits.check(program)
     if change is None:
         _programs[key] = program
     return program

@@ -27,7 +27,7 @@ from benchmarks.gfx908.lds import Lds
 from benchmarks.gfx908.lds_operations import widths
 from benchmarks.gfx908.memory import Memory
 from benchmarks.gfx908.operations import Operation, build, made, operation
-from benchmarks.gfx908.waves import Waves
+from benchmarks.gfx908.waves import COUNTERS, Waves
 
 _BRANCHES: dict[str, Callable[[Waves], np.ndarray]] = {
     "s_branch": lambda w: np.ones(w.n, bool),
@@ -38,7 +38,6 @@ _BRANCHES: dict[str, Callable[[Waves], np.ndarray]] = {
     "s_cbranch_execz": lambda w: w.exec == 0,
     "s_cbranch_execnz": lambda w: w.exec != 0,
 }
-_COUNTERS = {"vmcnt": 63, "lgkmcnt": 15, "expcnt": 7}
 _MOST_STRETCHES = 1_000_000  # that one run may take: our longest loops go round a few hundred times
 _NOTHING = ("s_nop", "s_setprio", "s_sleep")
 
@@ -52,9 +51,9 @@ def _nothing(i: Instruction) -> Operation:
 def _wait(i: Instruction) -> Operation:
     """MI100 ISA guide, "Data Dependency Resolution". expcnt counts only what our kernels do not do."""
     found = re.findall(r"(\w+)\((\d+)\)", i.operands[0])
-    if not found or {name for name, _ in found} - set(_COUNTERS):
+    if not found or {name for name, _ in found} - set(COUNTERS):
         raise Unsupported(f"the operand {i.operands[0]} is not modelled")
-    waits = [(name, int(most)) for name, most in found if int(most) < _COUNTERS[name]]
+    waits = [(name, int(most)) for name, most in found if int(most) < COUNTERS[name]]
 
     def run(waves: Waves) -> None:
         for name, most in waits:
@@ -99,6 +98,15 @@ class Program:
         self.accumulators = 1 + max((n - ACCUMULATOR for n in used if ACCUMULATOR <= n < SCALAR), default=-1)
         narrowest = [w for i in kernel.instructions if (w := widths(i))]
         self.lds_unit = min(4 if w == 12 else w for w in narrowest) if narrowest else 4
+
+    def successors(self, at: int) -> list[int]:
+        """The stretches that can come after a stretch."""
+        end = self.stretches[at].end
+        if end is None or end.opcode == "s_barrier":
+            return [at + 1]
+        if end.opcode == "s_endpgm":
+            return []
+        return [self.target(end)] if end.opcode == "s_branch" else [self.target(end), at + 1]
 
     def target(self, branch: Instruction) -> int:
         """The stretch that a branch goes to."""
@@ -227,7 +235,7 @@ def _look(waves: Waves, at: Operation) -> None:
     """
     for number in at.touched & waves.pending.keys():
         flight = waves.pending[number]
-        if number in at.reads or not _follows(at, flight):
+        if number in at.reads or not follows(at, flight.counter, flight.ordered):
             raise waves.fault("wait", f"{name_of(number)} is used while {flight.text} is under way")
     spoilt: dict[int, np.ndarray] = {}  # undefined register that is read -> the lanes that are
     for number in at.reads & waves.undefined.keys():
@@ -244,9 +252,9 @@ def _look(waves: Waves, at: Operation) -> None:
             waves.written(number, lanes, np.logical_or.reduce(bad) if bad else None)
 
 
-def _follows(at: Operation, flight: object) -> bool:
-    """Whether an instruction may write what a flight will write: a load of the same counter, which returns after it."""
+def follows(at: Operation, counter: str, ordered: bool) -> bool:
+    """Whether an instruction may write what an access under way will write: a load that returns after it."""
     opcode = at.instruction.opcode
-    if flight.counter == "vmcnt":
+    if counter == "vmcnt":
         return opcode.startswith(("buffer_load", "global_load", "global_atomic"))
-    return flight.ordered and opcode.startswith("ds_")
+    return ordered and opcode.startswith("ds_")

@@ -17,7 +17,7 @@ _HALF_PI = "0.15915494"  # as LLVM prints the inline constant 1 / (2 pi)
 _INLINE_FLOATS = {"0.5", "1.0", "2.0", "4.0", _HALF_PI}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operation:
     """A decoded instruction.
 

@@ -28,6 +28,9 @@ def bits_of(lanes: np.ndarray) -> np.ndarray:
     return np.packbits(lanes, axis=1, bitorder="little").view(np.uint64)[:, 0]
 
 
+COUNTERS = {"vmcnt": 63, "lgkmcnt": 15, "expcnt": 7}  # the most that each can count
+
+
 @dataclass(frozen=True, eq=False)
 class Flight:
     """An access under way, which a counter of `s_waitcnt` covers.
@@ -130,15 +133,14 @@ class Waves:
     def wait(self, counter: str, most: int) -> None:
         """s_waitcnt: go on when at most `most` accesses of the counter are under way.
 
-        Those of one kind return in order, so that the newest `most` are left. Scalar loads overtake each other and
-        those of LDS, and while one is under way a count above zero says nothing (MI100 ISA guide, "Data Dependency
-        Resolution").
+        Those of one kind return in order, so that the newest `most` are left. Scalar loads (not `ordered`) overtake
+        each other and those of LDS, and while one is under way a count above zero says nothing (MI100 ISA guide, "Data
+        Dependency Resolution").
         """
         mine = [flight for flight in self.flights if flight.counter == counter]
         if most and not all(flight.ordered for flight in mine):
             return
-        landed = mine[: max(0, len(mine) - most)]
-        for flight in landed:
+        for flight in mine[: max(0, len(mine) - most)]:
             self.flights.remove(flight)
             if counter == "vmcnt" and flight.writes:
                 self.machine.memory.land(flight.units)

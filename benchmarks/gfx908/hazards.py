@@ -12,14 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks.gfx908.assembly import ACCUMULATOR, EXEC, SCALAR, VCC, Instruction, name_of, registers
+from benchmarks.gfx908.assembly import ACCUMULATOR, SCALAR, Instruction, name_of, registers
 from benchmarks.gfx908.faults import Fault
 from benchmarks.gfx908.machine import Program
 from benchmarks.gfx908.matrix import SHAPES
-from benchmarks.gfx908.operations import Operation
+from benchmarks.gfx908.operations import EXEC_BITS, VCC_BITS, Operation
 
-_VCC = frozenset({SCALAR + VCC, SCALAR + VCC + 1})
-_EXEC = frozenset({SCALAR + EXEC, SCALAR + EXEC + 1})
 _READ, _WRITE = "v_accvgpr_read_b32", "v_accvgpr_write_b32"
 _LANE = ("v_readlane_b32", "v_writelane_b32")
 
@@ -81,12 +79,12 @@ def _reasons(first: Node, second: Node) -> Iterator[tuple[int, frozenset[int]]]:
     if first.is_vector and second.is_vector:
         if second.is_matrix or second.opcode == _WRITE:
             yield 2, vectors
-            yield 4, first.writes & _EXEC
+            yield 4, first.writes & EXEC_BITS
         if second.instruction.encoding == "dpp":
             yield 2, vectors
-            yield 5, first.writes & _EXEC
+            yield 5, first.writes & EXEC_BITS
         if second.opcode == "v_div_fmas_f32":
-            yield 4, first.writes & _VCC
+            yield 4, first.writes & VCC_BITS
         if second.opcode in _LANE:
             yield 4, first.writes & second.operand(2)
     if first.is_vector and second.opcode.startswith(("buffer_", "global_")):

@@ -26,7 +26,7 @@ from benchmarks.gfx908.faults import Fault, Unsupported
 from benchmarks.gfx908.lds import Lds
 from benchmarks.gfx908.lds_operations import widths
 from benchmarks.gfx908.memory import Memory
-from benchmarks.gfx908.operations import Operation, build, made, operation
+from benchmarks.gfx908.operations import VCC_BITS, Operation, build, made, operation
 from benchmarks.gfx908.waves import COUNTERS, Waves
 
 _BRANCHES: dict[str, Callable[[Waves], np.ndarray]] = {
@@ -180,6 +180,9 @@ class Machine:
             return self._end(group, end)
         if end.opcode == "s_barrier":
             return self._meet(group, end, block + 1)
+        if end.opcode.startswith("s_cbranch_vcc") and not group.undefined.keys().isdisjoint(VCC_BITS):
+            detail = "a branch by VCC, which holds nothing yet"
+            raise group.fault("undefined register", detail).at(f"line {end.line}: {end.text}")
         taken = _BRANCHES[end.opcode](group)
         target = self.program.target(end)
         if taken.all():

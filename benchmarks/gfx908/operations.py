@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from benchmarks.gfx908.assembly import EXEC, SCALAR, Instruction, Registers, registers
+from benchmarks.gfx908.assembly import EXEC, SCALAR, VCC, Instruction, Registers, registers
 from benchmarks.gfx908.faults import Unsupported
 from benchmarks.gfx908.waves import LANES, Waves, bits_of, lanes_of
 
@@ -297,3 +297,4 @@ def put_wide(register: int) -> Callable[[Waves, np.ndarray], None]:
 
 
 EXEC_BITS = frozenset({SCALAR + EXEC, SCALAR + EXEC + 1})
+VCC_BITS = frozenset({SCALAR + VCC, SCALAR + VCC + 1})

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.gfx908.assembly import EXEC, SCALAR, Instruction, registers
+from benchmarks.gfx908.assembly import EXEC, Instruction, registers
 from benchmarks.gfx908.faults import Unsupported
-from benchmarks.gfx908.operations import Operation, constant, made, operation, span
+from benchmarks.gfx908.operations import EXEC_BITS, Operation, constant, made, operation, span
 from benchmarks.gfx908.waves import Waves
 
 Value = np.ndarray  # [waves], uint32 or uint64
@@ -353,5 +353,4 @@ def _save_exec(i: Instruction) -> Operation:
         waves.set_exec(new)
         waves.scc[:] = new != 0
 
-    exec_bits = frozenset({SCALAR + EXEC, SCALAR + EXEC + 1})
-    return made(i, run, reads=exec_bits, writes=exec_bits)
+    return made(i, run, reads=EXEC_BITS, writes=EXEC_BITS)

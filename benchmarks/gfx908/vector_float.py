@@ -15,9 +15,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.gfx908.assembly import SCALAR, VCC, Instruction, registers
+from benchmarks.gfx908.assembly import Instruction, registers
 from benchmarks.gfx908.faults import Unsupported
 from benchmarks.gfx908.operations import (
+    VCC_BITS,
     Operation,
     Source,
     bare,
@@ -339,7 +340,7 @@ def _division_step(i: Instruction) -> Operation:
             value = np.where(mask, ldexp(value, exact), value)
         waves.put_float(register, value)
 
-    return computed(i, run, reads=frozenset({SCALAR + VCC, SCALAR + VCC + 1}))
+    return computed(i, run, reads=VCC_BITS)
 
 
 @operation("v_div_fixup_f32")

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from gfx908_snippets import execute
+from gfx908_snippets import VCC, execute
 
 from benchmarks.gfx908.assembly import Argument, parse, registers
 from benchmarks.gfx908.faults import Fault, Unsupported
@@ -44,7 +44,7 @@ def test_waves_that_branch_differently_each_go_their_way():
 )
 def test_branches(branch, taken):
     text = f"s_mov_b32 s0, 1\ns_cbranch_{branch} .LBB0_1\ns_mov_b32 s0, 2\n.LBB0_1:\ns_mov_b32 s1, 0"
-    assert execute(text, s={106: 0, 107: 0}, scc=True).s[0, 0] == (1 if taken else 2)
+    assert execute(text, s={VCC: 0, VCC + 1: 0}, scc=True).s[0, 0] == (1 if taken else 2)
 
 
 KERNEL = """

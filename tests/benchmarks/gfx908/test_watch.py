@@ -81,6 +81,7 @@ def test_a_load_may_follow_a_load_into_the_same_register():
         "v_mfma_f32_16x16x4f32 a[0:3], v0, v0, a[4:7]",
         "v_accvgpr_read_b32 v8, a9\nglobal_store_dword v0, v8, s[0:1]",
         "s_and_b64 vcc, vcc, exec",
+        "s_cbranch_vccnz .LBB0_1\n.LBB0_1:\ns_nop 0",
         "v_cndmask_b32_e64 v8, v7, v0, s[0:1]\nglobal_store_dword v0, v8, s[0:1]",
         # defined in the lanes that are active first, read in all
         "s_mov_b64 exec, s[2:3]\nv_mov_b32_e32 v7, 1\ns_mov_b64 exec, -1\nglobal_store_dword v0, v7, s[0:1]",

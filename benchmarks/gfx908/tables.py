@@ -78,6 +78,24 @@ def units(rows: list[dict]) -> str:
         "share of the roofline",
         "worst LDS conflicts",
     )
+    totals = []
+    for network, batch, dtype in dict.fromkeys((row["network"], row["batch"], row["dtype"]) for row in rows):
+        mine = [r for r in rows if (r["network"], r["batch"], r["dtype"]) == (network, batch, dtype)]
+        sums = [
+            sum(float(row[time]) * int(row[layers]) for row in mine)
+            for layers in ("plain", "merged")
+            for time in ("bound_us", "roofline_us")
+        ]
+        totals.append((network, batch, dtype, *(round(total) for total in sums)))
+    sums_head = (
+        "network",
+        "batch",
+        "dtype",
+        "plain: code, us",
+        "roofline, us",
+        "merged: code, us",
+        "roofline, us",
+    )
     least = sorted(rows, key=lambda row: float(row["share"]))[:20]
     names = (
         "op",
@@ -96,6 +114,8 @@ def units(rows: list[dict]) -> str:
         "Simulated, from counts of executed instructions and without latencies: at best this share of the roofline is\n"
         "possible with the code as compiled for gfx908.\n\n"
         + _table(head, body)
+        + "\nSums over the layers of whole networks, an operator a launch:\n\n"
+        + _table(sums_head, totals)
         + "\nThe launches that are farthest from the roofline, with the clocks of each unit a workgroup:\n\n"
         + _table(names, [tuple(row[name] for name in names) for row in least])
     )

@@ -33,6 +33,8 @@ class Row:
     """One launch of a network.
 
     Attributes:
+        plain, merged: how many layers of the network are this operator, as it comes and with every block merged, where
+            no block runs in one launch.
         executed: instructions of one workgroup, all its waves.
         vector, matrix, scalar, lds, cache: clocks that each unit is busy with one workgroup, the waves spread evenly
             over the four SIMDs.
@@ -50,6 +52,8 @@ class Row:
     dtype: str
     shape: str
     tile: str
+    plain: int
+    merged: int
     workgroups: int
     waves: int
     executed: int
@@ -91,12 +95,18 @@ def _is_constant(launch: Launch, name: str) -> bool:
     return next(p for p in launch.kernel.params if p.name == name).is_constexpr
 
 
-def row_of(network: str, case: Case, small: Case, batch: int, dtype: str) -> Row:
-    """Count the last launch of a case. small: the same operator at batch 1."""
+_counts: dict[str, Busy] = {}  # by compiled code
+
+
+def row_of(network: str, case: Case, small: Case, batch: int, dtype: str, names: list[str]) -> Row:
+    """Count the last launch of a case. small: the same operator at batch 1; names: of its layers."""
     launch, shapes = case.launches(DTYPES[dtype], TARGET)[-1], []
-    with stand_in(TARGET, shapes.append), poisoned():
-        small.ours(**operands_of(small, DTYPES[dtype]))
-    busy = counted(launch, shapes[-1])
+    code = key_of(launch, TARGET)
+    if code not in _counts:
+        with stand_in(TARGET, shapes.append), poisoned():
+            small.ours(**operands_of(small, DTYPES[dtype]))
+        _counts[code] = counted(launch, shapes[-1])
+    busy = _counts[code]
     grid = torch.Size(launch.grid).numel()
     splits = (*launch.grid, 1, 1)[2]
     clocks = {unit: value / splits for unit, value in busy.of_a_workgroup().items()}
@@ -112,6 +122,8 @@ def row_of(network: str, case: Case, small: Case, batch: int, dtype: str) -> Row
         dtype=dtype,
         shape=case.shape(),
         tile=tile_of(launch),
+        plain=sum("(" not in name and not name.endswith(", merged") for name in names),
+        merged=sum("(" not in name and name.endswith(", merged") for name in names),
         workgroups=grid,
         waves=program_of(launch).kernel.waves,
         executed=busy.executed // splits,
@@ -125,17 +137,11 @@ def row_of(network: str, case: Case, small: Case, batch: int, dtype: str) -> Row
 
 
 def rows(networks: list[str], batches: list[int], ops: list[str] | None, dtypes: list[str]) -> Iterator[Row]:
-    """Each distinct operator of the networks, merged and not, whose code and grid were not counted before."""
-    done: set[tuple] = set()
+    """Each distinct operator of the networks, merged and not. The same code is counted once."""
     for network in networks:
         small = {names[0]: case for case, names in unique_cases(network, 1).items()}
         for batch in batches:
             for case, names in unique_cases(network, batch).items():
                 for dtype in dtypes:
-                    if (ops is not None and case.op not in ops) or not case.supports(DTYPES[dtype]):
-                        continue
-                    launch = case.launches(DTYPES[dtype], TARGET)[-1]
-                    key = (key_of(launch, TARGET), launch.grid)
-                    if key not in done:
-                        done.add(key)
-                        yield row_of(network, case, small[names[0]], batch, dtype)
+                    if (ops is None or case.op in ops) and case.supports(DTYPES[dtype]):
+                        yield row_of(network, case, small[names[0]], batch, dtype, names)

@@ -1,0 +1,88 @@
+"""Launches of real networks: some workgroups against float64, and the clocks that their code takes of each unit."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.gfx908.busy import UNITS
+from benchmarks.gfx908.networks import few, is_exact, operands_of, wanted
+from benchmarks.gfx908.operators import judge
+from benchmarks.kernels.block_cases import AttentionCase, InvertedResidualCase, MlpCase
+from benchmarks.kernels.cases import Conv2dCase, DepthwiseCase, LinearCase, WinogradCase
+from depthfuse.selftest.oracle import Value
+
+FLOPS_A_CLOCK = 1024  # of a compute unit in fp16: 184.6 TFLOP/s by 120 of them at 1502 MHz
+SCRIPT = """
+import dataclasses, json
+from benchmarks.gfx908 import networks, units
+network, ops = "deit_tiny_patch16_224", ["linear"]
+for rows in (networks.rows([network], ops, ["fp16"]), units.rows([network], [1], ops, ["fp16"])):
+    print(json.dumps([dataclasses.asdict(row) for row in (next(rows), next(rows))]))
+"""
+
+
+@pytest.fixture(scope="module")
+def tables() -> tuple[list[dict], list[dict]]:
+    """The first two linear layers of DeiT-Tiny, from a process of its own: here kernels may be interpreted."""
+    command, environment = [sys.executable, "-c", SCRIPT], os.environ | {"TRITON_INTERPRET": "0"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    executed, counted = map(json.loads, result.stdout.splitlines())
+    return executed, counted
+
+
+def test_some_workgroups_of_a_launch_are_compared(tables):
+    executed, _ = tables
+    assert [row["outcome"] for row in executed] == ["right", "right"]
+    assert [row["values"] for row in executed] == ["reals", "integers"]  # after LayerNorm, and not
+    for row in executed:
+        ran, of = map(int, row["workgroups"].split(" of "))
+        assert ran == 3 < of and 0 < row["compared"] < 197 * 576
+
+
+def test_units_are_counted(tables):
+    """The matrix unit does what the tile's products ask for, at its peak rate; no bound is below the roofline."""
+    _, counted = tables
+    for row in counted:
+        sizes = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", row["tile"])}
+        products = 2 * sizes["BLOCK_M"] * sizes["BLOCK_N"] * 192
+        assert row["matrix"] == products / FLOPS_A_CLOCK
+        assert row["busiest"] in (*UNITS, "memory") and row["lds_conflicts"] >= 1
+        assert (
+            0 < row["share"] == pytest.approx(row["roofline_us"] / row["bound_us"], abs=0.01)
+            and row["share"] <= 1
+        )
+        assert row["plain"] == 12
+
+
+def test_which_workgroups_run():
+    assert few((7,)) == [(0, 0, 0), (3, 0, 0), (6, 0, 0)]
+    assert few((2, 3)) == [(0, 0, 0), (1, 0, 0), (0, 2, 0), (1, 2, 0)]
+    assert few((1, 1, 4)) == [(0, 0, k) for k in range(4)]  # all parts of a split sum
+
+
+CASES = (
+    (Conv2dCase(1, 8, 5, 6, 3, 2, 1, "relu", True, True), True),
+    (Conv2dCase(1, 8, 5, 6, 3, 1, 1, "gelu"), False),
+    (WinogradCase(1, 8, 5, 6, 3, 1, 1), True),
+    (DepthwiseCase(1, 8, 5, 8, 3, 1, 1, norm=True), False),
+    (LinearCase(5, 8, 6, norm=True), False),
+    (InvertedResidualCase(1, 8, 5, 16, 8, 1, True), True),
+    (MlpCase(5, 8, 16, norm=False), False),
+    (AttentionCase(1, 5, 1, 32), False),
+)
+
+
+@pytest.mark.parametrize(("case", "exact"), CASES)
+def test_the_reference_is_that_of_the_case(case, exact):
+    """PyTorch's own result of the same operands is within the bound, and exact where integers stay exact."""
+    assert is_exact(case) is exact
+    operands = operands_of(case, torch.float32)
+    value, error = wanted(case, operands)
+    y = case.eager(**operands)
+    assert judge(y, Value(value.reshape(y.shape), error.reshape(y.shape)), exact)[0] == "right"

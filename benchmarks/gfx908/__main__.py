@@ -4,13 +4,14 @@
     python -m benchmarks.gfx908 networks --networks resnet34 --dtypes fp16 --out benchmarks/results/gfx908_networks.csv
     python -m benchmarks.gfx908 models --out benchmarks/results/gfx908_models.csv
     python -m benchmarks.gfx908 units --networks resnet34 --out benchmarks/results/gfx908_units.csv
+    python -m benchmarks.gfx908 times --networks resnet34 --out benchmarks/results/gfx908_times.csv
     python -m benchmarks.gfx908 planted --out benchmarks/results/gfx908_planted.csv
 
 `operators` runs every operator, whole, at the shapes of `depthfuse self-test` (`--small`: at the smallest of them);
 `networks` the launches of real networks at batch 1, a few workgroups of each; `models` whole networks at small images;
-`units` counts for which unit of the card the code has most to do; `planted` breaks compiled kernels on purpose. Beside
-each CSV a summary of the same name with `.md`. Rows of another Triton version, network or dtype that the CSV has stay
-there. Exit status 1 where something is wrong.
+`units` counts for which unit of the card the code has most to do; `times` simulates how long it takes; `planted` breaks
+compiled kernels on purpose. Beside each CSV a summary of the same name with `.md`. Rows of another Triton version,
+network or dtype that the CSV has stay there. Exit status 1 where something is wrong.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.gfx908 import models, networks, operators, planted, tables, units
+from benchmarks.gfx908 import models, networks, operators, planted, tables, times, units
 from benchmarks.kernels.registry import BATCHES, NETWORKS
 from depthfuse.kernels.launch import INTERPRETED
 from depthfuse.selftest.cases import CASES, OPS, Case
@@ -69,7 +70,7 @@ def _replace(path: Path, text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("operators", "networks", "models", "units", "planted"):
+    for name in ("operators", "networks", "models", "units", "times", "planted"):
         command = commands.add_parser(name)
         command.add_argument("--dtypes", nargs="+", choices=operators.DTYPES, default=list(operators.DTYPES))
         command.add_argument("--out", type=Path, help="CSV to write")
@@ -79,9 +80,11 @@ def main() -> int:
             )
             continue
         command.add_argument("--ops", nargs="+", choices=OPS, help="only these")
-        if name in ("networks", "units"):
+        if name in ("networks", "units", "times"):
             command.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-            command.add_argument("--batches", nargs="+", type=int, default=list(BATCHES), help="of `units`")
+            command.add_argument(
+                "--batches", nargs="+", type=int, default=list(BATCHES), help="of `units` and `times`"
+            )
             continue
         command.add_argument("--cases", nargs="+", help="only those of these names, such as 3x3")
         command.add_argument("--small", action="store_true", help="at the smallest shapes")
@@ -95,9 +98,10 @@ def main() -> int:
     if options.command == "planted":
         rows = planted.rows(_cases(parser, options), options.dtypes, options.small, options.swaps)
         return 1 if any(map(planted.is_lost, collect(rows, options.out, _CASE, tables.planted))) else 0
-    if options.command == "units":
-        rows = units.rows(options.networks, options.batches, options.ops, options.dtypes)
-        collect(rows, options.out, ("triton", "network", "batch", "op", "dtype"), tables.units)
+    if options.command in ("units", "times"):
+        kind, summary = (units, tables.units) if options.command == "units" else (times, tables.times)
+        rows = kind.rows(options.networks, options.batches, options.ops, options.dtypes)
+        collect(rows, options.out, ("triton", "network", "batch", "op", "dtype"), summary)
         return 0
     if options.command == "operators":
         rows = operators.rows(_cases(parser, options), options.dtypes, options.small, options.quick)

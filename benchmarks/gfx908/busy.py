@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from benchmarks.gfx908.assembly import Instruction
 from benchmarks.gfx908.operations import Operation
 from benchmarks.gfx908.waves import Waves
 from benchmarks.kernels.amd_code import matrix_clocks, vector_clocks
@@ -41,8 +42,8 @@ _WIDE_READ = np.array(
 _WIDE_READ = np.concatenate((_WIDE_READ, _WIDE_READ + 32)).ravel()
 
 
-def lds_clocks(address: np.ndarray, lanes: np.ndarray, width: int, reads: bool) -> int:
-    """Clocks of LDS for byte addresses [waves, 64]: of each group of lanes, the words in its fullest bank."""
+def lds_clocks(address: np.ndarray, lanes: np.ndarray, width: int, reads: bool) -> np.ndarray:
+    """Clocks of LDS, [waves], for byte addresses [waves, 64]: of each group of lanes, the words in the fullest bank."""
     if width == 16 and reads:
         address, lanes = address[:, _WIDE_READ], lanes[:, _WIDE_READ]
     together = min(32, 128 // width)
@@ -54,7 +55,7 @@ def lds_clocks(address: np.ndarray, lanes: np.ndarray, width: int, reads: bool) 
     rows, columns = np.nonzero(first & (words >= 0))
     load = np.zeros((len(words), _BANKS), np.int64)
     np.add.at(load, (rows, words[rows, columns] % _BANKS), 1)
-    return int(load.max(axis=1).sum())
+    return load.max(axis=1).reshape(len(address), -1).sum(axis=1)
 
 
 def lines_of(place: np.ndarray, lanes: np.ndarray, width: int) -> list[np.ndarray]:
@@ -90,8 +91,13 @@ class Busy:
         if i.opcode.startswith("s_") and not i.opcode.startswith(("s_nop", "s_waitcnt")):
             self.clocks["scalar"] += waves.n * 4
 
+    def end(self, instruction: Instruction, waves: Waves) -> None:
+        """A branch, a barrier or the end."""
+        self.executed += waves.n
+        self.clocks["scalar"] += waves.n * 4
+
     def lds(self, address: np.ndarray, lanes: np.ndarray, width: int, reads: bool) -> None:
-        self.clocks["lds"] += lds_clocks(address, lanes, width, reads)
+        self.clocks["lds"] += int(lds_clocks(address, lanes, width, reads).sum())
         self.least_lds += int(-(-lanes.sum(axis=1) * width // 128).sum())
 
     def memory(self, place: np.ndarray, lanes: np.ndarray, width: int) -> None:

@@ -176,6 +176,8 @@ class Machine:
         end = stretch.end
         if end is None:
             return [(block + 1, group)]
+        if self.watcher is not None:
+            self.watcher.end(end, group)
         if end.opcode == "s_endpgm":
             return self._end(group, end)
         if end.opcode == "s_barrier":

@@ -78,24 +78,6 @@ def units(rows: list[dict]) -> str:
         "share of the roofline",
         "worst LDS conflicts",
     )
-    totals = []
-    for network, batch, dtype in dict.fromkeys((row["network"], row["batch"], row["dtype"]) for row in rows):
-        mine = [r for r in rows if (r["network"], r["batch"], r["dtype"]) == (network, batch, dtype)]
-        sums = [
-            sum(float(row[time]) * int(row[layers]) for row in mine)
-            for layers in ("plain", "merged")
-            for time in ("bound_us", "roofline_us")
-        ]
-        totals.append((network, batch, dtype, *(round(total) for total in sums)))
-    sums_head = (
-        "network",
-        "batch",
-        "dtype",
-        "plain: code, us",
-        "roofline, us",
-        "merged: code, us",
-        "roofline, us",
-    )
     least = sorted(rows, key=lambda row: float(row["share"]))[:20]
     names = (
         "op",
@@ -115,8 +97,44 @@ def units(rows: list[dict]) -> str:
         "possible with the code as compiled for gfx908.\n\n"
         + _table(head, body)
         + "\nSums over the layers of whole networks, an operator a launch:\n\n"
-        + _table(sums_head, totals)
+        + _totals(rows, "bound_us")
         + "\nThe launches that are farthest from the roofline, with the clocks of each unit a workgroup:\n\n"
+        + _table(names, [tuple(row[name] for name in names) for row in least])
+    )
+
+
+def _totals(rows: list[dict], time: str) -> str:
+    """Sums over the layers of whole networks."""
+    totals = []
+    for key in dict.fromkeys((row["network"], row["batch"], row["dtype"]) for row in rows):
+        mine = [r for r in rows if (r["network"], r["batch"], r["dtype"]) == key]
+        sums = [
+            sum(float(row[name]) * int(row[layers]) for row in mine)
+            for layers in ("plain", "merged")
+            for name in (time, "roofline_us")
+        ]
+        totals.append((*key, *(round(total) for total in sums)))
+    head = ("network", "batch", "dtype", "plain, us", "its roofline, us", "merged, us", "its roofline, us")
+    return _table(head, totals)
+
+
+def times(rows: list[dict]) -> str:
+    """Whole networks, operators, and the launches that are farthest from the roofline."""
+    body = []
+    for op, batch, dtype in dict.fromkeys((row["op"], row["batch"], row["dtype"]) for row in rows):
+        mine = [r for r in rows if (r["op"], r["batch"], r["dtype"]) == (op, batch, dtype)]
+        shares = sorted(float(row["share"]) for row in mine)
+        body.append((f"`{op}`", batch, dtype, len(mine), shares[0], shares[len(shares) // 2], shares[-1]))
+    head = ("operator", "batch", "dtype", "launches", "least share of the roofline", "median", "most")
+    least = sorted(rows, key=lambda row: float(row["share"]))[:20]
+    names = ("op", "batch", "dtype", "shape", "simulated_us", "share", "vector", "matrix", "lds", "cache")
+    return (
+        "*Simulated* (benchmarks/gfx908/cycles.py): no MI100 has been timed. Sums over the layers of whole networks,\n"
+        "an operator a launch, launches costing nothing:\n\n"
+        + _totals(rows, "simulated_us")
+        + "\n"
+        + _table(head, body)
+        + "\nThe launches that are farthest from the roofline, with the share of the time in which units are busy:\n\n"
         + _table(names, [tuple(row[name] for name in names) for row in least])
     )
 

@@ -8,21 +8,21 @@ products cost the time, or LDS does, however well waits are hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 
 from benchmarks.gfx908.busy import CLOCK_MHZ, UNITS, Busy
-from benchmarks.gfx908.launches import TARGET, execute, program_of
-from benchmarks.gfx908.networks import operands_of
-from benchmarks.gfx908.operators import DTYPES, poisoned
+from benchmarks.gfx908.launches import TARGET, program_of
+from benchmarks.gfx908.operators import DTYPES
+from benchmarks.gfx908.sampling import sample
 from benchmarks.kernels.cases import Case
 from benchmarks.kernels.prove import tile_of
 from benchmarks.kernels.registry import unique_cases
 from benchmarks.kernels.resources import key_of
 from depthfuse.devices import DEVICES
-from depthfuse.kernels.launch import Launch, ceil_div, stand_in
+from depthfuse.kernels.launch import ceil_div
 from depthfuse.measuring.roofline import roofline_us
 
 _DEVICE = DEVICES["gfx908"]
@@ -69,47 +69,26 @@ class Row:
     share: float
 
 
-def counted(launch: Launch, shape: Launch) -> Busy:
-    """Count one workgroup of `launch`'s code, or where sums are split one tile's, on the tensors of `shape`: the same
-    operator at a batch that is small enough to hold.
-    """
-    arguments = {
-        name: shape.arguments[name]
-        if isinstance(shape.arguments[name], torch.Tensor) or not _is_constant(launch, name)
-        else value
-        for name, value in launch.arguments.items()
-    }
-    for name, tensor in launch.arguments.items():
-        if name in ("parts", "counters"):
-            arguments[name] = None if tensor is None else torch.zeros_like(tensor, device="cpu")
-    small = replace(launch, arguments=arguments)
-    (x, y), splits = (*shape.grid, 1, 1)[:2], (*launch.grid, 1, 1)[2]
-    middle = min(x, launch.grid[0]) // 2
-    busy = Busy()
-    with poisoned():
-        execute(small, program_of(small), [(middle, y // 2, k) for k in range(splits)], busy)
-    return busy
+def layers_of(names: list[str]) -> dict[str, int]:
+    """How many of these layers (see `unique_cases`) are of the plain and of the merged network, run one by one."""
+    single = [name for name in names if "(" not in name]
+    merged = sum(name.endswith(", merged") for name in single)
+    return {"plain": len(single) - merged, "merged": merged}
 
 
-def _is_constant(launch: Launch, name: str) -> bool:
-    return next(p for p in launch.kernel.params if p.name == name).is_constexpr
-
-
-_counts: dict[str, Busy] = {}  # by compiled code
+_counts: dict[str, tuple[Busy, int]] = {}  # by compiled code: of how many workgroups
 
 
 def row_of(network: str, case: Case, small: Case, batch: int, dtype: str, names: list[str]) -> Row:
     """Count the last launch of a case. small: the same operator at batch 1; names: of its layers."""
-    launch, shapes = case.launches(DTYPES[dtype], TARGET)[-1], []
+    launch = case.launches(DTYPES[dtype], TARGET)[-1]
     code = key_of(launch, TARGET)
     if code not in _counts:
-        with stand_in(TARGET, shapes.append), poisoned():
-            small.ours(**operands_of(small, DTYPES[dtype]))
-        _counts[code] = counted(launch, shapes[-1])
-    busy = _counts[code]
+        busy = Busy()
+        _counts[code] = (busy, sample(case, small, batch, dtype, 1, busy))
+    busy, parts = _counts[code]
     grid = torch.Size(launch.grid).numel()
-    splits = (*launch.grid, 1, 1)[2]
-    clocks = {unit: value / splits for unit, value in busy.of_a_workgroup().items()}
+    clocks = {unit: value / parts for unit, value in busy.of_a_workgroup().items()}
     busiest = max(clocks, key=clocks.get)
     bound_us = clocks[busiest] * ceil_div(grid, _DEVICE.compute_units) / CLOCK_MHZ
     moved = case.elements_moved() * DTYPES[dtype].itemsize
@@ -122,11 +101,10 @@ def row_of(network: str, case: Case, small: Case, batch: int, dtype: str, names:
         dtype=dtype,
         shape=case.shape(),
         tile=tile_of(launch),
-        plain=sum("(" not in name and not name.endswith(", merged") for name in names),
-        merged=sum("(" not in name and name.endswith(", merged") for name in names),
+        **layers_of(names),
         workgroups=grid,
         waves=program_of(launch).kernel.waves,
-        executed=busy.executed // splits,
+        executed=busy.executed // parts,
         **{unit: round(clocks[unit]) for unit in UNITS},
         lds_conflicts=round(busy.clocks["lds"] / busy.least_lds, 2) if busy.least_lds else 0.0,
         busiest=busiest if bound_us >= least_us else "memory",

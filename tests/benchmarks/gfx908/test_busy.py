@@ -68,7 +68,7 @@ def test_units_of_instructions(monkeypatch):
         memory=memory,
         address={0: "x"},
     )
-    assert busy.executed == 8
-    assert busy.clocks == {"vector": 4 + 16 + 4, "matrix": 64, "scalar": 4, "lds": 4, "cache": 8}
+    assert busy.executed == 9
+    assert busy.clocks == {"vector": 4 + 16 + 4, "matrix": 64, "scalar": 8, "lds": 4, "cache": 8}
     assert busy.least_lds == 2 and len(busy.lines) == 8
-    assert busy.of_a_workgroup() == {"vector": 6, "matrix": 16, "scalar": 1, "lds": 4, "cache": 8}
+    assert busy.of_a_workgroup() == {"vector": 6, "matrix": 16, "scalar": 2, "lds": 4, "cache": 8}

@@ -1,10 +1,9 @@
-"""Runs a planned launch by its gfx908 code, on tensors on the CPU: `with simulated(): conv2d(x, weight)`."""
+"""Runs a planned launch by its gfx908 code, on tensors on the CPU."""
 
 from __future__ import annotations
 
-import contextlib
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
@@ -14,7 +13,7 @@ from benchmarks.gfx908.machine import Program
 from benchmarks.gfx908.memory import Memory
 from benchmarks.gfx908.running import ARGUMENTS, argument_segment, hidden_values, run
 from benchmarks.kernels.resources import compile_launch, key_of, source_of
-from depthfuse.kernels.launch import TARGETS, Launch, stand_in
+from depthfuse.kernels.launch import TARGETS, Launch
 
 TARGET = TARGETS["gfx908"]
 WRITTEN_FIRST = frozenset({"y", "parts"})  # arguments that hold nothing before a launch
@@ -92,10 +91,3 @@ def execute(
 def _same_place(name: str, tensor: torch.Tensor, tensors: dict[str, torch.Tensor]) -> str:
     """The first of the tensors that lies where this one lies: a skip is the input once more."""
     return next((other for other, t in tensors.items() if t.data_ptr() == tensor.data_ptr()), name)
-
-
-@contextlib.contextmanager
-def simulated() -> Iterator[None]:
-    """Within, our kernels take tensors on the CPU and run by their gfx908 code, watched."""
-    with stand_in(TARGET, lambda launch: execute(launch, program_of(launch))):
-        yield

@@ -92,12 +92,21 @@ def is_exact(case: Case) -> bool:
     return all(name in oracle.EXACT_ACTS for name in names)
 
 
-def few(grid: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """First, middle and last programs of the first axis, first and last of the second, all of the third: split sums
-    need all of their parts.
-    """
+def parts_of(grid: tuple[int, ...], splits: int) -> list[tuple[int, int]]:
+    """Along the second and third axis: the middle one, or all where sums are split, for those need all their parts."""
+    y, z = (*grid, 1, 1)[1:3]
+    return [(j, k) for k in range(z) for j in range(y)] if splits > 1 else [(y // 2, z // 2)]
+
+
+def few(grid: tuple[int, ...], splits: int) -> list[tuple[int, int, int]]:
+    """First, middle and last programs of the first axis, each with its parts; also the last of all."""
     x, y, z = (*grid, 1, 1)[:3]
-    return [(i, j, k) for k in range(z) for j in sorted({0, y - 1}) for i in sorted({0, x // 2, x - 1})]
+    chosen = {(i, j, k) for i in (0, x // 2, x - 1) for j, k in parts_of(grid, splits)}
+    return sorted(chosen | {(x - 1, y - 1, z - 1)})
+
+
+def some_of(launch: Launch) -> list[tuple[int, int, int]]:
+    return few(launch.grid, launch.arguments.get("SPLITS", 1))
 
 
 def operands_of(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
@@ -124,7 +133,7 @@ def check(network: str, case: Case, dtype: str) -> Row:
     def run(launch: Launch) -> None:
         launches.append(launch)
         last = len(launches) == count
-        execute(launch, program_of(launch), few(launch.grid) if last else None)
+        execute(launch, program_of(launch), some_of(launch) if last else None)
 
     count = len(case.launches(DTYPES[dtype], TARGET))
     with stand_in(TARGET, run), poisoned():
@@ -139,7 +148,7 @@ def check(network: str, case: Case, dtype: str) -> Row:
             )
         except (Fault, Unsupported) as fault:
             outcome = f"{type(fault).__name__}: {fault}"
-    grid = launches[-1].grid
+    ran, grid = some_of(launches[-1]), launches[-1].grid
     return Row(
         triton=triton.__version__,
         network=network,
@@ -148,7 +157,7 @@ def check(network: str, case: Case, dtype: str) -> Row:
         values="integers" if is_exact(case) else "reals",
         shape=case.shape(),
         tile=tile_of(launches[-1]),
-        workgroups=f"{len(few(grid))} of {torch.Size(grid).numel()}",
+        workgroups=f"{len(ran)} of {torch.Size(grid).numel()}",
         compared=compared,
         outcome=outcome,
         share=round(share, 4),

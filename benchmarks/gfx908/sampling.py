@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.gfx908.launches import TARGET, execute, program_of
-from benchmarks.gfx908.networks import operands_of
+from benchmarks.gfx908.networks import operands_of, parts_of
 from benchmarks.gfx908.operators import DTYPES, poisoned
 from benchmarks.kernels.cases import Case
 from depthfuse.kernels.launch import Launch, stand_in
@@ -23,11 +23,13 @@ def sample(case: Case, small: Case, batch: int, dtype: str, count: int, watcher:
     launch, plans = case.launches(DTYPES[dtype], TARGET)[-1], []
     with stand_in(TARGET, plans.append), poisoned():
         small.ours(**operands_of(small, DTYPES[dtype]))
-        (x, _, z), (_, y, _) = (*launch.grid, 1, 1)[:3], (*plans[-1].grid, 1, 1)[:3]
-        tiles = max(1, x // batch)  # of one image, where tiles go over images at all
+        splits = launch.arguments.get("SPLITS", 1)
+        tiles = max(1, launch.grid[0] // batch)  # of one image, where tiles go over images at all
         count = min(count, tiles)
         first = (tiles - count) // 2
-        programs = [(first + n, min(y, (*launch.grid, 1)[1]) // 2, k) for n in range(count) for k in range(z)]
+        # Images may be on the second axis, of which batch 1 has fewer.
+        parts = parts_of(launch.grid if splits > 1 else plans[-1].grid, splits)
+        programs = [(first + n, j, k) for n in range(count) for j, k in parts]
         execute(_on_tensors_of(launch, plans[-1]), program_of(launch), programs, watcher)
     return len(programs)
 

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable
 
 import torch
@@ -29,10 +30,9 @@ def _amd_architecture(device: torch.device) -> str:
 
 
 def _stood_in() -> bool:
-    """Whether something runs kernels in the place of a GPU. Only where there is Triton."""
-    from depthfuse.kernels.launch import is_stood_in
-
-    return is_stood_in()
+    """Whether something runs kernels in the place of a GPU. It has imported them then; nothing is imported here."""
+    launch = sys.modules.get("depthfuse.kernels.launch")
+    return launch is not None and launch.is_stood_in()
 
 
 def _why_not_triton(device: torch.device) -> str | None:

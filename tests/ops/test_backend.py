@@ -1,6 +1,7 @@
 """Which backend runs: what a device's architecture says to it."""
 
 import importlib
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -74,3 +75,10 @@ def test_a_kernel_that_fails_is_replaced_and_not_tried_again(monkeypatch, caplog
     monkeypatch.setattr(trust, "_failed", {})
     with pytest.raises(RuntimeError, match="out of resource"):
         linear(x, weight, backend="triton")
+
+
+def test_the_choice_on_a_cpu_imports_no_kernels(monkeypatch):
+    monkeypatch.delitem(sys.modules, "depthfuse.kernels.launch", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert resolve_backend("auto", "cpu")[0] == "reference"
+    assert "depthfuse.kernels.launch" not in sys.modules

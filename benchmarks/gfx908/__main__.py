@@ -88,9 +88,7 @@ def main() -> int:
             continue
         command.add_argument("--cases", nargs="+", help="only those of these names, such as 3x3")
         command.add_argument("--small", action="store_true", help="at the smallest shapes")
-        if name == "operators":
-            command.add_argument("--quick", action="store_true", help="not all cases in all dtypes")
-        else:
+        if name == "planted":
             command.add_argument("--swaps", type=int, default=20, help="pairs of registers swapped, a kernel")
     options = parser.parse_args()
     if INTERPRETED:
@@ -104,7 +102,7 @@ def main() -> int:
         collect(rows, options.out, ("triton", "network", "batch", "op", "dtype"), summary)
         return 0
     if options.command == "operators":
-        rows = operators.rows(_cases(parser, options), options.dtypes, options.small, options.quick)
+        rows = operators.rows(_cases(parser, options), options.dtypes, options.small)
         found = collect(rows, options.out, _CASE, tables.operators)
     elif options.command == "networks":
         rows = networks.rows(options.networks, options.ops, options.dtypes)

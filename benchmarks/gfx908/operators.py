@@ -118,16 +118,10 @@ def cases_of(ops: list[str] | None, names: list[str] | None) -> list[Case]:
     return [c for c in CASES if (ops is None or c.op in ops) and (names is None or c.name in names)]
 
 
-def rows(cases: list[Case], dtypes: list[str], small: bool, quick: bool) -> Iterator[Row]:
-    """Each case, on integers where those come out exact, and on reals.
-
-    Args:
-        quick: all cases in the first dtype, in the others only the first of each operator.
-    """
-    seen: set[str] = set()
+def rows(cases: list[Case], dtypes: list[str], small: bool) -> Iterator[Row]:
+    """Each case, on integers where those come out exact, and on reals."""
     for case in cases:
-        for dtype in dtypes[:1] if quick and case.op in seen else dtypes:
+        for dtype in dtypes:
             for integers, possible in ((True, case.exact), (False, case.real)):
                 if possible:
                     yield check(case, dtype, integers, small)
-        seen.add(case.op)

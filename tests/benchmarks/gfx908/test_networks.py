@@ -24,14 +24,14 @@ import dataclasses, json
 from benchmarks.gfx908 import networks, times, units
 network, ops = "deit_tiny_patch16_224", ["linear"]
 for rows in (networks.rows([network], ops, ["fp16"]), units.rows([network], [1], ops, ["fp16"]),
-             times.rows([network], [128], ops, ["fp16"])):
-    print(json.dumps([dataclasses.asdict(row) for row in (next(rows), next(rows))]))
+             times.rows([network], [1], ops, ["fp16"])):
+    print(json.dumps([dataclasses.asdict(next(rows))]))
 """
 
 
 @pytest.fixture(scope="module")
 def tables() -> list[list[dict]]:
-    """The first two linear layers of DeiT-Tiny, from a process of its own: here kernels may be interpreted."""
+    """The first linear layer of DeiT-Tiny, from a process of its own: here kernels may be interpreted."""
     command, environment = [sys.executable, "-c", SCRIPT], os.environ | {"TRITON_INTERPRET": "0"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -40,8 +40,8 @@ def tables() -> list[list[dict]]:
 
 def test_some_workgroups_of_a_launch_are_compared(tables):
     executed = tables[0]
-    assert [row["outcome"] for row in executed] == ["right", "right"]
-    assert [row["values"] for row in executed] == ["reals", "integers"]  # after LayerNorm, and not
+    assert [row["outcome"] for row in executed] == ["right"]
+    assert [row["values"] for row in executed] == ["reals"]  # after LayerNorm
     for row in executed:
         ran, of = map(int, row["workgroups"].split(" of "))
         assert 3 <= ran < of and 0 < row["compared"] < 197 * 576
@@ -62,9 +62,9 @@ def test_units_are_counted(tables):
 def test_times_are_simulated(tables):
     """No faster than the roofline, and no unit is busy for longer than the time."""
     for row in tables[2]:
-        assert row["batch"] == 128 and row["resident"] >= 2 and row["plain"] == 12
+        assert row["batch"] == 1 and row["resident"] >= 2 and row["plain"] == 12
         assert row["share"] == pytest.approx(row["roofline_us"] / row["simulated_us"], abs=0.01)
-        assert 0.1 < row["share"] <= 1
+        assert 0 < row["share"] <= 1
         assert all(0 < row[unit] <= 1 for unit in ("vector", "matrix", "lds", "cache"))
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from on_request import on_request
 
 from benchmarks.gpu_proof import __main__ as proof
 from benchmarks.gpu_proof.journal import DONE, Journal
@@ -101,6 +102,7 @@ def test_time_is_kept(tmp_path, capsys):
     assert set(journal.ended) == {"self-test a", "self-test b", "self-test c"}
 
 
+@on_request("a minute")
 def test_killed_at_any_moment_it_goes_on_to_the_same_tables(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
@@ -176,6 +178,7 @@ def test_what_falls_short_is_tuned_the_worst_first():
     assert short(rows) == [("linear", "slowest"), ("linear", "slower"), ("linear", "far")]
 
 
+@on_request("a minute")
 def test_a_rehearsal_of_one_net(tmp_path, monkeypatch):
     """The real work, on the CPU."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")

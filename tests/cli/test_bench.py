@@ -1,12 +1,14 @@
 """`depthfuse bench`: a timm model, or the merged model of a run."""
 
 import pytest
+from on_request import on_request
 
 from depthfuse.cli import main
 
 QUICK = ["--contenders", "eager", "--rounds", "2", "--round-ms", "1"]
 
 
+@on_request("a minute")
 def test_a_timm_model(tmp_path, capsys):
     arguments = ["bench", "test_resnet", "--model-kwargs", "num_classes=3", "--batch", "1", "2", *QUICK]
     assert main([*arguments, "--out", str(tmp_path)]) == 0

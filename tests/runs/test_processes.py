@@ -9,6 +9,7 @@ import numpy as np
 import prune_worker
 import pytest
 import torch
+from on_request import on_request
 from PIL import Image
 from processes import made_once, pair, torchrun
 from shards import CLASSES, shard_config, write_shards
@@ -129,11 +130,13 @@ def check_scores(out, config):
     assert full[-1] == top1(supernet, run.data.holdout_loader())
 
 
+@on_request("half a minute")
 def test_a_folder_of_images(finished, config):
     assert len(SubnetSpec.load(finished / "subnet.json").choices) == 2
     check_scores(finished, config)
 
 
+@on_request("half a minute")
 def test_a_stream(config, tmp_path):
     pytest.importorskip("webdataset", reason="WebDataset is an optional dependency (extra: data)")
     shards = write_shards(tmp_path)
@@ -143,6 +146,7 @@ def test_a_stream(config, tmp_path):
     check_scores(finished_by_two(tmp_path / "two", config), config)
 
 
+@on_request("half a minute")
 def test_taking_over_what_another_run_has_worked_out(finished, config, tmp_path):
     flags = ["--start-from", finished, "--search.strategy", "greedy", "--search.blocks", "1"]
     out = finished_by_two(tmp_path / "two", config, *flags)

@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+from on_request import on_request
 
 from benchmarks.pruning import ablations
 from depthfuse.config import PruneConfig, to_dict
@@ -23,6 +24,7 @@ budgets: ["macs=0.99", "macs=0.95"]
 """
 
 
+@on_request("a minute")
 def test_jobs_differ_in_one_setting_and_are_not_repeated(tmp_path, monkeypatch):
     config, jobs = tmp_path / "small.yaml", tmp_path / "out" / "ablations"
     config.write_text(CONFIG.format(out=tmp_path / "out"))

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import textwrap
 
+from on_request import on_request
+
 from benchmarks.tools import kills, torture
 
 START = """
@@ -27,6 +29,7 @@ def in_a_process(code, folder):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@on_request("half a minute")
 def test_a_job_killed_at_any_write_ends_with_the_same_bits(tmp_path):
     rows = in_a_process(
         "print(json.dumps(list(torture.kills(work, 6, torture.baseline_job, 'baseline'))))", tmp_path
@@ -35,6 +38,7 @@ def test_a_job_killed_at_any_write_ends_with_the_same_bits(tmp_path):
     assert [row["wrong"] for row in rows] == [[]] * 6
 
 
+@on_request("half a minute")
 def test_a_job_that_forgets_what_it_did_is_noticed(tmp_path):
     """What the campaign is for: a write that is not atomic differs after a kill."""
     code = """
@@ -55,6 +59,7 @@ def test_a_job_that_forgets_what_it_did_is_noticed(tmp_path):
     assert any(row["wrong"] == ["done"] for row in rows)
 
 
+@on_request("half a minute")
 def test_threads_get_on(tmp_path):
     rows = in_a_process("print(json.dumps(list(torture.threads(work, 800))))", tmp_path)
     assert len(rows) == 10 and not any(row["wrong"] for row in rows)

@@ -12,39 +12,33 @@ def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
 
 
+def _right(rows: list[dict], title: str, names: list[str]) -> str:
+    """A table of how many of the rows are right, by their names and by dtype and version of Triton."""
+    columns = sorted({(row["triton"], row["dtype"]) for row in rows})
+    counts = Counter((n, (r["triton"], r["dtype"])) for n, r in zip(names, rows, strict=True))
+    right = Counter(
+        (n, (r["triton"], r["dtype"])) for n, r in zip(names, rows, strict=True) if r["outcome"] == RIGHT
+    )
+    body = [
+        (n, *(f"{right[n, c]} of {counts[n, c]}" if counts[n, c] else "-" for c in columns))
+        for n in dict.fromkeys(names)
+    ]
+    return _table((title, *(f"{dtype}, Triton {version}" for version, dtype in columns)), body)
+
+
 def operators(rows: list[dict]) -> str:
     """Right cases of all, for each operator, dtype and version of Triton."""
-    columns = sorted({(row["triton"], row["dtype"]) for row in rows})
-    body = []
-    for op in dict.fromkeys(row["op"] for row in rows):
-        cells = []
-        for column in columns:
-            mine = [r for r in rows if r["op"] == op and (r["triton"], r["dtype"]) == column]
-            right = sum(row["outcome"] == RIGHT for row in mine)
-            cells.append(f"{right} of {len(mine)}" if mine else "-")
-        body.append((f"`{op}`", *cells))
-    head = ("operator", *(f"{dtype}, Triton {version}" for version, dtype in columns))
     return (
         "Runs of each operator on gfx908 code that came out right: integers bit for bit, reals within the float64\n"
-        "bound.\n\n" + _table(head, body) + _faults(rows)
+        "bound.\n\n" + _right(rows, "operator", [f"`{row['op']}`" for row in rows]) + _faults(rows)
     )
 
 
 def networks(rows: list[dict]) -> str:
     """Right launches of all, for each network and dtype."""
-    columns = sorted({(row["triton"], row["dtype"]) for row in rows})
-    body = []
-    for network in dict.fromkeys(row["network"] for row in rows):
-        cells = []
-        for column in columns:
-            mine = [r for r in rows if r["network"] == network and (r["triton"], r["dtype"]) == column]
-            right = sum(row["outcome"] == RIGHT for row in mine)
-            cells.append(f"{right} of {len(mine)}" if mine else "-")
-        body.append((network, *cells))
-    head = ("network", *(f"{dtype}, Triton {version}" for version, dtype in columns))
     return (
         "Operators of networks at batch 1 and 224 x 224, merged and not, of which a few workgroups ran on gfx908 code\n"
-        "and came out right.\n\n" + _table(head, body) + _faults(rows)
+        "and came out right.\n\n" + _right(rows, "network", [row["network"] for row in rows]) + _faults(rows)
     )
 
 

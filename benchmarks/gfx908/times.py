@@ -11,22 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 
 from benchmarks.gfx908.busy import CLOCK_MHZ
 from benchmarks.gfx908.cycles import ComputeUnit, Parameters
 from benchmarks.gfx908.launches import TARGET, program_of
-from benchmarks.gfx908.operators import DTYPES
 from benchmarks.gfx908.sampling import sample
 from benchmarks.gfx908.trace import Event, Trace
-from benchmarks.gfx908.units import layers_of
-from benchmarks.kernels.cases import Case
+from benchmarks.gfx908.units import NetworkCase, cases_of
 from benchmarks.kernels.prove import tile_of
-from benchmarks.kernels.registry import unique_cases
 from benchmarks.kernels.resources import key_of, resources_of
 from depthfuse.devices import DEVICES
 from depthfuse.kernels.launch import ceil_div
-from depthfuse.measuring.roofline import roofline_us
 
 _UNITS = DEVICES["gfx908"].compute_units
 _ROUNDS = 3  # that are simulated before the rest is taken in proportion
@@ -114,29 +109,22 @@ def _moved(workgroup: Workgroup, by: int) -> Workgroup:
 _samples: dict[str, list[Workgroup]] = {}  # by compiled code
 
 
-def row_of(network: str, case: Case, small: Case, batch: int, dtype: str, names: list[str]) -> Row:
-    """Simulate the last launch of a case. small: the same operator at batch 1; names: of its layers."""
-    launch = case.launches(DTYPES[dtype], TARGET)[-1]
+def row_of(found: NetworkCase) -> Row:
+    """Simulate the last launch of a case."""
+    launch = found.launch()
     resident = resources_of(launch, TARGET).workgroups
     code = key_of(launch, TARGET)
     if code not in _samples:
         trace = Trace()
-        sample(case, small, batch, dtype, resident, trace)
+        sample(found.case, found.small, found.batch, found.dtype, resident, trace)
         _samples[code] = workgroups_of(trace, program_of(launch).kernel.waves)
     grid = torch.Size(launch.grid).numel()
-    moved = case.elements_moved() * DTYPES[dtype].itemsize
-    clocks, unit = clocks_of(_samples[code], grid, resident, moved)
-    least_us = roofline_us("gfx908", case.flops(), moved, DTYPES[dtype], case.matrix)
+    clocks, unit = clocks_of(_samples[code], grid, resident, found.bytes_moved())
+    least_us = found.roofline_us()
     time_us = clocks / CLOCK_MHZ
     return Row(
-        triton=triton.__version__,
-        network=network,
-        batch=batch,
-        op=case.op,
-        dtype=dtype,
-        shape=case.shape(),
+        **found.facts(),
         tile=tile_of(launch),
-        **layers_of(names),
         workgroups=grid,
         resident=resident,
         simulated_us=round(time_us, 2),
@@ -147,11 +135,5 @@ def row_of(network: str, case: Case, small: Case, batch: int, dtype: str, names:
 
 
 def rows(networks: list[str], batches: list[int], ops: list[str] | None, dtypes: list[str]) -> Iterator[Row]:
-    """Each distinct operator of the networks, merged and not."""
-    for network in networks:
-        small = {names[0]: case for case, names in unique_cases(network, 1).items()}
-        for batch in batches:
-            for case, names in unique_cases(network, batch).items():
-                for dtype in dtypes:
-                    if (ops is None or case.op in ops) and case.supports(DTYPES[dtype]):
-                        yield row_of(network, case, small[names[0]], batch, dtype, names)
+    """Of each distinct operator of the networks."""
+    return map(row_of, cases_of(networks, batches, ops, dtypes))

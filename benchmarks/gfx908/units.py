@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -22,7 +23,7 @@ from benchmarks.kernels.prove import tile_of
 from benchmarks.kernels.registry import unique_cases
 from benchmarks.kernels.resources import key_of
 from depthfuse.devices import DEVICES
-from depthfuse.kernels.launch import ceil_div
+from depthfuse.kernels.launch import Launch, ceil_div
 from depthfuse.measuring.roofline import roofline_us
 
 _DEVICE = DEVICES["gfx908"]
@@ -69,6 +70,55 @@ class Row:
     share: float
 
 
+@dataclass(frozen=True)
+class NetworkCase:
+    """An operator of a network, in a dtype. small: the same at batch 1; layers: that it is, see `unique_cases`."""
+
+    network: str
+    case: Case
+    small: Case
+    batch: int
+    dtype: str
+    layers: list[str]
+
+    def facts(self) -> dict[str, Any]:
+        """What each row says of it."""
+        return {
+            "triton": triton.__version__,
+            "network": self.network,
+            "batch": self.batch,
+            "op": self.case.op,
+            "dtype": self.dtype,
+            "shape": self.case.shape(),
+            **layers_of(self.layers),
+        }
+
+    def launch(self) -> Launch:
+        """Its last one."""
+        return self.case.launches(DTYPES[self.dtype], TARGET)[-1]
+
+    def bytes_moved(self) -> int:
+        return self.case.elements_moved() * DTYPES[self.dtype].itemsize
+
+    def roofline_us(self) -> float:
+        return roofline_us(
+            "gfx908", self.case.flops(), self.bytes_moved(), DTYPES[self.dtype], self.case.matrix
+        )
+
+
+def cases_of(
+    networks: list[str], batches: list[int], ops: list[str] | None, dtypes: list[str]
+) -> Iterator[NetworkCase]:
+    """Each distinct operator of the networks, merged and not."""
+    for network in networks:
+        small = {names[0]: case for case, names in unique_cases(network, 1).items()}
+        for batch in batches:
+            for case, names in unique_cases(network, batch).items():
+                for dtype in dtypes:
+                    if (ops is None or case.op in ops) and case.supports(DTYPES[dtype]):
+                        yield NetworkCase(network, case, small[names[0]], batch, dtype, names)
+
+
 def layers_of(names: list[str]) -> dict[str, int]:
     """How many of these layers (see `unique_cases`) are of the plain and of the merged network, run one by one."""
     single = [name for name in names if "(" not in name]
@@ -79,29 +129,22 @@ def layers_of(names: list[str]) -> dict[str, int]:
 _counts: dict[str, tuple[Busy, int]] = {}  # by compiled code: of how many workgroups
 
 
-def row_of(network: str, case: Case, small: Case, batch: int, dtype: str, names: list[str]) -> Row:
-    """Count the last launch of a case. small: the same operator at batch 1; names: of its layers."""
-    launch = case.launches(DTYPES[dtype], TARGET)[-1]
+def row_of(found: NetworkCase) -> Row:
+    """Count the last launch of a case."""
+    launch = found.launch()
     code = key_of(launch, TARGET)
     if code not in _counts:
         busy = Busy()
-        _counts[code] = (busy, sample(case, small, batch, dtype, 1, busy))
+        _counts[code] = (busy, sample(found.case, found.small, found.batch, found.dtype, 1, busy))
     busy, parts = _counts[code]
     grid = torch.Size(launch.grid).numel()
     clocks = {unit: value / parts for unit, value in busy.of_a_workgroup().items()}
     busiest = max(clocks, key=clocks.get)
     bound_us = clocks[busiest] * ceil_div(grid, _DEVICE.compute_units) / CLOCK_MHZ
-    moved = case.elements_moved() * DTYPES[dtype].itemsize
-    least_us = roofline_us("gfx908", case.flops(), moved, DTYPES[dtype], case.matrix)
+    least_us = found.roofline_us()
     return Row(
-        triton=triton.__version__,
-        network=network,
-        batch=batch,
-        op=case.op,
-        dtype=dtype,
-        shape=case.shape(),
+        **found.facts(),
         tile=tile_of(launch),
-        **layers_of(names),
         workgroups=grid,
         waves=program_of(launch).kernel.waves,
         executed=busy.executed // parts,
@@ -115,11 +158,5 @@ def row_of(network: str, case: Case, small: Case, batch: int, dtype: str, names:
 
 
 def rows(networks: list[str], batches: list[int], ops: list[str] | None, dtypes: list[str]) -> Iterator[Row]:
-    """Each distinct operator of the networks, merged and not. The same code is counted once."""
-    for network in networks:
-        small = {names[0]: case for case, names in unique_cases(network, 1).items()}
-        for batch in batches:
-            for case, names in unique_cases(network, batch).items():
-                for dtype in dtypes:
-                    if (ops is None or case.op in ops) and case.supports(DTYPES[dtype]):
-                        yield row_of(network, case, small[names[0]], batch, dtype, names)
+    """Of each distinct operator of the networks. The same code is counted once."""
+    return map(row_of, cases_of(networks, batches, ops, dtypes))

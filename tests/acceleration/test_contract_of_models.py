@@ -6,13 +6,13 @@ import contextlib
 import copy
 import dataclasses
 import logging
-import os
 import pickle
 import warnings
 
 import pytest
 import torch
 from acceleration.contract_models import KINDS
+from on_request import LONG
 from torch import Tensor
 
 import depthfuse
@@ -182,7 +182,7 @@ def check(run_it, name, model, calls, expected, may_refuse=False):
 
 
 # Users get the default. A plan for which nothing was chosen is tried in long runs: the default starts from one.
-TUNES = ["default", "off"] if os.environ.get("DEPTHFUSE_LONG") == "1" else ["default"]
+TUNES = ["default", "off"] if LONG else ["default"]
 
 
 @pytest.fixture(autouse=True)

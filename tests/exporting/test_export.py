@@ -2,13 +2,13 @@
 
 import importlib
 import json
-import os
 import shutil
 from collections import Counter
 
 import pytest
 import torch
 from nets import build, randomise_norms
+from on_request import LONG
 from torch import nn
 
 import depthfuse
@@ -52,7 +52,7 @@ def installed(name):
     missing = RUNTIMES[name].missing(running=True)
     if missing:
         pytest.skip(f"{' and '.join(missing)} is not installed")
-    if name == "aoti" and not os.environ.get("DEPTHFUSE_LONG"):
+    if name == "aoti" and not LONG:
         pytest.skip("g++ takes half a minute: DEPTHFUSE_LONG=1 runs it")
     if name == "aoti" and shutil.which("g++") is None:
         pytest.skip("AOTInductor needs a C++ compiler")

@@ -1,7 +1,6 @@
 """The fused modules: each implementation that they can choose against PyTorch's own modules, and their life."""
 
 import copy
-import os
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_request import LONG
 from torch import nn
 
 from depthfuse.fused.layers import FusedConv2d, FusedLinear, plain_ops
@@ -18,7 +18,6 @@ from depthfuse.ops import ACTIVATIONS, BackendError
 from depthfuse.selftest import oracle
 from depthfuse.selftest.oracle import ACT, EXACT_ACTS, assert_within, integers
 
-LONG = os.environ.get("DEPTHFUSE_LONG") == "1"
 TORCH_ACT = {
     "none": nn.Identity(),
     "relu": nn.ReLU(),

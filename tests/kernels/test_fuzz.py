@@ -3,11 +3,10 @@
 A few dozen shapes a kernel in every run, 600 with DEPTHFUSE_LONG=1.
 """
 
-import os
-
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from on_request import LONG
 
 from depthfuse.kernels import winograd
 from depthfuse.kernels.arguments import Tail, ThreeLayers, TwoLayers, Window
@@ -31,7 +30,7 @@ BATCHES = [1, 2, 3, 128]
 MOST_WORK = 2_000_000 if INTERPRETED else 4_000_000_000  # multiply-adds a case
 
 fuzz = settings(
-    max_examples=600 if os.environ.get("DEPTHFUSE_LONG") == "1" else 25,
+    max_examples=600 if LONG else 25,
     deadline=None,
     # the fixtures (the device, NaN in torch.empty) are the same for every example
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

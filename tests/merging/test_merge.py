@@ -1,13 +1,13 @@
 """Merging must change nothing: exact in float64, the same answers in float32, at full size and on odd maps."""
 
 import copy
-import os
 import random
 
 import pytest
 import timm
 import torch
 from nets import SMALL, build, each_candidate, random_subnet, randomise_norms
+from on_request import LONG
 from timm.layers import BatchNormAct2d
 from timm.layers.attention import Attention
 from timm.layers.conv2d_same import Conv2dSame
@@ -22,7 +22,6 @@ from depthfuse.merging.merge import merged_structure
 from depthfuse.merging.merged_blocks import TokenBatchNorm
 from depthfuse.merging.supernet import SwitchBlock
 
-LONG = os.environ.get("DEPTHFUSE_LONG") == "1"
 FULL_SIZE = ["resnet34", "mobilenetv2_100", "mobilenetv2_140", "convnext_tiny", "deit_tiny_patch16_224"]
 
 

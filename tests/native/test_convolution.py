@@ -2,13 +2,13 @@
 
 import itertools
 import math
-import os
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 from native_ops import convolve, needs_engine, padded_input, run
+from on_request import LONG
 
 from depthfuse.kernels.arguments import Tail, Window
 from depthfuse.native import plan as native
@@ -271,7 +271,7 @@ def random_case(rng):
 def test_random_windows():
     """5,000 with DEPTHFUSE_LONG=1."""
     rng = random.Random(0)
-    for seed in range(5000 if os.environ.get("DEPTHFUSE_LONG") == "1" else 200):
+    for seed in range(5000 if LONG else 200):
         case = random_case(rng)
         x, weight, tail, window = operands(case, integers=True, seed=seed)
         values = [t if rng.random() < 0.5 else None for t in tail[:4]]

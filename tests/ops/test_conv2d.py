@@ -2,13 +2,13 @@
 
 import functools
 import logging
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from on_request import LONG
 from torch.utils.flop_counter import FlopCounterMode
 
 from depthfuse.kernels.arguments import Tail, Window
@@ -16,7 +16,6 @@ from depthfuse.ops import ACTIVATIONS, BackendError, backend, conv2d
 from depthfuse.selftest import oracle
 from depthfuse.selftest.oracle import ACT, EXACT_ACTS, assert_within, integers
 
-LONG = os.environ.get("DEPTHFUSE_LONG") == "1"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 

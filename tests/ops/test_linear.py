@@ -1,13 +1,13 @@
 """`depthfuse.ops.linear` on a CPU: values, layouts, errors, and what PyTorch's tools ask of an op."""
 
 import logging
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_request import LONG
 from torch.utils.flop_counter import FlopCounterMode
 
 from depthfuse.kernels.arguments import Tail
@@ -15,7 +15,6 @@ from depthfuse.ops import BackendError, backend, linear
 from depthfuse.selftest import oracle
 from depthfuse.selftest.oracle import ACT, EXACT_ACTS, assert_within, integers
 
-LONG = os.environ.get("DEPTHFUSE_LONG") == "1"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TERMS = [(), ("bias",), ("residual",), ("scale", "shift"), ("bias", "residual", "scale", "shift")]
 

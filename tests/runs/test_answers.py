@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import os
 import shutil
 import sys
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from killed_runs import assert_same_weights, kill_when_there, run_again
+from on_request import on_request
 from PIL import Image
 from safetensors.torch import save_file
 from small_run import CONFIG, undisturbed
@@ -81,7 +81,7 @@ def test_from_a_flat_folder_to_the_report(finished, config):
             assert torch.equal(model(images).argmax(1), labels)
 
 
-@pytest.mark.skipif(os.environ.get("DEPTHFUSE_LONG") != "1", reason="half a minute: set DEPTHFUSE_LONG=1")
+@on_request("half a minute")
 def test_killed_on_the_way_it_ends_with_the_same_bits(finished, config, tmp_path):
     out, file = tmp_path / "run", tmp_path / "config.yaml"
     latency = dataclasses.replace(CONFIG.latency, table=finished / "latency.json")

@@ -1,12 +1,12 @@
 """A run that starts from fitted blocks, with and without training after it."""
 
 import dataclasses
-import os
 import sys
 
 import pytest
 import torch
 from killed_runs import assert_same_weights, kill_when_there, run_again
+from on_request import on_request
 from small_run import CONFIG, undisturbed
 
 from depthfuse import load
@@ -58,7 +58,7 @@ def test_fitted_blocks_are_nearer_to_the_original_than_merged_ones(finished):
     assert fitted < 0.7 * merged
 
 
-@pytest.mark.skipif(os.environ.get("DEPTHFUSE_LONG") != "1", reason="half a minute: set DEPTHFUSE_LONG=1")
+@on_request("half a minute")
 @pytest.mark.parametrize("stage", ["supernet", "subnet.json"])
 def test_killed_on_the_way_it_ends_with_the_same_bits(finished, tmp_path, stage):
     out, file = tmp_path / "run", tmp_path / "config.yaml"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from on_request import on_request
 from small_run import CONFIG
 
 from depthfuse import load, origins
@@ -72,7 +73,7 @@ def own(tmp_path, monkeypatch):
     sys.modules.pop("my_nets", None)
 
 
-@pytest.mark.skipif(os.environ.get("DEPTHFUSE_LONG") != "1", reason="half a minute: set DEPTHFUSE_LONG=1")
+@on_request("half a minute")
 def test_a_factory_killed_once_and_resumed(own, monkeypatch):
     out = own / "run"
     config = dataclasses.replace(CONFIG, model="my_nets:build", model_kwargs=("width=12",), out=out)

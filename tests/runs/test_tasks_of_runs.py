@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake_clock import Clock
+from on_request import on_request
 from small_run import CONFIG
 from task_nets import config_of
 
@@ -51,7 +52,7 @@ def start(config: Path, out: Path, task: str) -> subprocess.Popen:
     )
 
 
-@pytest.mark.skipif(os.environ.get("DEPTHFUSE_LONG") != "1", reason="two minutes: set DEPTHFUSE_LONG=1")
+@on_request("two minutes")
 @pytest.mark.parametrize(
     ("task", "metric", "moment"),
     [("segmentation", "mean IoU", "supernet.state"), ("detection", "AP50", "finetune.state")],

@@ -1,13 +1,13 @@
 """Weights of other classes: all but the classifier is taken over, and the baseline is trained from there."""
 
 import dataclasses
-import os
 import sys
 
 import pytest
 import timm
 import torch
 from killed_runs import kill_when_there, run_again
+from on_request import on_request
 from own_code import BLOCK
 from safetensors.torch import save_file
 from small_run import CONFIG
@@ -153,7 +153,7 @@ def test_a_pretrained_model_of_other_classes_is_trained_before_it_is_a_baseline(
     assert rows and rows[-1]["epoch"] == CONFIG.baseline.epochs
 
 
-@pytest.mark.skipif(os.environ.get("DEPTHFUSE_LONG") != "1", reason="half a minute: set DEPTHFUSE_LONG=1")
+@on_request("half a minute")
 def test_killed_on_the_way_it_ends_with_the_same_bits(other_classes, tmp_path):
     config, out = tmp_path / "config.yaml", tmp_path / "run"
     settings = dataclasses.replace(CONFIG, weights=other_classes)

@@ -3,14 +3,13 @@
 In processes of their own: memory is then theirs alone, and no log that pytest captures holds what it was told of.
 """
 
-import os
 import subprocess
 import sys
 
 import pytest
 from native_ops import needs_engine
+from on_request import LONG, on_request
 
-LONG = os.environ.get("DEPTHFUSE_LONG") == "1"
 CALLS, CALLS_IF_LONG = 300, 10_000
 
 # 18 MB of weights, and a plan that oneDNN Graph always runs.
@@ -220,7 +219,7 @@ def test_calls_of_the_native_engine_keep_nothing():
 
 
 @needs_engine
-@pytest.mark.skipif(not LONG, reason="a minute: set DEPTHFUSE_LONG=1")
+@on_request("a minute")
 def test_plans_of_the_native_engine_are_freed():
     grown_mb = float(run(CREATED, 200, 3, limit_s=3600))
     assert grown_mb < 20 * 2.25 / 2, "the weights of one plan in twenty would be twice as much"

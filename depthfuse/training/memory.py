@@ -1,8 +1,9 @@
 """Memory of a training on the CPU stays with the process.
 
 glibc gives blocks of a few MB back to the system as soon as they are freed, and the next step's page faults take them
-again, one page after another: EfficientNet-Lite0 at 128 pixels, 64 images a step, two cores of an Intel Xeon, trains 23 to
-30 images a second so, and 36 to 41 without (torch 2.13, three processes of each in turn), in 2.4 to 2.7 GB in place of 2.1.
+again, one page after another. EfficientNet-Lite0 at 128 pixels, 64 images a step, on two cores of an Intel Xeon (torch
+2.13, three processes of each in turn), trains 23 to 30 images a second so, and 36 to 41 without, in 2.4 to 2.7 GB, not
+2.1.
 """
 
 from __future__ import annotations

@@ -106,16 +106,21 @@ def test_embeddings_of_a_classifier_s_features(clock, tmp_path):
 
 
 def own_task(fails_at=None):
-    """A segmenter that learns how much of each image is covered, by two functions. Its loss is NaN from a step on."""
-    calls = []
+    """A segmenter that learns how much of each image is covered, by two functions.
+
+    Its loss is NaN at the batch of that number. Batches are counted, not calls: the expected time is measured by
+    as many calls on one batch as a clock asks for.
+    """
+    seen = []
 
     def share(output):
         return output.softmax(1)[:, 1:].sum(1).mean((1, 2))
 
     def loss(output, masks):
-        calls.append(None)
+        if not any(torch.equal(masks, before) for before in seen):
+            seen.append(masks.clone())
         value = F.mse_loss(share(output), (masks > 0).float().mean((1, 2)))
-        return value * (float("nan") if len(calls) == fails_at else 1.0)
+        return value * (float("nan") if len(seen) == fails_at and torch.equal(masks, seen[-1]) else 1.0)
 
     def quality(output, masks):
         return 1.0 - (share(output) - (masks > 0).float().mean((1, 2))).abs()

@@ -53,6 +53,15 @@ struct DepthwiseTask {
   const float* weights;  // [kernel_h][kernel_w][c]
 };
 
+// A convolution by tiles (tiles.inc): weights [panels][kernel_h][kernel_w][blocks of channels][parts][tiles].
+struct TileTask {
+  View x, y;
+  Tail tail;
+  Window window;
+  const uint16_t* weights;
+  int blocks;
+};
+
 struct AttentionTask {
   View x, y;  // x [n, 1, t, 3 * heads * d], y [n, 1, t, heads * d]
   int heads, d;
@@ -72,6 +81,13 @@ struct Kernels {
   int64_t (*winograd_scratch)(const WinogradTask&, int tiles);
   // weights [c_out][3][3][c_in] -> as WinogradTask has them
   void (*winograd_weights)(const float* weights, int c_out, int c_in, int tile, float* packed);
+  // nullptr where there are no tiles. Output pixels of pointwise convolutions, output rows of others, [first, last) of all
+  // images'; `scratch` holds tile_scratch(task, last - first) floats.
+  void (*tiles)(const TileTask&, int first, int last, int first_panel, int last_panel, float* scratch);
+  int64_t (*tile_scratch)(const TileTask&, int units);
+  // weights [c_out][taps][c_in] -> as TileTask has them. Returns how many, or 0 where one of them has no parts; `packed`
+  // nullptr: only counts.
+  int64_t (*tile_weights)(const float* weights, int c_out, int taps, int c_in, uint16_t* packed);
   // Output rows [first, last) of n * h.
   void (*depthwise)(const DepthwiseTask&, int first, int last);
   void (*max_pool)(const View& x, const View& y, const Window&, int first, int last);
@@ -96,6 +112,6 @@ struct Kernels {
   int64_t (*attention_scratch)(const AttentionTask&);
 };
 
-extern const Kernels kBaseline, kAvx2, kAvx512;
+extern const Kernels kBaseline, kAvx2, kAvx512, kAmx;
 
 }  // namespace depthfuse

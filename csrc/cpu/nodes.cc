@@ -8,7 +8,8 @@
 namespace depthfuse {
 namespace {
 
-constexpr int kLine = 16;  // floats of a cache line
+constexpr int kLine = 16;      // floats of a cache line
+constexpr int kTileRows = 16;  // pixels of a tile
 
 // What a section reads of the channels of x starts here.
 int first_input(const Conv& conv, int channels, int section) {
@@ -34,7 +35,27 @@ View spread(View v) {
   return v;
 }
 
+bool is_winograd(int algorithm) { return algorithm == DF_WINOGRAD2 || algorithm == DF_WINOGRAD4; }
+
 }  // namespace
+
+TileTask Conv::tile_task(const View& x, const View& y, const View& residual) const {
+  TileTask t{x, y, task.tail, task.window, tiles, (x.c + 31) / 32};
+  t.tail.residual = residual;
+  return t;
+}
+
+int64_t Conv::scratch_floats(const View& x, const View& y, int units) const {
+  return tiles ? kernels().tile_scratch(tile_task(x, y, View{}), units) + kSlack : 0;
+}
+
+void Conv::compute(const View& x, const View& y, const View& residual, int first, int last, int first_panel,
+                   int last_panel, float* memory) const {
+  if (tiles) return kernels().tiles(tile_task(x, y, residual), first, last, first_panel, last_panel, memory);
+  ConvTask t = task;
+  t.segments = segments.data(), t.x = x, t.y = y, t.tail.residual = residual;
+  kernels().conv(t, first, last, first_panel, last_panel);
+}
 
 Window Plan::window_of(const df_node& node, const Tensor& x, const Tensor& y, bool rounds_up) const {
   const int32_t* p = node.p;
@@ -92,7 +113,18 @@ Conv Plan::conv_of(const df_node& node, int index) {
   conv.panels = (conv.out + panel - 1) / panel;
   conv.raw = floats_at(node.weight, int64_t(y.shape.c) * taps * c_in);
   conv.task.tail = tail_of(node, y.shape.c), conv.residual = residual_of(node, y, index);
-  if (node.algorithm != DF_DIRECT) return conv;
+  if (node.algorithm != DF_DIRECT && node.algorithm != DF_TILES && !is_winograd(node.algorithm))
+    refuse("an algorithm is " + std::to_string(node.algorithm));
+  if (is_winograd(node.algorithm)) return conv;
+  if (node.algorithm == DF_TILES && kernels().tiles && groups == 1) {
+    const Kernels& k = kernels();
+    uint16_t* weights =
+        reinterpret_cast<uint16_t*>(packed((k.tile_weights(conv.raw, y.shape.c, taps, c_in, nullptr) + 1) / 2));
+    if (k.tile_weights(conv.raw, y.shape.c, taps, c_in, weights)) {
+      conv.tiles = weights;
+      return conv;
+    }
+  }
   const int64_t length = int64_t(taps) * conv.in;
   float* weights = packed(conv.sections * conv.panels * length * panel);
   for (int out = 0; out < y.shape.c; ++out) {
@@ -121,10 +153,9 @@ void Plan::add_conv(const df_node& node, int index) {
   const Window w = conv.task.window;
   const Kernels& k = kernels();
   const int panels = conv.panels, residual = conv.residual, x_index = conv.x, y_index = conv.y;
-  if (node.algorithm != DF_DIRECT) {
+  if (is_winograd(node.algorithm)) {
     const int tile = node.algorithm, c_in = x.shape.c, c_out = y.shape.c, taps = w.kernel_h * w.kernel_w;
     const float* raw = conv.raw;
-    if (tile != DF_WINOGRAD2 && tile != DF_WINOGRAD4) refuse("an algorithm is " + std::to_string(tile));
     if (node.p[8] != 1 || taps != 9 || w.kernel_h != 3 || w.stride_h != 1 || w.stride_w != 1 || w.dilation_h != 1 || w.dilation_w != 1 ||
         w.padding_h != w.padding_w)
       refuse("Winograd is for 3x3 of stride 1");
@@ -158,6 +189,7 @@ void Plan::add_conv(const df_node& node, int index) {
     }, y_index});
     return;
   }
+  if (conv.tiles) return add_tiles(conv);
   const int pixels = int(y.pixels()), all_panels = conv.sections * panels;
   const int64_t section_floats = int64_t(conv.task.segment_count) * conv.task.length * k.panel * panels;
   steps_.push_back({[=](Run& run) {
@@ -184,6 +216,33 @@ void Plan::add_conv(const df_node& node, int index) {
       }
     });
   }, y_index});
+}
+
+void Plan::add_tiles(const Conv& conv) {
+  const Tensor& y = tensor(conv.y);
+  const Window w = conv.task.window;
+  const int taps = w.kernel_h * w.kernel_w, panels = conv.panels;
+  const bool pointwise = taps == 1 && w.padding_h == 0 && w.padding_w == 0;
+  const int in_unit = pointwise ? kTileRows : 1;  // pixels that are not cut, or rows
+  const int units = pointwise ? int(y.pixels()) : y.shape.n * y.shape.h;
+  const int blocks = (units + in_unit - 1) / in_unit;
+  const double work = double(y.pixels()) * taps * conv.in * conv.out;
+  steps_.push_back({[=](Run& run) {
+    const View from = run.view(conv.x), to = run.view(conv.y);
+    const View added = conv.residual == -1 ? View{} : run.view(conv.residual);
+    const int wanted = work < 400000 ? 1 : int(std::min<double>(4.0 * run.threads, work / 200000));
+    // As for the other products: pixels first, and panels where there are few.
+    const int least = std::max(1, pointwise ? 2 : 2 * kTileRows / to.w);
+    const int unit_pieces = even(std::min(wanted, blocks / least), run.threads);
+    const int panel_pieces = std::max(1, std::min(panels, wanted / unit_pieces));
+    parallel_for(unit_pieces * panel_pieces, run.threads, [&](int piece, int) {
+      const int a = piece / panel_pieces, b = piece % panel_pieces;
+      const int first = in_unit * cut(blocks, unit_pieces, a);
+      const int last = std::min(units, in_unit * cut(blocks, unit_pieces, a + 1));
+      conv.compute(from, to, added, first, last, cut(panels, panel_pieces, b), cut(panels, panel_pieces, b + 1),
+                   scratch(conv.scratch_floats(from, to, last - first)));
+    });
+  }, conv.y});
 }
 
 Depthwise Plan::depthwise_of(const df_node& node, int index) {

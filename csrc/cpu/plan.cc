@@ -1,6 +1,14 @@
 // A plan is checked and its memory laid out once, then run in one call.
 #include "plan.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <chrono>
 #include <climits>
@@ -36,6 +44,22 @@ void zero_border(const Tensor& t, float* base) {
   }
 }
 
+#if defined(__x86_64__)
+// Whether this processor multiplies tiles of bfloat16, and the system lets this process have their registers.
+bool may_use_tiles() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tiles = d >> 24 & 1, products = d >> 22 & 1;
+  if (!tiles || !products || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;  // AVX512-BF16
+#if defined(__linux__)
+  constexpr long kAskFor = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: of the process, once
+  return syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 }  // namespace
 
 const Kernels& kernels() {
@@ -47,7 +71,9 @@ const Kernels& kernels() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-    if (avx512 && limit != "avx2" && limit != "baseline") return kAvx512;
+    const bool narrower = limit == "avx2" || limit == "baseline";
+    if (avx512 && !narrower && limit != "avx512" && kAmx.tiles && may_use_tiles()) return kAmx;
+    if (avx512 && !narrower) return kAvx512;
     if (avx2 && limit != "baseline") return kAvx2;
 #endif
     return kBaseline;

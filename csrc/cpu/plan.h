@@ -139,6 +139,14 @@ struct Conv {
   // and writes less.
   int sections = 1, in = 0, out = 0;  // channels that a section reads and writes
   const float* raw = nullptr;  // weights as they were given, while the plan is made
+  const uint16_t* tiles = nullptr;  // weights for tiles, in the place of the task's
+
+  // The memory that compute() needs, in floats: of `units` as kernels().tiles counts them; 0 without tiles.
+  int64_t scratch_floats(const View& x, const View& y, int units) const;
+  // Output pixels of x to y, all sections being one: [first, last) of pointwise convolutions' pixels, or rows by tiles.
+  void compute(const View& x, const View& y, const View& residual, int first, int last, int first_panel, int last_panel,
+               float* memory) const;
+  TileTask tile_task(const View& x, const View& y, const View& residual) const;
 };
 
 struct Depthwise {
@@ -177,6 +185,7 @@ class Plan {
   // nodes.cc: each operation, checked, as a step.
   void add_node(const df_node& node, int index);
   void add_conv(const df_node& node, int index);
+  void add_tiles(const Conv& conv);
   void add_depthwise(const df_node& node, int index);
   Conv conv_of(const df_node& node, int index);
   Depthwise depthwise_of(const df_node& node, int index);

@@ -14,7 +14,7 @@ constexpr int kLeastRows = 12;               // of a piece: rows above and below
 
 bool is_pointwise(const df_node& node) {
   const int32_t* p = node.p;
-  return node.op == DF_CONV && node.algorithm == DF_DIRECT && p[0] == 1 && p[1] == 1 && p[2] == 1 && p[3] == 1 &&
+  return node.op == DF_CONV && (node.algorithm == DF_DIRECT || node.algorithm == DF_TILES) && p[0] == 1 && p[1] == 1 && p[2] == 1 && p[3] == 1 &&
          p[4] == 0 && p[5] == 0 && p[8] == 1;
 }
 
@@ -71,7 +71,15 @@ void Strips::run_image(const View& x, const View& y, const View& residual, int n
   View filtered{};  // a strip of the depthwise convolution's output
   filtered.n = 1, filtered.w = y.w, filtered.c = middle.c, filtered.pixel = middle.c;
   filtered.row = int64_t(y.w) * middle.c;
-  float* expanded = scratch(expanded_floats + strip * filtered.row + 2 * kSlack);
+  const View some_of_y = rows_of(y, n, 0, std::min(strip, y.h));
+  View some_of_middle = middle;
+  some_of_middle.n = 1, some_of_middle.h = std::min(most_rows, middle.h);
+  filtered.h = some_of_y.h;
+  const int64_t product_floats =
+      std::max(expands ? expand.scratch_floats(x, some_of_middle, some_of_middle.h * middle.w) : 0,
+               project.scratch_floats(filtered, some_of_y, filtered.h * y.w));
+  float* for_products = scratch(product_floats + expanded_floats + strip * filtered.row + 2 * kSlack);
+  float* expanded = for_products + product_floats;
   filtered.data = expanded + expanded_floats + kSlack;
   int have = 0, have_until = 0;  // input rows of the strip before, in `expanded` from its start on
   for (int start = first; start < last; start += strip) {
@@ -88,12 +96,10 @@ void Strips::run_image(const View& x, const View& y, const View& residual, int n
         zero_row(expanded + (i - top) * row, middle, columns, i < 0 || i >= middle.h);
       const int from = std::max(0, next), to = std::min(middle.h, bottom);
       if (from < to) {
-        ConvTask t = expand.task;
-        t.segments = expand.segments.data();
-        t.x = rows_of(x, n, from, to), t.y = middle;
-        t.y.n = 1, t.y.h = to - from, t.y.row = row;
-        t.y.data = expanded + (from - top) * row + columns * middle.pixel;
-        kernels().conv(t, 0, t.y.h * t.y.w, 0, expand.panels);
+        View into = middle;
+        into.n = 1, into.h = to - from, into.row = row;
+        into.data = expanded + (from - top) * row + columns * middle.pixel;
+        expand.compute(rows_of(x, n, from, to), into, View{}, 0, into.h * into.w, 0, expand.panels, for_products);
       }
       have = top, have_until = bottom;
       filter.x = middle;
@@ -106,11 +112,9 @@ void Strips::run_image(const View& x, const View& y, const View& residual, int n
     filtered.h = stop - start;
     filter.y = filtered;
     kernels().depthwise(filter, 0, filtered.h);
-    ConvTask t = project.task;
-    t.segments = project.segments.data();
-    t.x = filtered, t.y = rows_of(y, n, start, stop);
-    if (residual.data) t.tail.residual = rows_of(residual, n, start, stop);
-    kernels().conv(t, 0, filtered.h * filtered.w, 0, project.panels);
+    const View added = residual.data ? rows_of(residual, n, start, stop) : View{};
+    project.compute(filtered, rows_of(y, n, start, stop), added, 0, filtered.h * filtered.w, 0, project.panels,
+                    for_products);
   }
 }
 

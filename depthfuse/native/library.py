@@ -3,7 +3,7 @@
 It is plain C at the border, so one binary serves every version of PyTorch. It is built from the sources that the
 package brings by the machine's g++: by `python -m depthfuse.native` into the package, as `make` does, or else at
 first use, once, into the user's cache. Where there is no compiler there is no engine, and nothing else changes.
-`DEPTHFUSE_NATIVE=0` does without it, `DEPTHFUSE_ISA=avx2` or `baseline` with narrower vectors. `DEPTHFUSE_CXXFLAGS`
+`DEPTHFUSE_NATIVE=0` does without it, `DEPTHFUSE_ISA=avx512` without tiles, `avx2` or `baseline` with narrower vectors. `DEPTHFUSE_CXXFLAGS`
 gives the compiler more flags, such as a sanitizer's; each set of flags has a binary of its own.
 """
 
@@ -27,7 +27,7 @@ from depthfuse.measured_cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 SOURCES = CSRC / "cpu"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fvisibility=hidden")
@@ -106,7 +106,7 @@ def why_missing() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set that runs: "avx512", "avx2" or "baseline". Raises Missing."""
+    """The instruction set that runs: "amx" (AVX-512, and tiles), "avx512", "avx2" or "baseline". Raises Missing."""
     return library().df_isa().decode()
 
 

@@ -53,7 +53,7 @@ struct DepthwiseTask {
   const float* weights;  // [kernel_h][kernel_w][c]
 };
 
-// A convolution by tiles (tiles.inc): weights [panels][kernel_h][kernel_w][blocks of channels][parts][tiles].
+// A convolution by tiles (tiles.inc): weights [panels][blocks of channels][kernel_h][kernel_w][parts][tiles].
 struct TileTask {
   View x, y;
   Tail tail;

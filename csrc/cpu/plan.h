@@ -104,10 +104,11 @@ struct Run {
   View view(int index) const;
 };
 
-// Scratch memory of this thread, of at least `floats`; not initialised.
+// Scratch memory of this thread, of at least `floats`; not initialised. As large as a huge page, it lies in one.
 inline float* scratch(int64_t floats) {
+  constexpr int64_t kLeast = int64_t(512) << 10;
   static thread_local Floats memory;
-  if (memory.count() < floats) memory = Floats(floats);
+  if (memory.count() < floats) memory = Floats(std::max(floats, kLeast));
   return memory.data();
 }
 

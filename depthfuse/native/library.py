@@ -3,8 +3,9 @@
 It is plain C at the border, so one binary serves every version of PyTorch. It is built from the sources that the
 package brings by the machine's g++: by `python -m depthfuse.native` into the package, as `make` does, or else at
 first use, once, into the user's cache. Where there is no compiler there is no engine, and nothing else changes.
-`DEPTHFUSE_NATIVE=0` does without it, `DEPTHFUSE_ISA=avx512` without tiles, `avx2` or `baseline` with narrower vectors. `DEPTHFUSE_CXXFLAGS`
-gives the compiler more flags, such as a sanitizer's; each set of flags has a binary of its own.
+`DEPTHFUSE_NATIVE=0` does without it; `DEPTHFUSE_ISA=avx512` does without tiles, `avx2` and `baseline` with narrower
+vectors. `DEPTHFUSE_CXXFLAGS` gives the compiler more flags, such as a sanitizer's; each set of flags has a binary of
+its own.
 """
 
 from __future__ import annotations

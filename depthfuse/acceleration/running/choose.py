@@ -33,7 +33,7 @@ from depthfuse.acceleration.running.implementations import (
     least_ms,
 )
 from depthfuse.acceleration.running.native_engine import compile_plan as compile_natively
-from depthfuse.acceleration.running.native_engine import direct
+from depthfuse.acceleration.running.native_engine import exact_algorithm
 from depthfuse.acceleration.running.onednn_graph import compile_plan as compile_for_onednn
 from depthfuse.acceleration.running.other_engines import OTHER_ENGINES, Exported, compile_plan
 from depthfuse.fused.layers import FusedModule
@@ -222,7 +222,7 @@ def _compiled(name: str, plain: Executor, call: Call, exported: Exported) -> Exe
     elif not _suits_engines(plan):
         return "the plan is not for float32 on a CPU"
     elif name == NATIVE:
-        run = compile_natively(plan.module, call.tensors, direct if plain.execution.exact else None)
+        run = compile_natively(plan.module, call.tensors, exact_algorithm if plain.execution.exact else None)
     else:
         run, threads = compile_plan(name, exported), torch.get_num_threads()
     if run is None:  # it has said why

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from depthfuse.acceleration.running.implementations import least_ms
 from depthfuse.acceleration.running.native_lowering import Lowering
 from depthfuse.acceleration.running.native_values import Algorithms, Unsupported
+from depthfuse.kernels.arguments import Window
 from depthfuse.measured_cache import MeasuredCache
 from depthfuse.native import plan as native
 from depthfuse.native.library import Missing, isa
@@ -24,7 +25,7 @@ from depthfuse.native.plan import Builder, NativePlan, Node
 
 logger = logging.getLogger(__name__)
 
-ALGORITHMS = (native.DIRECT, native.WINOGRAD_2, native.WINOGRAD_4)
+WINOGRAD = (native.WINOGRAD_2, native.WINOGRAD_4)
 _WORTH_MEASURING = 2_000_000  # multiply-adds, some 50 us
 
 
@@ -33,7 +34,7 @@ def compile_plan(
 ) -> Callable[..., Any] | None:
     """A callable for inputs of exactly these shapes, or None, with the reason in the log, where the engine has none.
 
-    algorithms: how each 3x3 convolution is computed; None measures it.
+    algorithms: how each product is computed; None measures it.
     """
     try:
         return compiled(graph, inputs, algorithms)
@@ -56,32 +57,36 @@ def compiled(
     return _Compiled(lowering.builder.build(), shapes, single)
 
 
-def direct(shape: Sequence[int], filters: int, padding: int) -> int:
-    """No Winograd."""
-    return native.DIRECT
+def fastest_algorithm(
+    shape: Sequence[int], filters: int, numbers: Sequence[int], *, exact: bool = False
+) -> int:
+    """Of the ways to compute a convolution without groups, the one that takes least time here, now or once before.
 
-
-def fastest_algorithm(shape: Sequence[int], filters: int, padding: int) -> int:
-    """Of the ways to compute a 3x3 convolution of stride 1, the one that takes least time here, now or once before.
-
-    A small one is computed directly: to measure it would take longer than it ever will.
+    A small one is computed directly: to measure it would take longer than it ever will. exact: without Winograd.
     """
-    if math.prod(shape) * filters * 9 < _WORTH_MEASURING:
+    *sizes, height, width, down, right = numbers
+    candidates = [native.DIRECT]
+    if isa() == "amx":
+        candidates.append(native.TILES)
+    if not exact and sizes == [3, 3, 1, 1] and height == width and (down, right) == (1, 1):
+        candidates.extend(WINOGRAD)
+    n, h, w, c = shape
+    kernel, stride = sizes[:2], sizes[2:]
+    size = Window(tuple(stride), (height, width), (down, right)).output_size((h, w), kernel)
+    if len(candidates) == 1 or n * math.prod(size) * c * filters * math.prod(kernel) < _WORTH_MEASURING:
         return native.DIRECT
     cache = MeasuredCache.of(torch.device("cpu"), sources=("csrc", "native"))
-    question = {"convolution": [*shape, filters, padding], "isa": isa()}
+    question = {"convolution": [*shape, filters, *numbers], "isa": isa(), "algorithms": candidates}
     known = cache.get(question)
-    if known is None or known.get("algorithm") not in ALGORITHMS:
+    if known is None or known.get("algorithm") not in candidates:
         runs = {}
-        for algorithm in ALGORITHMS:
+        for algorithm in candidates:
             builder = Builder()
-            n, h, w, c = shape
             source, x = builder.tensor(shape, native.INPUT), builder.tensor(shape)
-            y = builder.tensor((n, h + 2 * padding - 2, w + 2 * padding - 2, filters), native.OUTPUT)
-            builder.pad(x, padding)
+            y = builder.tensor((n, *size, filters), native.OUTPUT)
+            builder.pad(x, max(height, width))
             builder.copy(source, x)
-            numbers = (3, 3, 1, 1, padding, padding, 1, 1)
-            weight = torch.randn(filters, 3, 3, c) / (3 * math.sqrt(c))
+            weight = torch.randn(filters, *kernel, c) / math.sqrt(c * math.prod(kernel))
             builder.nodes.append(Node(native.CONV, x, y, algorithm=algorithm, numbers=numbers, weight=weight))
             planned = builder.build()
             given, result = torch.randn(n, h, w, c), torch.empty(builder.shape(y))
@@ -92,6 +97,11 @@ def fastest_algorithm(shape: Sequence[int], filters: int, padding: int) -> int:
         known = {"algorithm": min(latency_ms, key=latency_ms.__getitem__)}
         cache.put(question, known)
     return known["algorithm"]
+
+
+def exact_algorithm(shape: Sequence[int], filters: int, numbers: Sequence[int]) -> int:
+    """As `fastest_algorithm`, without Winograd, whose rounding errors are some times those of a sum."""
+    return fastest_algorithm(shape, filters, numbers, exact=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,8 +62,7 @@ def _conv(draft: Draft, module: FusedConv2d, x: Any, residual: Any = None) -> Va
         return draft.add(
             Node(native.DEPTHWISE, x.tensor, y.tensor, numbers=numbers, weight=taps, **common), IMAGE
         )
-    square = groups == 1 and numbers == (3, 3, 1, 1, padding[0], padding[0], 1, 1)
-    algorithm = draft.algorithms((n, h, w, c), filters, padding[0]) if square else native.DIRECT
+    algorithm = draft.algorithms((n, h, w, c), filters, numbers) if groups == 1 else native.DIRECT
     node = Node(
         native.CONV,
         x.tensor,
@@ -86,17 +85,24 @@ def _linear(draft: Draft, module: FusedLinear, x: Any, residual: Any = None) -> 
         n, h, w, c = draft.shape(x)
         y = Value(builder.tensor((n, 1, 1, module.weight.shape[0])), ROWS)
         taps = module.weight.view(-1, c, h, w).permute(0, 2, 3, 1)
-        common = {"x2": _residual(draft, residual, y), **_tail(module)}
-        return draft.add(
-            Node(native.CONV, x.tensor, y.tensor, numbers=(h, w, 1, 1, 0, 0, 1, 1), weight=taps, **common),
-            ROWS,
-        )
+        return _product(draft, module, x, y, (h, w, 1, 1, 0, 0, 1, 1), taps, residual)
     y = Value(builder.tensor((*draft.shape(x)[:3], module.weight.shape[0])), x.axes)
-    common = {"x2": _residual(draft, residual, y), **_tail(module)}
-    numbers = (1, 1, 1, 1, 0, 0, 1, 1)
-    return draft.add(
-        Node(native.CONV, x.tensor, y.tensor, numbers=numbers, weight=module.weight, **common), x.axes
-    )
+    return _product(draft, module, x, y, (1, 1, 1, 1, 0, 0, 1, 1), module.weight, residual)
+
+
+def _product(
+    draft: Draft,
+    module: FusedLinear,
+    x: Value,
+    y: Value,
+    numbers: tuple[int, ...],
+    weight: Tensor,
+    residual: Any,
+) -> Value:
+    """A linear layer as a convolution."""
+    algorithm = draft.algorithms(draft.shape(x), draft.shape(y)[3], numbers)
+    common = {"x2": _residual(draft, residual, y), "algorithm": algorithm, **_tail(module)}
+    return draft.add(Node(native.CONV, x.tensor, y.tensor, numbers=numbers, weight=weight, **common), y.axes)
 
 
 def _attention(draft: Draft, module: FusedAttention, x: Any) -> Value:

@@ -23,8 +23,8 @@ IMAGE: Axes = ("n", "c", "h", "w")
 TOKENS: Axes = ("n", "hw", "c")
 ROWS: Axes = ("n", "c")
 FLAT: Axes = ("n", "chw")  # an image as the classifiers of VGG and AlexNet read it
-# (input [n, h, w, c], filters, padding) -> how to compute a 3x3 convolution of stride 1
-Algorithms = Callable[[Sequence[int], int, int], int]
+# (input [n, h, w, c], filters, a convolution's numbers as df_node has them) -> how to compute it
+Algorithms = Callable[[Sequence[int], int, Sequence[int]], int]
 _ELEMENTWISE = (native.ADD, native.MULTIPLY, native.MAP)
 # How a value of so many axes may be seen.
 VIEWS: tuple[Axes, ...] = (IMAGE, ("n", "h", "w", "c"), TOKENS, ("n", "c", "hw"), ROWS, FLAT)

@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 WINOGRAD = (native.WINOGRAD_2, native.WINOGRAD_4)
 _WORTH_MEASURING = 2_000_000  # multiply-adds, some 50 us
+# A layer's weights are in no core's cache when its turn comes. So several are measured, with together as many weights.
+_UNCACHED, _MOST_LAYERS = 3_000_000, 8
+# Tiles' weights are half as long again. Where so few pixels share them, a layer waits for memory, not for products.
+_ENOUGH_PIXELS = 96
 
 
 def compile_plan(
@@ -66,28 +70,32 @@ def fastest_algorithm(
     """
     *sizes, height, width, down, right = numbers
     candidates = [native.DIRECT]
-    if isa() == "amx":
-        candidates.append(native.TILES)
     if not exact and sizes == [3, 3, 1, 1] and height == width and (down, right) == (1, 1):
         candidates.extend(WINOGRAD)
     n, h, w, c = shape
     kernel, stride = sizes[:2], sizes[2:]
     size = Window(tuple(stride), (height, width), (down, right)).output_size((h, w), kernel)
-    if len(candidates) == 1 or n * math.prod(size) * c * filters * math.prod(kernel) < _WORTH_MEASURING:
+    pixels = n * math.prod(size)
+    if isa() == "amx" and pixels >= _ENOUGH_PIXELS:
+        candidates.append(native.TILES)
+    if len(candidates) == 1 or pixels * c * filters * math.prod(kernel) < _WORTH_MEASURING:
         return native.DIRECT
     cache = MeasuredCache.of(torch.device("cpu"), sources=("csrc", "native"))
     question = {"convolution": [*shape, filters, *numbers], "isa": isa(), "algorithms": candidates}
     known = cache.get(question)
     if known is None or known.get("algorithm") not in candidates:
         runs = {}
+        weight = torch.randn(filters, *kernel, c) / math.sqrt(c * math.prod(kernel))
+        layers = min(_MOST_LAYERS, 1 + _UNCACHED // weight.numel())
         for algorithm in candidates:
             builder = Builder()
             source, x = builder.tensor(shape, native.INPUT), builder.tensor(shape)
             y = builder.tensor((n, *size, filters), native.OUTPUT)
             builder.pad(x, max(height, width))
             builder.copy(source, x)
-            weight = torch.randn(filters, *kernel, c) / math.sqrt(c * math.prod(kernel))
-            builder.nodes.append(Node(native.CONV, x, y, algorithm=algorithm, numbers=numbers, weight=weight))
+            for _ in range(layers):
+                node = Node(native.CONV, x, y, algorithm=algorithm, numbers=numbers, weight=weight)
+                builder.nodes.append(node)
             planned = builder.build()
             given, result = torch.randn(n, h, w, c), torch.empty(builder.shape(y))
             runs[algorithm] = lambda planned=planned, given=given, result=result: planned.run(

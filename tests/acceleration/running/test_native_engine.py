@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from depthfuse import accelerate, load_accelerated
 from depthfuse.acceleration.running import choose, native_engine
 from depthfuse.acceleration.running.execution import NATIVE, Execution, Executor
-from depthfuse.acceleration.running.native_engine import ALGORITHMS, compile_plan
+from depthfuse.acceleration.running.native_engine import WINOGRAD, compile_plan
 from depthfuse.measuring.accuracy import relative_error
 from depthfuse.native import library
 from depthfuse.native import plan as native
@@ -38,6 +38,16 @@ def net(name):
     return model, torch.randn(2, 3, NETS[name], NETS[name])
 
 
+def everywhere(algorithm):
+    """For all products that can be computed so, the others directly."""
+
+    def choose(shape, filters, numbers):
+        square = (*numbers[:4], *numbers[6:]) == (3, 3, 1, 1, 1, 1) and numbers[4] == numbers[5]
+        return native.DIRECT if algorithm in WINOGRAD and not square else algorithm
+
+    return choose
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_whole_nets(name):
     model, x = net(name)
@@ -45,8 +55,8 @@ def test_whole_nets(name):
     with torch.no_grad():
         wanted = copy.deepcopy(model).double()(x.double())
         eager = model(x)
-    for algorithm in ALGORITHMS:
-        run = compile_plan(fast.plan, (x,), lambda *_, algorithm=algorithm: algorithm)
+    for algorithm in (native.DIRECT, native.TILES, *WINOGRAD):
+        run = compile_plan(fast.plan, (x,), everywhere(algorithm))
         assert run is not None
         assert relative_error(run(x), wanted) < max(2e-6, 6 * relative_error(eager, wanted))
         assert torch.equal(run(x.to(memory_format=torch.channels_last)), run(x))
@@ -258,16 +268,20 @@ def test_exact_means_no_winograd(always, monkeypatch, tmp_path):
     x = torch.randint(-3, 4, (1, 64, 28, 28), generator=generator).float()
     with torch.no_grad():
         wanted = copy.deepcopy(model).double()(x.double())
-        monkeypatch.setattr(native_engine, "fastest_algorithm", lambda *_: native.WINOGRAD_4)
+        winograd, asked = everywhere(native.WINOGRAD_4), []
+
+        def fastest(*product, exact=False):
+            asked.append(exact)
+            return native.DIRECT if exact else winograd(*product)
+
+        monkeypatch.setattr(native_engine, "fastest_algorithm", fastest)
         rounded = accelerate(model, x)
         assert rounded.report().executor.startswith(NATIVE)
         assert not torch.equal(rounded(x).double(), wanted)
-        monkeypatch.setattr(
-            native_engine, "fastest_algorithm", lambda *_: pytest.fail("Winograd is considered")
-        )
+        asked.clear()
         fast = accelerate(model, x, exact=True, engines="auto")
         assert fast.report().executor.startswith(NATIVE)
-        assert torch.equal(fast(x).double(), wanted)
+        assert torch.equal(fast(x).double(), wanted) and asked and all(asked)
         fast.save(tmp_path / "fast")
         for again in (load_accelerated(tmp_path / "fast"), copy.deepcopy(fast)):
             assert again.report().executor == fast.report().executor

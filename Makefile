@@ -5,8 +5,9 @@ MINUTES ?= 25
 BIN := .venv/bin
 # For Triton's interpreter; installed only where torch brings no Triton itself, as CPU builds do not.
 TRITON := triton==3.9.0
+BUILD := build==1.6.1
 
-.PHONY: help venv native demo test lint format sanitize test-gpu bench-gpu gpu-proof clean
+.PHONY: help venv native demo test lint format docs wheels sanitize test-gpu bench-gpu gpu-proof clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +43,20 @@ format: venv ## apply the formatter and the safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+.venv/.docs: .venv/.installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[docs]"
+	touch $@
+
+docs: .venv/.docs ## build the documentation into docs/_build, with warnings as errors
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
+	@echo "built: docs/_build/index.html"
+
+# Each is built in an environment of its own, where there is no torch that it would be pinned to.
+wheels: venv ## build dist/*.whl: one for any machine, one with the CPU engine for machines like this one
+	$(BIN)/python -m pip install --quiet $(BUILD)
+	$(BIN)/python -m build --wheel
+	DEPTHFUSE_BUILD_NATIVE=1 $(BIN)/python -m build --wheel
+
 sanitize: venv ## run the engine's tests under the address, undefined-behaviour and thread sanitizers (some minutes)
 	$(BIN)/python tests/native/sanitize.py
 
@@ -57,4 +72,4 @@ bench-gpu: ## time operators and whole models on the GPU, in the environment of 
 	$(PYTHON) -m benchmarks.models --device cuda --dtype fp16 --batch 1 128 && exit $$operators
 
 clean: ## remove .venv, builds and caches; runs/ stays
-	rm -rf .venv depthfuse/native/built build dist depthfuse.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv depthfuse/native/built build dist docs/_build depthfuse.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,12 +1,19 @@
-"""What pyproject.toml cannot say: dependencies that respect an installed torch."""
+"""What pyproject.toml cannot say: dependencies that respect an installed torch, and wheels with the CPU engine built."""
 
+import os
 import site
 import sys
 import sysconfig
 from importlib.metadata import distributions
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+# DEPTHFUSE_BUILD_NATIVE=1: the wheel brings the engine built, for this kind of machine. Else it brings the sources, and
+# each machine that has a g++ builds them at first use.
+BUILDS_NATIVE = os.environ.get("DEPTHFUSE_BUILD_NATIVE", "0") == "1"
 
 # No triton: CUDA wheels of torch bring it, ROCm wheels bring their own distribution of the same module, and a
 # second one would overwrite that. No torchvision: timm asks for it.
@@ -44,4 +51,39 @@ def installed_torch() -> list[str]:
     return []
 
 
-setup(install_requires=DEPENDENCIES + installed_torch())
+class OfOneMachine(Distribution):
+    """Built in a folder of its own, so that no binary gets into a later wheel without one."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+class WithEngine(build_py):
+    """Puts the engine where `python -m depthfuse.native` does. A compiler that is missing or fails is an error."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            from depthfuse.native.building import compile_engine, made
+
+            made(self._engine(), compile_engine)
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        return [*super().get_outputs(include_bytecode), str(self._engine())]
+
+    def _engine(self) -> Path:
+        sys.path.insert(0, str(Path(__file__).resolve().parent))
+        from depthfuse.native.building import BUILT, NAME, PACKAGE, digest
+
+        return Path(self.build_lib, "depthfuse", BUILT.relative_to(PACKAGE), digest(), NAME)
+
+
+class AnyPython(bdist_wheel):
+    """The engine is plain C at its border, loaded by ctypes: one binary for every Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+native = {"distclass": OfOneMachine, "cmdclass": {"build_py": WithEngine, "bdist_wheel": AnyPython}}
+setup(install_requires=DEPENDENCIES + installed_torch(), **(native if BUILDS_NATIVE else {}))

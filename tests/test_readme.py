@@ -1,35 +1,27 @@
-"""The README's code for training loops that are not ours, run as it stands there, on small nets and few images."""
+"""The README's code for training loops that are not ours, run as it stands there, on small nets and few images, and the
+flags of all its commands.
+"""
 
 import ast
 import json
-import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from documents import README, ROOT, Block, blocks_of, check_flags, names
 from nets import build
 from torch import nn
 
 import depthfuse
 import depthfuse.training.schedule
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+PLAIN, TRAINER, LIGHTNING = blocks_of(README, "python", "Train it in your own loop")
 
 
-def blocks_of(heading: str) -> list[str]:
-    """The Python blocks below a heading of the README."""
-    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-
-
-PLAIN, TRAINER, LIGHTNING = blocks_of("Train it in your own loop")
-
-
-def run(code: str, **given: object) -> dict:
-    names = {"depthfuse": depthfuse, "torch": torch, **given}
-    exec(compile(code, "README.md", "exec"), names)
-    return names
+def run(block: Block, **given: object) -> dict:
+    left = {**names(), **given}
+    block.run(left)
+    return left
 
 
 def batches(count: int, classes: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -37,15 +29,28 @@ def batches(count: int, classes: int) -> list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def test_every_block_is_python():
-    for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
-        ast.parse(code)
+    blocks = blocks_of(README, "python")
+    assert len(blocks) > 4
+    for block in blocks:
+        ast.parse(block.code)
+
+
+def test_every_command_is_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text("")
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    commands = [command for block in blocks_of(README, "sh") for command in block.commands()]
+    ours = [command for command in commands if command.startswith("depthfuse ")]
+    assert len(ours) > 6
+    for command in ours:
+        check_flags(command, monkeypatch)
 
 
 def test_export(tmp_path, monkeypatch):
-    (code,) = blocks_of("Export")
+    (block,) = blocks_of(README, "python", "Export")
     monkeypatch.chdir(tmp_path)
     model = build("resnet")[0]
-    left = run(code, merged=model, x=torch.randn(1, 3, 224, 224))
+    left = run(block, merged=model, x=torch.randn(1, 3, 224, 224))
     assert json.loads(left["facts"]["depthfuse"])["model"] == "resnet18" and left["logits"].shape == (5, 7)
     assert left["written"].comparison.error < 1e-5
 

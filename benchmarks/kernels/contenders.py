@@ -127,7 +127,7 @@ def native(case: Any, sets: list[Operands]) -> list[Call]:
     """The kernel of csrc/gpu, for HIP and CUDA."""
     from depthfuse.kernels.arguments import Tail, ThreeLayers
     from depthfuse.native import gpu
-    from depthfuse.native.library import Missing
+    from depthfuse.native.building import Missing
 
     if case.op != "inverted_residual":
         raise Unavailable("csrc/gpu has no such operator")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from benchmarks.kernels.occupancy import amd_workgroups, nvidia_workgroups
 from depthfuse.devices import DEVICES
+from depthfuse.native.building import Missing, run_compiler
 from depthfuse.native.gpu import SOURCE, compiler_of
-from depthfuse.native.library import Missing, run_compiler
 
 TARGETS = ("gfx908", "gfx90a", "sm_80", "sm_90")
 BLOCK_THREADS = 256  # see inverted_residual.cu

@@ -3,7 +3,8 @@
 import shutil
 import sys
 
-from depthfuse.native.library import BUILT, NAME, Missing, compile_engine, digest, in_words, made
+from depthfuse.native.building import BUILT, NAME, Missing, compile_engine, digest, made
+from depthfuse.native.library import in_words
 
 
 def main() -> int:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from depthfuse.devices import capability_of
 from depthfuse.kernels.arguments import NO_TAIL, Tail, ThreeLayers
-from depthfuse.native.library import CSRC, Missing, cached, made, run_compiler
+from depthfuse.native.building import CSRC, Missing, made, run_compiler
+from depthfuse.native.library import cached
 from depthfuse.native.plan import ACTIVATIONS
 
 logger = logging.getLogger(__name__)

@@ -1,39 +1,22 @@
-"""Find or build the engine's shared library, and speak to it.
+"""Find the engine's shared library, or have it built, and speak to it.
 
-It is plain C at the border, so one binary serves every version of PyTorch. It is built from the sources that the
-package brings by the machine's g++: by `python -m depthfuse.native` into the package, as `make` does, or else at
-first use, once, into the user's cache. Where there is no compiler there is no engine, and nothing else changes.
-`DEPTHFUSE_NATIVE=0` does without it; `DEPTHFUSE_ISA=avx512` does without tiles, `avx2` and `baseline` with narrower
-vectors. `DEPTHFUSE_CXXFLAGS` gives the compiler more flags, such as a sanitizer's; each set of flags has a binary of
-its own.
+It is plain C at the border, so one binary serves every version of PyTorch. It comes with the package, or is built at
+first use, once, into the user's cache (`building.py`). Where neither works there is no engine, and nothing else
+changes. `DEPTHFUSE_NATIVE=0` does without it; `DEPTHFUSE_ISA=avx512` does without tiles, `avx2` and `baseline` with
+narrower vectors.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from depthfuse.measured_cache import cache_folder
-
-logger = logging.getLogger(__name__)
+from depthfuse.native.building import BUILT, NAME, Missing, compile_engine, compiler, digest, made
 
 ABI_VERSION = 4
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
-SOURCES = CSRC / "cpu"
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fvisibility=hidden")
-NAME = "libdepthfuse_cpu.so"
-BUILT = Path(__file__).resolve().parent / "built"
 
 
 class TensorSpec(ctypes.Structure):
@@ -51,10 +34,6 @@ class NodeSpec(ctypes.Structure):
         ("f", ctypes.c_float),
         *((name, ctypes.c_int64) for name in ("weight", "bias", "scale", "shift")),
     ]
-
-
-class Missing(Exception):
-    """Why there is no engine, in words."""
 
 
 def library() -> ctypes.CDLL:
@@ -116,7 +95,7 @@ def in_words() -> str:
     try:
         is_wanted = os.environ.get("DEPTHFUSE_NATIVE", "1") != "0"
         if is_wanted and not (BUILT / digest() / NAME).exists() and not cached(NAME, digest()).exists():
-            return f"built at first use, by {_compiler()}"
+            return f"built at first use, by {compiler()}"
         asked, runs = os.environ.get("DEPTHFUSE_ISA"), isa()
         if asked == runs:
             return f"{runs} (DEPTHFUSE_ISA is {asked})"
@@ -137,66 +116,3 @@ def cached(name: str, digest: str) -> Path:
     if folder is None:
         raise Missing("this user has no home to keep native code in; set DEPTHFUSE_CACHE_DIR to a folder")
     return folder / "native" / digest / name
-
-
-def made(target: Path, make: Callable[[Path], None]) -> Path:
-    """`target`, made if it is not there: whole or not at all, by one process or by several at once.
-
-    Raises Missing: there is no place for it, or whatever `make` raises.
-    """
-    if target.exists():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            make(Path(scratch, target.name))
-            os.replace(Path(scratch, target.name), target)
-    except OSError as error:
-        raise Missing(f"{target} cannot be built: {error}") from error
-    return target
-
-
-@functools.cache
-def digest() -> str:
-    """Of the sources and of what compiles them: names the folder that holds the result. Raises Missing."""
-    if not SOURCES.is_dir():
-        raise Missing("this installation has no sources of the engine")
-    digest = hashlib.sha256(repr((_flags(), platform.machine())).encode())
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.name.encode() + source.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _flags() -> tuple[str, ...]:
-    return (*FLAGS, *shlex.split(os.environ.get("DEPTHFUSE_CXXFLAGS", "")))
-
-
-def _compiler() -> str:
-    found = os.environ.get("CXX") or shutil.which("g++")
-    if found is None:
-        raise Missing("there is no g++ to build the engine with (or set CXX)")
-    return found
-
-
-def compile_engine(target: Path) -> None:
-    """Compile the engine into `target`, with its objects beside it. Raises Missing."""
-    compiler = _compiler()
-    logger.warning("building the native CPU engine, once: about half a minute of %s", compiler)
-    sources = sorted(SOURCES.glob("*.cc"))
-    objects = [target.with_name(f"{source.stem}.o") for source in sources]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        commands = [
-            [compiler, *_flags(), "-c", str(source), "-o", str(result)]
-            for source, result in zip(sources, objects, strict=True)
-        ]
-        list(pool.map(run_compiler, commands))
-    run_compiler([compiler, *_flags(), "-shared", *map(str, objects), "-o", str(target), "-pthread"])
-
-
-def run_compiler(command: list[str], **environment: str) -> str:
-    """What it says. Raises Missing where it fails, with its first error."""
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-    if done.returncode:
-        reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
-        raise Missing(f"{command[0]} fails: {reason}")
-    return done.stderr

@@ -29,7 +29,7 @@ LEFT_OUT = (
     "test_machine_code.py",  # reads what the compiler makes without a sanitizer
 )
 BUILD = """
-from depthfuse.native.library import BUILT, NAME, compile_engine, digest, made
+from depthfuse.native.building import BUILT, NAME, compile_engine, digest, made
 made(BUILT / digest() / NAME, compile_engine)
 """
 

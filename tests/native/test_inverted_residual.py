@@ -7,8 +7,8 @@ import torch
 
 from benchmarks.kernels.native import shared_bytes
 from depthfuse.kernels.arguments import NO_TAIL, Tail, ThreeLayers
+from depthfuse.native.building import run_compiler
 from depthfuse.native.gpu import SIZES, SOURCE, compiler_of, inverted_residual, pack
-from depthfuse.native.library import run_compiler
 from depthfuse.selftest import oracle
 from depthfuse.selftest.oracle import ACT, GUARD, assert_within, guarded
 

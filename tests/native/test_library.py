@@ -8,8 +8,10 @@ import sys
 import pytest
 from native_ops import needs_engine
 
+from depthfuse.native import building
 from depthfuse.native import library as module
-from depthfuse.native.library import Missing, why_missing
+from depthfuse.native.building import Missing
+from depthfuse.native.library import why_missing
 
 CODE = """
 import torch
@@ -79,7 +81,7 @@ def test_what_runs_is_said_and_nothing_built_for_that(tmp_path, monkeypatch):
 def test_a_compiler_that_fails_is_asked_once(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        module, "_built", lambda: asked.append(1) or module.run_compiler([sys.executable, "-c", "1/0"])
+        module, "_built", lambda: asked.append(1) or building.run_compiler([sys.executable, "-c", "1/0"])
     )
     module._loaded.cache_clear()
     try:
@@ -103,10 +105,10 @@ def test_narrower_vectors_can_be_asked_for(isa, tmp_path):
 
 def test_each_set_of_flags_has_a_binary_of_its_own(monkeypatch):
     monkeypatch.delenv("DEPTHFUSE_CXXFLAGS", raising=False)
-    plain = module.digest.__wrapped__()
+    plain = building.digest.__wrapped__()
     monkeypatch.setenv("DEPTHFUSE_CXXFLAGS", "-g -fsanitize=thread")
-    assert module.digest.__wrapped__() != plain
-    assert module._flags()[-2:] == ("-g", "-fsanitize=thread")
+    assert building.digest.__wrapped__() != plain
+    assert building.flags()[-2:] == ("-g", "-fsanitize=thread")
 
 
 @needs_engine

@@ -20,7 +20,8 @@ from depthfuse.acceleration.running.native_values import Algorithms, Unsupported
 from depthfuse.kernels.arguments import Window
 from depthfuse.measured_cache import MeasuredCache
 from depthfuse.native import plan as native
-from depthfuse.native.library import Missing, isa
+from depthfuse.native.building import Missing
+from depthfuse.native.library import isa
 from depthfuse.native.plan import Builder, NativePlan, Node
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: dependencies that respect an installed torch, and wheels with the CPU engine built."""
+"""What pyproject.toml cannot say: dependencies that respect an installed torch, and a wheel with a built engine."""
 
 import os
 import site

@@ -23,6 +23,7 @@ from fastapi.concurrency import run_in_threadpool
 from PIL import Image, ImageOps
 
 MAX_BYTES = 20 * 2**20
+FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow opens others by foreign programs
 TOP = 5
 
 
@@ -45,10 +46,13 @@ class Classifier:
 
     def prepared(self, image: Image.Image) -> np.ndarray:  # [1, C, S, S] float32
         """The shorter side resized, the centre cut out, normalised: as images are evaluated in a run."""
-        image = ImageOps.exif_transpose(image).convert("L" if self.channels == 1 else "RGB")
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:  # shows white
+            above = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
+        image = image.convert("L" if self.channels == 1 else "RGB")
         shorter = math.floor(self.size / self.crop_pct)
-        scale = shorter / min(image.size)
-        width, height = (shorter if side == min(image.size) else int(side * scale) for side in image.size)
+        width, height = (int(shorter * side / min(image.size)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         image = image.crop((left, top, left + self.size, top + self.size))
@@ -91,7 +95,7 @@ async def classify(request: Request) -> dict[str, float]:
 
 def answer(data: bytes) -> dict[str, float]:
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise HTTPException(400, f"this is no image that can be read: {error}") from error

@@ -37,8 +37,9 @@ def tensor_text(value: onnx.ValueInfoProto, is_batched: bool, labels: str | None
         raise SystemExit(f"{value.name} is of a type that Triton does not have: {kind.elem_type}")
     dims = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim]
     shape = ", ".join(map(str, dims[1:] if is_batched else dims))
-    named = f'\n    label_filename: "{labels}"' if labels else ""
-    return f'  {{\n    name: "{value.name}"\n    data_type: {_TYPES[kind.elem_type]}\n    dims: [ {shape} ]{named}\n  }}'
+    lines = f'name: "{value.name}"', f"data_type: {_TYPES[kind.elem_type]}", f"dims: [ {shape} ]"
+    named = (f'label_filename: "{labels}"',) if labels else ()
+    return "  {\n" + "".join(f"    {line}\n" for line in (*lines, *named)) + "  }"
 
 
 def is_batched(graph: onnx.GraphProto) -> bool:

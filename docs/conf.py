@@ -8,6 +8,7 @@ import contextlib
 import io
 import os
 import re
+from pathlib import Path
 
 from sphinx.application import Sphinx
 
@@ -40,6 +41,8 @@ napoleon_use_rtype = False
 
 
 _COMMANDS = "<!-- the commands -->"
+# A link to a Markdown file of the repository that is no page here.
+_OUTSIDE = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[\w./-]+\.md)(?:#[\w-]+)?\)")
 
 
 def help_of(name: str) -> str:
@@ -61,6 +64,18 @@ def put_commands(app: Sphinx, page: str, text: list[str]) -> None:
         text[0] = text[0].replace(_COMMANDS, "\n\n".join(parts))
 
 
+def as_downloads(app: Sphinx, page: str, text: list[str]) -> None:
+    """Such a link opens on a forge; here the file is given as it is."""
+
+    def download(found: re.Match) -> str:
+        is_page = (
+            (Path(app.srcdir, page).parent / found[2]).resolve().is_relative_to(Path(app.srcdir).resolve())
+        )
+        return found[0] if is_page else f"{{download}}`{found[1]} <{found[2]}>`"
+
+    text[0] = _OUTSIDE.sub(download, text[0])
+
+
 def as_text(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
     """Docstrings are plain text with code in backticks: what reStructuredText would take for its marks is escaped."""
     for i, line in enumerate(lines):
@@ -71,5 +86,6 @@ def as_text(app: Sphinx, what: str, name: str, thing: object, options: object, l
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("source-read", put_commands)
+    app.connect("source-read", as_downloads)
     app.connect("autodoc-process-docstring", as_text, priority=400)  # before napoleon makes marks of its own
     return {"parallel_read_safe": True}

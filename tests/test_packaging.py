@@ -8,13 +8,16 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from on_request import on_request
 
 import depthfuse
+from depthfuse.native.building import NAME, digest
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ["depthfuse", "kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
@@ -45,17 +48,83 @@ def build(source: Path, out: Path, **environment: str) -> subprocess.CompletedPr
     )
 
 
+BINARY = f"depthfuse/native/built/{digest()}/{NAME}"
+PLATFORM = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+# In the place of g++: what it is to write holds a word.
+COMPILER = """#!/bin/sh
+while [ "$1" != -o ]; do shift; done
+printf compiled > "$2"
+"""
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> zipfile.ZipFile:
+def wheels(tmp_path_factory) -> dict[str, zipfile.ZipFile]:
+    """Both kinds, "native" and "any", of one tree, the native one first: it must leave nothing for the other."""
     source = copy_source(tmp_path_factory.mktemp("source"))
     (source / "tests").mkdir()
     (source / "tests" / "test_nothing.py").write_text("")
-    out = tmp_path_factory.mktemp("wheel") / "out"
-    result = build(source, out)
+    folder = tmp_path_factory.mktemp("wheel")
+    (folder / "compiler").write_text(COMPILER)
+    (folder / "compiler").chmod(0o755)
+    native = {"DEPTHFUSE_BUILD_NATIVE": "1", "CXX": str(folder / "compiler")}
+    built = {}
+    for kind, tag, environment in (
+        ("native", PLATFORM, native),
+        ("any", "any", {"DEPTHFUSE_BUILD_NATIVE": "0"}),
+    ):
+        result = build(source, folder / kind, **environment)
+        assert result.returncode == 0, result.stderr
+        (path,) = (folder / kind).glob("*.whl")
+        assert path.name == f"depthfuse-0.1.0-py3-none-{tag}.whl"
+        built[kind] = zipfile.ZipFile(path)
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(wheels) -> zipfile.ZipFile:
+    return wheels["any"]
+
+
+def test_a_native_wheel_holds_the_engine_where_it_is_looked_for(wheels):
+    native, names = wheels["native"], set(wheels["any"].namelist())
+    assert set(native.namelist()) - names == {BINARY}
+    assert names <= set(native.namelist()) and native.read(BINARY) == b"compiled"
+    facts = native.read("depthfuse-0.1.0.dist-info/WHEEL").decode()
+    assert f"Tag: py3-none-{PLATFORM}\n" in facts and "Root-Is-Purelib: false" in facts
+    assert BINARY in native.read("depthfuse-0.1.0.dist-info/RECORD").decode()
+
+
+def test_a_native_wheel_without_a_compiler_is_an_error(tmp_path):
+    source = copy_source(tmp_path / "source")
+    result = build(source, tmp_path / "out", DEPTHFUSE_BUILD_NATIVE="1", CXX=str(tmp_path / "none"))
+    assert result.returncode != 0 and "none" in result.stderr and not list((tmp_path / "out").iterdir())
+
+
+@on_request("a minute of g++")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_an_installed_native_wheel_needs_no_compiler(tmp_path):
+    result = build(copy_source(tmp_path / "source"), tmp_path / "out", DEPTHFUSE_BUILD_NATIVE="1")
     assert result.returncode == 0, result.stderr
-    (path,) = out.glob("*.whl")
-    assert path.name == "depthfuse-0.1.0-py3-none-any.whl"
-    return zipfile.ZipFile(path)
+    (path,) = (tmp_path / "out").glob("*.whl")
+    zipfile.ZipFile(path).extractall(tmp_path / "installed")
+    code = "import depthfuse; from depthfuse.native.library import isa; print(depthfuse.__file__, isa())"
+    environment = {
+        "PYTHONPATH": str(tmp_path / "installed"),
+        "PATH": "",
+        "DEPTHFUSE_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    where, isa = done.stdout.split()
+    assert where.startswith(str(tmp_path / "installed")) and isa in ("avx512", "avx2", "baseline"), (
+        done.stderr
+    )
+    assert not (tmp_path / "cache" / "native").exists()
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):

@@ -15,7 +15,7 @@ from depthfuse.training.lambda_schedule import lambda_at
 
 
 class Schedule:
-    """Moves the chosen blocks of a subnet from original (lambda = 1) to pruned (0) while somebody else trains it.
+    """Moves the chosen blocks of a subnet from original (lambda = 1) to pruned (0) while somebody else trains it::
 
         schedule = depthfuse.Schedule(subnet, steps=1000)
         for images, labels in batches:

@@ -1,5 +1,6 @@
 """The pages of docs/: each is a story, and all of its code is run, in order, in one folder."""
 
+import functools
 import importlib.util
 import runpy
 import subprocess
@@ -16,9 +17,11 @@ from depthfuse import ModelSource
 from depthfuse.checkpoint import save_tensors
 from depthfuse.cli import main
 from depthfuse.cli.command import BUDGET_MISSED, DONE
+from depthfuse.measuring.timing import Timing
+from depthfuse.runs import run
 
 # What takes minutes in reality, and what is run in its place; the first that stands in a command is replaced first.
-SIZES = "channels=(8,12,16,24) layers=(1,1,1,1)"
+SIZES = "channels=(4,4,8,8) layers=(1,1,1,1)"
 CHEAP = (
     "--data.img-size 32 --data.batch-size 24 --baseline.epochs 1 --baseline.warmup-epochs 0 --latency.rounds 1 "
     "--search.calibration-images 64 --search.losing-merges --cpu"
@@ -33,6 +36,7 @@ SMALL = (
     ("latency resnet34", f"latency resnet18 --model-kwargs {SIZES} --input-size 3 32 32 --rounds 1"),
     ("inspect resnet34", f"inspect resnet18 --model-kwargs {SIZES}"),
     ("export resnet18 --pretrained", f"export resnet18 --model-kwargs {SIZES}"),
+    ("accelerate runs/photos --dtype auto", "accelerate runs/photos --tune heuristic"),
     ("accelerate resnet18 --model-kwargs", f"accelerate resnet18 --model-kwargs {SIZES}"),
     (
         "--search.budget-ms 4.0",
@@ -51,6 +55,10 @@ WITHOUT_ONNX = (("--to onnx", "--to torch"), (".onnx", ".pt2"))
 NOT_RUN = {
     "torchrun ": "there is one process here; runs/test_processes.py starts two",
     "depthfuse env --selftest": "minutes in Triton's interpreter; test_selftest.py",
+    "depthfuse prune --effort quick --model resnet34 --pretrained --data.data photos --latency.device mi100 ": (
+        "predictions count whole models; costs/test_latency.py"
+    ),
+    "depthfuse latency resnet34 --device mi300x ": "the same",
     "depthfuse bench ": "a process for each engine; cli/test_bench.py",
     "make gpu-proof": "needs a GPU; benchmarks/test_gpu_proof.py",
     "pip install ": "needs a network",
@@ -81,19 +89,25 @@ def given_images(tmp_path_factory):
     photos(folder / "photos" / "train")
     photos(folder / "photos" / "val", count=8)
     photos(folder / "unsorted", classes=("",), count=96)
-    model = ModelSource.make("resnet18", channels=(8, 12, 16, 24), layers=(1, 1, 1, 1), num_classes=3).build()
+    model = ModelSource.make("resnet18", channels=(4, 4, 8, 8), layers=(1, 1, 1, 1), num_classes=3).build()
     save_tensors(folder / "small.safetensors", model.state_dict())
     return folder
 
 
+def untimed(calls, rounds, device):
+    return {name: Timing((1.0,) * rounds) for name in calls}
+
+
 @pytest.fixture
 def folder(given_images, tmp_path, monkeypatch):
-    """What readers have: a folder with their images."""
+    """What readers have: a folder with their images. Nothing is timed."""
     for entry in given_images.iterdir():
         (tmp_path / entry.name).symlink_to(entry)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     Clock().install(monkeypatch)
+    monkeypatch.setattr(run, "time_interleaved", untimed)
+    monkeypatch.setattr(run, "accelerate", functools.partial(run.accelerate, tune="heuristic"))
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:

@@ -98,5 +98,5 @@ def answer(data: bytes) -> dict[str, float]:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise HTTPException(400, f"this is no image that can be read: {error}") from error
+        raise HTTPException(400, f"this is no whole {', '.join(FORMATS)} image") from error
     return app.state.classifier(image)

@@ -13,7 +13,7 @@ from pathlib import Path
 from sphinx.application import Sphinx
 
 from depthfuse import __version__
-from depthfuse.cli import COMMANDS, main
+from depthfuse.cli import COMMANDS, EXIT_CODES, main
 
 project = "depthfuse"
 author = "the depthfuse contributors"
@@ -55,13 +55,15 @@ def help_of(name: str) -> str:
 
 
 def put_commands(app: Sphinx, page: str, text: list[str]) -> None:
-    """Write the help of every command into the page of them: it cannot go stale."""
+    """Write the codes and the help of every command into the page of them: it cannot go stale."""
     if _COMMANDS in text[0]:
         parts = [
             f"## depthfuse {name}\n\n{command.about}\n\n```text\n{help_of(name)}\n```"
             for name, command in COMMANDS.items()
         ]
-        text[0] = text[0].replace(_COMMANDS, "\n\n".join(parts))
+        codes = [f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items()]
+        told = "\n".join(["| exit code | meaning |", "|---|---|", *codes])
+        text[0] = text[0].replace(_COMMANDS, "\n\n".join([told, *parts]))
 
 
 def as_downloads(app: Sphinx, page: str, text: list[str]) -> None:

@@ -13,11 +13,12 @@ from fake_clock import Clock
 from PIL import Image
 
 import depthfuse
-from depthfuse import ModelSource
+from depthfuse import ModelSource, origins
 from depthfuse.checkpoint import save_tensors
 from depthfuse.cli import main
 from depthfuse.cli.command import BUDGET_MISSED, DONE
 from depthfuse.measuring.timing import Timing
+from depthfuse.merging.adapters import base
 from depthfuse.runs import run
 
 # What takes minutes in reality, and what is run in its place; the first that stands in a command is replaced first.
@@ -108,6 +109,8 @@ def folder(given_images, tmp_path, monkeypatch):
     Clock().install(monkeypatch)
     monkeypatch.setattr(run, "time_interleaved", untimed)
     monkeypatch.setattr(run, "accelerate", functools.partial(run.accelerate, tune="heuristic"))
+    monkeypatch.setattr(base, "_CANDIDATES", {kind: [*known] for kind, known in base._CANDIDATES.items()})
+    monkeypatch.setattr(origins, "_allowed", set(origins._allowed))
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:

@@ -1,6 +1,7 @@
 """Set-up of every test run: must happen before a test module imports depthfuse or triton."""
 
 import importlib
+import logging
 import os
 import random
 import sys
@@ -55,6 +56,16 @@ def seed() -> int:
     np.random.seed(value)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture
+def restored_logger():
+    """Leaves the package's log as it was: a command sets it up."""
+    package = logging.getLogger("depthfuse")
+    before = package.handlers, package.propagate, package.level
+    yield
+    package.handlers, package.propagate = before[:2]
+    package.setLevel(before[2])
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -35,7 +35,7 @@ def test_every_block_is_python():
         ast.parse(block.code)
 
 
-def test_every_command_is_understood(tmp_path, monkeypatch):
+def test_every_command_is_understood(tmp_path, monkeypatch, restored_logger):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text("")
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")

@@ -1,7 +1,6 @@
 """A log that each test leaves as it was, and a finished run whose nets nobody has trained."""
 
 import importlib.util
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -23,12 +22,8 @@ NETS = ("baseline", "baseline accelerated", "pruned", "merged", "merged accelera
 
 
 @pytest.fixture(autouse=True)
-def restored_logger():
-    package = logging.getLogger("depthfuse")
-    before = package.handlers, package.propagate, package.level
-    yield
-    package.handlers, package.propagate = before[:2]
-    package.setLevel(before[2])
+def restored(restored_logger):
+    """Commands set the log up."""
 
 
 @pytest.fixture(scope="session")

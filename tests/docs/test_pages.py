@@ -100,7 +100,7 @@ def untimed(calls, rounds, device):
 
 
 @pytest.fixture
-def folder(given_images, tmp_path, monkeypatch):
+def folder(given_images, tmp_path, monkeypatch, restored_logger):
     """What readers have: a folder with their images. Nothing is timed."""
     for entry in given_images.iterdir():
         (tmp_path / entry.name).symlink_to(entry)

@@ -10,13 +10,7 @@ from rich.console import Console
 from depthfuse import log
 
 
-@pytest.fixture(autouse=True)
-def restored_logger():
-    package = logging.getLogger("depthfuse")
-    before = package.handlers, package.propagate, package.level
-    yield
-    package.handlers, package.propagate = before[:2]
-    package.setLevel(before[2])
+pytestmark = pytest.mark.usefixtures("restored_logger")
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from rich.console import Console
 
 from depthfuse import log
 
-
 pytestmark = pytest.mark.usefixtures("restored_logger")
 
 

@@ -1,11 +1,14 @@
 """What pyproject.toml cannot say: dependencies that respect an installed torch, and a wheel with a built engine."""
 
+import functools
+import importlib.util
 import os
 import site
 import sys
 import sysconfig
 from importlib.metadata import distributions
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -64,18 +67,25 @@ class WithEngine(build_py):
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            from depthfuse.native.building import compile_engine, made
-
-            made(self._engine(), compile_engine)
+            self._building.made(self._engine, self._building.compile_engine)
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
-        return [*super().get_outputs(include_bytecode), str(self._engine())]
+        return [*super().get_outputs(include_bytecode), str(self._engine)]
 
+    @functools.cached_property
+    def _building(self) -> ModuleType:
+        """By its path: the package itself cannot be imported where it is built, and needs not be."""
+        path = Path(__file__).resolve().parent / "depthfuse" / "native" / "building.py"
+        spec = importlib.util.spec_from_file_location("building", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    @property
     def _engine(self) -> Path:
-        sys.path.insert(0, str(Path(__file__).resolve().parent))
-        from depthfuse.native.building import BUILT, NAME, PACKAGE, digest
-
-        return Path(self.build_lib, "depthfuse", BUILT.relative_to(PACKAGE), digest(), NAME)
+        building = self._building
+        inside = building.BUILT.relative_to(building.PACKAGE)
+        return Path(self.build_lib, "depthfuse", inside, building.digest(), building.NAME)
 
 
 class AnyPython(bdist_wheel):

@@ -36,13 +36,13 @@ def copy_source(target: Path) -> Path:
 
 
 def build(source: Path, out: Path, **environment: str) -> subprocess.CompletedProcess:
-    """What pip runs, without pip, network or isolation."""
+    """What pip runs, without pip, network or isolation; our own code is not on the path there."""
     out.mkdir()
     code = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-P", "-c", code],
         cwd=source,
-        env=os.environ | environment,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment,
         capture_output=True,
         text=True,
     )

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from documents import DOCS, PAGES, README, ROOT, anchors_of, blocks_of, check_flags, links_of, names, words
 from fake_clock import Clock
+from on_request import on_request
 from PIL import Image
 
 import depthfuse
@@ -66,8 +68,10 @@ NOT_RUN = {
     "MODEL=photos.onnx uvicorn ": "a server that does not end; test_serving.py calls it",
     "curl ": "the same",
 }
-# Blocks of other pages that a page takes for granted: (page, heading).
-BEFORE = {"files.md": (("tutorial.md", "3. Prune"),)}
+# Pages that read what the tutorial's run has left, which is made once.
+AFTER_THE_RUN = ("tutorial.md", "files.md")
+# Pages that take too long for every run; else the flags of their commands are read, and files and Python are left out.
+LONG_PAGES = {"guides/budget.md": "half a minute"}
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript"))
 STORIES = [page for page in PAGES if blocks_of(page, "python") or blocks_of(page, "sh")]
 
@@ -138,12 +142,34 @@ def run_command(command, monkeypatch):
     assert main([*arguments, "--quiet"]) in ((DONE, BUDGET_MISSED) if budget else (DONE,)), command
 
 
-@pytest.mark.parametrize("page", STORIES, ids=lambda page: str(page.relative_to(DOCS)))
-def test_a_page(page, folder, monkeypatch):
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept") / "runs"
+
+
+def make_the_run(folder, kept, monkeypatch):
+    if not kept.exists():
+        for block in blocks_of(DOCS / "tutorial.md", "sh", "3. Prune"):
+            for command in block.commands():
+                run_command(command, monkeypatch)
+        shutil.copytree(folder / "runs", kept)
+    else:
+        shutil.copytree(kept, folder / "runs")
+
+
+def stories():
+    for page in STORIES:
+        name = str(page.relative_to(DOCS))
+        marks = on_request(LONG_PAGES[name]) if name in LONG_PAGES else ()
+        yield pytest.param(page, id=name, marks=marks)
+
+
+@pytest.mark.parametrize("page", stories())
+def test_a_page(page, folder, kept, monkeypatch):
     left = names()
-    earlier = BEFORE.get(page.name, ())
-    blocks = [b for name, heading in earlier for b in blocks_of(DOCS / name, "sh", heading)] + blocks_of(page)
-    for block in blocks:
+    if page.name in AFTER_THE_RUN:
+        make_the_run(folder, kept, monkeypatch)
+    for block in blocks_of(page):
         if block.file:
             (folder / block.file).write_text(block.code)
         elif block.language == "python":
@@ -151,6 +177,13 @@ def test_a_page(page, folder, monkeypatch):
         elif block.language == "sh":
             for command in block.commands():
                 run_command(command, monkeypatch)
+
+
+@pytest.mark.parametrize("name", LONG_PAGES)
+def test_the_commands_of_a_long_page_are_understood(name, monkeypatch, restored_logger):
+    for block in blocks_of(DOCS / name, "sh"):
+        for command in block.commands():
+            check_flags(command, monkeypatch)
 
 
 def test_all_that_is_declared_is_there():

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import shutil
 import site
 import sys
 import sysconfig
@@ -67,6 +68,8 @@ class WithEngine(build_py):
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
+            if not self._engine.exists():  # what an earlier build left is of other sources
+                shutil.rmtree(self._engine.parents[1], ignore_errors=True)
             self._building.made(self._engine, self._building.compile_engine)
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:

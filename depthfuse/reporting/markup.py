@@ -16,7 +16,7 @@ from depthfuse.reporting.style import style_sheet
 Piece = Element | str | None
 # What XML, and so the writer of elements, has no way to hold; HTML has none either.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-_NUMBER = re.compile(r"[<>=+\-−±~ ]*\d[\d.,e+\-]*( ?[%x×M]| ± [\d.]+)?$")
+_NUMBER = re.compile(r"[<>=+\-−±~ ]*\d[\d.,e+\-]*( ?[%x×M]| ± [\d.]+| to [\d.]+)?$")
 
 
 def tag(name: str, *children: Piece, **attributes: str | None) -> Element:
@@ -63,7 +63,7 @@ def table(
 ) -> Element | None:
     """A table that scrolls in a box of its own; the first cell of a row is its head. None without rows.
 
-    strong: the rows that stand out. Columns of numbers are set to the right.
+    strong: the rows that stand out. Columns mostly of numbers are set to the right.
     """
     if not rows:
         return None
@@ -90,11 +90,7 @@ def _cell(cell: Piece, kind: str | None) -> Element:
 
 def _is_numeric(cells: Sequence[Piece]) -> bool:
     texts = [cell for cell in cells if isinstance(cell, str) and cell]
-    return (
-        bool(texts)
-        and len(texts) >= sum(isinstance(cell, Element) for cell in cells) + 1
-        and all(_NUMBER.match(text) for text in texts)
-    )
+    return 2 * sum(bool(_NUMBER.match(text)) for text in texts) > len(texts)
 
 
 def bar(share: float, kind: str | None = None) -> Element:

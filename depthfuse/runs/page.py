@@ -245,12 +245,8 @@ def _operations(found: Findings) -> Element | None:
     now = documents.get("merged accelerated")
     if now is None:
         return None
-    same = (
-        " It runs them as they are timed here."
-        if now["whole"] is None
-        else (
-            f" They are timed one after another, though {now['whole']} runs the whole net: their sum is not its time."
-        )
+    whole = (
+        f" {now['whole']} runs the net as a whole, so that their sum is not its time." if now["whole"] else ""
     )
     others = [
         one_by_one(document["operations"], f"All operations, {name}") for name, document in documents.items()
@@ -260,7 +256,7 @@ def _operations(found: Findings) -> Element | None:
         "Where the time goes",
         paragraph(
             f"The merged net as {now['executor']}: {now['fused']} fused operations that absorbed {now['absorbed']} "
-            f"layers, {now['unfused']} as they were.{same}"
+            f"layers, {now['unfused']} as they were. They are timed one after another.{whole}"
         ),
         by_kind(now["operations"]),
         of_engines(now["engines"]),

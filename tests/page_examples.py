@@ -3,7 +3,7 @@
 from depthfuse.acceleration import Report
 from depthfuse.acceleration.planning.plan import Cost, Entry
 from depthfuse.benching import page as bench_page
-from depthfuse.config import CompareConfig, PruneConfig, SearchConfig, to_yaml
+from depthfuse.config import CompareConfig, PruneConfig, SearchConfig
 from depthfuse.costs.table import CostTable
 from depthfuse.rivals import compare_page
 from depthfuse.runs import page as run_page
@@ -195,7 +195,7 @@ def comparison() -> str:
             {"method": "drop", "budget": "speedup=1.3", "seed": 0, "unreachable": f"no {HOSTILE}"}
         ],
     }
-    return compare_page.html(document, to_yaml(CompareConfig()))
+    return compare_page.html(document, CompareConfig())
 
 
 def run() -> str:

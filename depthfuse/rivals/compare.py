@@ -269,10 +269,9 @@ class Comparison:
             "unreachable": unreachable,
         }
         save_json(self.dir / "results.json", results)
-        settings = to_yaml(self.config)
-        save_text(self.dir / "config.yaml", settings)
+        save_text(self.dir / "config.yaml", to_yaml(self.config))
         compare_report.write(self.dir, results)
-        save_text(self.dir / compare_page.FILE, compare_page.html(results, settings))
+        save_text(self.dir / compare_page.FILE, compare_page.html(results, self.config))
 
     def _baseline_row(self, run: Run) -> dict[str, Any]:
         net = run.build()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree.ElementTree import Element
 
 from depthfuse._version import __version__
+from depthfuse.config import CompareConfig, to_yaml
 from depthfuse.reporting.markup import (
     code,
     facts,
@@ -25,11 +27,11 @@ from depthfuse.runs.report import chosen_by
 FILE = "report.html"
 
 
-def html(results: Mapping[str, Any], settings: str) -> str:
+def html(results: Mapping[str, Any], config: CompareConfig) -> str:
     """The page as text.
 
     Args:
-        results: as in results.json. settings: the configuration, as YAML.
+        results: as in results.json. config: what it was made with.
     """
     head, *rows = table_rows(results)
     winners = _winners(results)
@@ -53,9 +55,12 @@ def html(results: Mapping[str, Any], settings: str) -> str:
         section(
             "reproduce",
             "How to repeat it",
-            paragraph("In the comparison's folder, which holds its configuration:"),
-            code("depthfuse compare --config=config.yaml --out again"),
-            folded("The whole configuration (config.yaml)", code(settings)),
+            paragraph("Where it was started, as paths in the configuration may begin there:"),
+            code(
+                f"depthfuse compare --config={shlex.quote(f'{config.out}/config.yaml')} "
+                f"--out {shlex.quote(f'{config.out}-again')}"
+            ),
+            folded("The whole configuration (config.yaml)", code(to_yaml(config))),
         ),
         section("machine", "Machine and versions", facts({"depthfuse": __version__, **conditions})),
     ]

@@ -131,7 +131,9 @@ def stage(name: str, rows: Sequence[Row], task: Task) -> Figure:
 
 def _draw_stage(axes: Any, stage: str, rows: Sequence[Row], task: Task) -> None:
     def plot(on: Any, key: str, colour: str, factor: float = 1.0, **looks: Any) -> None:
-        points = [(row["iteration"], factor * row[key]) for row in rows if row.get(key) is not None]
+        points = [
+            (row["iteration"], factor * row[key]) for row in rows if isinstance(row.get(key), int | float)
+        ]
         if points:
             on.plot(*zip(*points, strict=True), color=colour, **looks)
 

@@ -5,6 +5,7 @@ A run that is not finished, or of an earlier version, gives a page without what 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 from xml.etree.ElementTree import Element
@@ -304,7 +305,9 @@ def _reproduce(found: Findings) -> Element | None:
     return section(
         "reproduce",
         "How to repeat it",
-        paragraph("In the run's folder, which holds its configuration:") if not found.given else None,
+        paragraph("Where it was started, as paths in the configuration may begin there:")
+        if not found.given
+        else None,
         how,
         table(head, rows, "Settings that differ from the defaults"),
         folded("The whole configuration (config.yaml)", code(to_yaml(found.config))),
@@ -312,13 +315,19 @@ def _reproduce(found: Findings) -> Element | None:
 
 
 def _commands(found: Findings) -> str:
-    lines = ["depthfuse prune --config=config.yaml --out again   # the same run once more"]
+    out = str(found.config.out)
+    told = {
+        f"depthfuse prune --config={shlex.quote(f'{out}/config.yaml')} --out {shlex.quote(f'{out}-again')}": (
+            "the same run once more"
+        )
+    }
     if found.done["merge"]:
-        lines += [
-            "depthfuse bench .                                   # its merged net beside other engines",
-            "depthfuse accelerate . --out fast.safetensors       # its merged net, fast, as a file",
-        ]
-    return "\n".join(lines)
+        folder = shlex.quote(out)
+        told |= {
+            f"depthfuse bench {folder}": "its merged net beside other engines",
+            f"depthfuse accelerate {folder} --out fast.safetensors": "its merged net, fast, as a file",
+        }
+    return "\n".join(f"# {about}\n{command}" for command, about in told.items())
 
 
 def _changed(here: Mapping[str, Any], there: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -1,11 +1,13 @@
 """report.html of a run: its numbers are those of results.json, and what a run lacks its page lacks."""
 
 import re
+from pathlib import Path
 
 import pytest
 from page_examples import CHOICES, LONG, MERGE, SHOWN, findings, results, started
 from read_pages import Read
 
+from depthfuse.config import PruneConfig
 from depthfuse.runs.page import html
 from depthfuse.runs.report import comparison_rows, markdown
 
@@ -133,7 +135,13 @@ def test_images_without_classes_and_one_that_scored_nothing():
 
 def test_how_to_repeat_it():
     (text,) = [t for t in texts(html(findings()), "code") if "depthfuse prune" in t]
-    assert "--config=config.yaml" in text and "depthfuse bench" in text
+    assert (
+        "--config=runs/prune/config.yaml --out runs/prune-again" in text
+        and "depthfuse bench runs/prune" in text
+    )
+    spaced = PruneConfig(out=Path("my runs/$1"))
+    (text,) = [t for t in texts(html(findings(config=spaced)), "code") if "depthfuse prune" in t]
+    assert "--config='my runs/$1/config.yaml' --out 'my runs/$1-again'" in text
     changed = html(findings())
     assert "search.speedup" in texts(changed, "th") and "search.population" not in texts(changed, "th")
     own = html(findings(given=("task", "data")))

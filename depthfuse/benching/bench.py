@@ -24,7 +24,7 @@ from depthfuse.benching.engines import ENGINES, OURS, Call, available
 from depthfuse.env import collect
 from depthfuse.measuring.accuracy import TOLERANCE, relative_error
 from depthfuse.measuring.timing import Timing, quartiles, time_interleaved
-from depthfuse.reporting.figures import HEIGHT, WIDTH, Figure
+from depthfuse.reporting.figures import HEIGHT, WIDTH, Figure, legend_below, short
 from depthfuse.reporting.style import light, series
 
 logger = logging.getLogger(__name__)
@@ -228,14 +228,21 @@ def ratios(rows: Sequence[Row], title: str) -> Figure:
                 ],
             ]
             places = [cases.index(case) + (index - len(contenders) / 2 + 0.5) * width for case in present]
-            looks = {"label": contender, "color": series(index), "capsize": 2, "ecolor": light("muted")}
+            looks = {
+                "label": short(contender, 28),
+                "color": series(index),
+                "capsize": 2,
+                "ecolor": light("muted"),
+            }
             axes.bar(places, heights, 0.9 * width, yerr=spread, **looks)
-        names = [f"batch {batch}" if alone else f"{model}\nbatch {batch}" for model, batch in cases]
+        names = [
+            f"batch {batch}" if alone else f"{short(model, 24)}\nbatch {batch}" for model, batch in cases
+        ]
         axes.set_xticks(range(len(cases)), names, fontsize=8)
         axes.axhline(1.0, color=light("ink"), linewidth=0.8)
         axes.set_ylabel("time / depthfuse's time (higher is slower)")
-        axes.set_title(title)
-        figure.legend(fontsize=8, ncols=3, loc="outside lower left")
+        axes.set_title(short(title))
+        legend_below(axes, columns=2)
 
     words = "The time of each engine over depthfuse's, median and quartiles; above 1 is slower."
     return Figure("Time beside depthfuse's", words, draw, max(WIDTH, 1.1 * len(cases) + 2), HEIGHT + 0.4)

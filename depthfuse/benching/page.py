@@ -27,12 +27,14 @@ def html(rows: Sequence[Row], operations: Report, model: str, machine: Mapping[s
         section(
             "engines",
             "Beside other engines",
-            grid(ratios(rows, f"{model}, {rows[0]['dtype']}").piece()),
             table(head, cells, "Each engine, interleaved with all others", strong=ours),
-            paragraph(
-                "Time / ours: taken round by round, its median; above 1 is slower than depthfuse. Error: the largest "
-                "of an output against the eager model, relative to its largest value.",
-                kind="note",
+            grid(
+                ratios(rows, f"{model}, {rows[0]['dtype']}").piece(),
+                paragraph(
+                    "Time / ours: taken round by round, its median; above 1 is slower than depthfuse. Error: the "
+                    "largest of an output against the eager model, relative to its largest value.",
+                    kind="note",
+                ),
             ),
         ),
         section(

@@ -6,7 +6,7 @@ import hashlib
 import io
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
@@ -51,6 +51,20 @@ _BY_COLOUR = {colours[0]: f"var(--{name})" for name, colours in COLOURS.items()}
 _COLOUR = re.compile("|".join(_BY_COLOUR))
 _FONT = re.compile(r"(font: [^;]*?px|font-family:) [^;]*")
 _REFERENCE = re.compile(r"#(\w+)")
+
+
+def short(name: str, most: int = 48) -> str:
+    """A name of a user's, as far as there is room in a figure: its head and its end."""
+    name = clean(name)
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most - most // 2 - 1) :]}"
+
+
+def legend_below(axes: Any, handles: Sequence[Any] | None = None, columns: int = 3) -> None:
+    """A legend where it hides nothing."""
+    handles = axes.get_legend_handles_labels()[0] if handles is None else handles
+    axes.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(0.0, -0.17), ncols=columns, borderaxespad=0.0
+    )
 
 
 class Figure:

@@ -92,11 +92,12 @@ tr.strong>*{font-weight:650;color:var(--after)}
 td.bars{min-width:8rem}
 .bar{display:block;height:.6rem;margin:.35rem 0;border-radius:.15rem;background:var(--after)}
 .bar.before{background:var(--before)}
-code,pre{font-family:var(--mono);font-size:.85em}
+code,pre{font-family:var(--mono);font-size:.8125rem}
 pre{margin:0 0 1rem;padding:.85rem 1rem;overflow-x:auto;background:var(--raised);border-radius:.5rem;line-height:1.5}
 details{margin:0 0 1rem}
 summary{margin-bottom:.5rem;color:var(--merged);cursor:pointer;font-size:.9rem}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.25rem 1.5rem}
+section>:last-child,.figures>*>:last-child{margin-bottom:0}
+.figures{display:grid;align-items:start;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.25rem 1.5rem}
 figure{margin:0 0 1rem;min-width:0}
 figure svg{display:block;width:100%;max-width:36rem;height:auto}
 figure svg *{stroke-linejoin:round;stroke-linecap:butt}

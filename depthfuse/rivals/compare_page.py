@@ -18,6 +18,7 @@ from depthfuse.reporting.markup import (
     paragraph,
     section,
     table,
+    tag,
     tiles,
 )
 from depthfuse.rivals.compare_report import comparison, legend, methods_told, summarise, table_rows
@@ -45,9 +46,11 @@ def html(results: Mapping[str, Any], config: CompareConfig) -> str:
         section(
             "results",
             "Results",
-            grid(comparison(results).piece()),
             table(head, rows, "Methods under equal conditions", strong=best),
-            *(paragraph(text, kind="note") for text in notes),
+            grid(
+                comparison(results).piece(),
+                tag("div", *(paragraph(text, kind="note") for text in notes)),
+            ),
         ),
         section("methods", "What each method does", facts(methods_told(results))),
         section("unreached", "Out of reach", _unreached(results)),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from depthfuse.checkpoint import save_text
-from depthfuse.reporting.figures import HEIGHT, Figure
+from depthfuse.reporting.figures import HEIGHT, Figure, legend_below, short
 from depthfuse.reporting.style import SERIES, light, series
 from depthfuse.rivals.methods import METHODS
 from depthfuse.runs import report
@@ -171,13 +171,13 @@ def comparison(results: Mapping[str, Any]) -> Figure:
                 color=series(i),
                 alpha=0.6 if control else 1.0,
                 capsize=3,
-                label=name,
+                label=short(name, 28),
             )
         axes.axhline(0.0, color=light("muted"), lw=1)
         axes.set_xlabel("speed-up over the accelerated baseline")
         axes.set_ylabel("change in top-1 (points)")
-        axes.set_title(f"{results['model']} on {results['conditions']['device']}")
-        figure.legend(ncols=3, loc="outside lower left")
+        axes.set_title(short(f"{results['model']} on {results['conditions']['device']}"))
+        legend_below(axes, columns=2)
 
     words = "Change in top-1 over speed-up, mean and standard deviation over the seeds; up and to the right is better."
-    return Figure("Methods beside each other", words, draw, height=HEIGHT + 0.22 * len(names) / 3 + 0.5)
+    return Figure("Methods beside each other", words, draw, height=HEIGHT + 0.1 * len(names) + 0.3)

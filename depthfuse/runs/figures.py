@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from depthfuse.costs.table import CostTable
-from depthfuse.reporting.figures import HEIGHT, Figure
+from depthfuse.reporting.figures import HEIGHT, Figure, legend_below, short
 from depthfuse.reporting.style import light, series
 from depthfuse.runs.report import metric_of
 from depthfuse.searching.intervals import points_lost, wilson
@@ -39,10 +39,10 @@ def comparison(results: Mapping[str, Any]) -> Figure:
             )
         axes.set_xlabel("latency (ms), median and quartiles")
         axes.set_ylabel(f"{metric} (%)")
-        axes.set_title(f"{results['model']} on {results['conditions']['device']}")
+        axes.set_title(short(f"{results['model']} on {results['conditions']['device']}"))
         axes.set_xlim(left=0)
-        axes.margins(y=0.25)
-        axes.legend()
+        axes.margins(y=0.15)
+        legend_below(axes)
 
     words = f"{metric} over latency of the nets of the table; left of and above another is better."
     return Figure("Accuracy and latency", words, draw)
@@ -69,8 +69,8 @@ def front(
         predicted = " (predicted)" if table.conditions.get("predicted") else ""
         axes.set_xlabel(f"{'latency' if table.unit == 'ms' else 'cost'} ({table.unit}){predicted}")
         axes.set_ylabel(f"{metric} on held-out images (%)")
-        axes.set_title(f"{model} on {table.conditions.get('device')}")
-        axes.legend(loc="best")
+        axes.set_title(short(f"{model} on {table.conditions.get('device')}"))
+        legend_below(axes, columns=2)
 
     words = (
         f"The {result.scored} subnets that the search scored: those that no other beats in both {metric} and cost, "
@@ -140,7 +140,7 @@ def _draw_stage(axes: Any, stage: str, rows: Sequence[Row], task: Task) -> None:
     plot(axes, "loss", light("before"), lw=1.2, label="loss")
     axes.set_xlabel("iteration")
     axes.set_ylabel("loss")
-    axes.set_title(stage)
+    axes.set_title(short(stage))
     metrics = sorted({key for row in rows for key in row if key.startswith(task.key)})
     mixes = any("lambda" in row for row in rows)
     if not metrics and not mixes:
@@ -150,11 +150,11 @@ def _draw_stage(axes: Any, stage: str, rows: Sequence[Row], task: Task) -> None:
     other.spines["right"].set_visible(True)
     plot(other, "lambda", light("dropped"), 100.0, ls="--", label="λ × 100")
     for j, key in enumerate(metrics):
-        plot(other, key, series(j), marker="o", ms=3.5, label=key)
+        plot(other, key, series(j), marker="o", ms=3.5, label=short(key, 28))
     other.set_ylim(0, 103)
     other.set_ylabel(f"{task.metric} (%){', λ × 100' if mixes else ''}")
     handles = [handle for a in (axes, other) for handle in a.get_legend_handles_labels()[0]]
-    other.legend(handles, [handle.get_label() for handle in handles], loc="center right")
+    legend_below(axes, handles)
 
 
 def blocks(results: Mapping[str, Any]) -> Figure:
@@ -170,8 +170,8 @@ def blocks(results: Mapping[str, Any]) -> Figure:
             colour = light("line") if form == "keep" else series(forms.index(form))
             axes.bar(i, 1, color=colour, edgecolor=light("surface"))
             ink = light("ink" if form == "keep" else "surface")
-            axes.text(i, 0.5, form, rotation=90, ha="center", va="center", fontsize=8, color=ink)
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+            axes.text(i, 0.5, short(form, 16), rotation=90, ha="center", va="center", fontsize=8, color=ink)
+        axes.set_xticks(range(len(names)), [short(name, 32) for name in names], rotation=90, fontsize=7)
         axes.set_yticks([])
         axes.set_title(f"{len(chosen)} of {len(names)} prunable blocks merged")
 

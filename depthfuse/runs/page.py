@@ -146,9 +146,10 @@ def _results(found: Findings) -> Element | None:
         "results",
         "Results",
         table(head, rows, "All forms of the net, measured side by side", strong=best),
-        paragraph(FOOTNOTE, kind="note"),
-        *(paragraph(text, kind="note") for text in remarks(results)),
-        grid(figures.comparison(results).piece()),
+        grid(
+            figures.comparison(results).piece(),
+            tag("div", *(paragraph(text, kind="note") for text in (FOOTNOTE, *remarks(results)))),
+        ),
     )
 
 
@@ -175,8 +176,10 @@ def _front(found: Findings) -> Element | None:
     return section(
         "front",
         "What the search found",
-        grid(drawn.piece()),
-        folded(f"The {len(cells)} subnets on the front", table(head, cells, "Cheapest first", strong=chosen)),
+        grid(
+            drawn.piece(),
+            table(head, cells, f"The {len(cells)} subnets on the front, cheapest first", strong=chosen),
+        ),
     )
 
 
@@ -211,10 +214,10 @@ def _net(found: Findings) -> Element | None:
 
 
 def _block(found: Findings, path: str, candidate: str, kind: str) -> Element:
-    saved = None
+    saved = "\u00a0"  # so that all blocks of a row stand on one line
     if candidate != KEEP and found.table is not None and candidate in found.table.saved.get(path, {}):
         saved_ms, unit = found.table.saved[path][candidate], found.table.unit
-        saved = tag("span", f"{-saved_ms:+.3f} {unit}", class_="saved")
+        saved = f"{-saved_ms:+.3f} {unit}"
     words = candidate if kind == "merged" else kind
     return tag(
         "li",
@@ -222,7 +225,7 @@ def _block(found: Findings, path: str, candidate: str, kind: str) -> Element:
         tag("span", class_="was", aria_hidden="true"),
         tag("span", class_="then", aria_hidden="true"),
         tag("span", tag("span", words), class_=f"is {kind}"),
-        saved,
+        tag("span", saved, class_="saved"),
     )
 
 

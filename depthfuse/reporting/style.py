@@ -97,7 +97,8 @@ pre{margin:0 0 1rem;padding:.85rem 1rem;overflow-x:auto;background:var(--raised)
 details{margin:0 0 1rem}
 summary{margin-bottom:.5rem;color:var(--merged);cursor:pointer;font-size:.9rem}
 section>:last-child,.figures>*>:last-child{margin-bottom:0}
-.figures{display:grid;align-items:start;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.25rem 1.5rem}
+.figures{display:grid;align-items:start;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));
+gap:1.25rem 1.5rem}
 figure{margin:0 0 1rem;min-width:0}
 figure svg{display:block;width:100%;max-width:36rem;height:auto}
 figure svg *{stroke-linejoin:round;stroke-linecap:butt}

@@ -80,10 +80,9 @@ def test_text_stands_out_from_its_ground(ground, scheme):
         assert lightness[1] / lightness[0] >= (3.0 if name == "before" else 4.5), name
 
 
-def test_figures_take_the_colours_and_the_font_of_their_page():
+def test_figures_take_the_colours_and_the_font_of_their_page(text):
     light = [colours[0] for colours in COLOURS.values()]
     assert len(set(light)) == len(light)
-    text = page_examples.run()
     drawn = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
     assert (
         drawn and not re.search(r"#[0-9a-f]{6}\b", drawn) and "DejaVu" not in drawn and "var(--sans)" in drawn
@@ -91,10 +90,7 @@ def test_figures_take_the_colours_and_the_font_of_their_page():
 
 
 def test_a_figure_is_drawn_equal_twice():
-    def pieces():
-        return page_examples.run_page.html(page_examples.findings())
-
-    assert pieces() == pieces()
+    assert page_examples.bench() == page_examples.bench()
 
 
 def test_a_figure_as_a_file_is_whole_or_not_there(tmp_path):

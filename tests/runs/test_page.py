@@ -8,10 +8,18 @@ from page_examples import CHOICES, LONG, MERGE, SHOWN, findings, results, starte
 from read_pages import Read
 
 from depthfuse.config import PruneConfig
+from depthfuse.reporting.figures import Figure
+from depthfuse.reporting.markup import tag
 from depthfuse.runs.page import html
 from depthfuse.runs.report import comparison_rows, markdown
 
 WHOLE = ["results", "front", "net", "training", "operations", "checks", "reproduce", "machine"]
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are drawn elsewhere."""
+    monkeypatch.setattr(Figure, "piece", lambda figure: tag("figure", figure.words))
 
 
 def sections(text):
@@ -31,7 +39,7 @@ def test_a_whole_run_has_all_sections():
     assert [link["href"] for link in Read(text).all("a")] == [f"#{name}" for name in WHOLE]
 
 
-def test_numbers_are_those_of_the_results_and_of_report_md():
+def test_numbers_are_those_of_the_results_and_of_report_md(undrawn):
     document = results()
     text, report = html(findings(results=document)), markdown(document)
     cells = texts(text, "td", "th")
@@ -47,14 +55,14 @@ def test_numbers_are_those_of_the_results_and_of_report_md():
     assert "Budget met" in text
 
 
-def test_a_missed_budget_is_said_first():
+def test_a_missed_budget_is_said_first(undrawn):
     missed = {"name": "speedup", "unit": "x", "wanted": 2.5, "reached": 1.868, "met": False}
     text = html(findings(results=results(budget=missed)))
     assert text.index("Budget missed") < text.index("<section")
     assert "search.speedup=2.5 was asked for, 1.868 x came out" in text
 
 
-def test_what_became_of_each_block():
+def test_what_became_of_each_block(undrawn):
     text = html(findings())
     (net,) = Read(text).all("ol")
     blocks = re.findall(
@@ -69,7 +77,7 @@ def test_what_became_of_each_block():
     assert blocks[1][0] == LONG and SHOWN in net["text"] and net["text"].count("-0.125 ms") == len(CHOICES)
 
 
-def test_operations_and_engines():
+def test_operations_and_engines(undrawn):
     text = html(findings())
     cells = texts(text, "td", "th")
     kinds = [cells[i : i + 6] for i, cell in enumerate(cells) if cell in ("FusedConv2d", "FusedLinear")]
@@ -78,7 +86,7 @@ def test_operations_and_engines():
     assert ["openvino", "1.31x"] in [cells[i : i + 2] for i in range(len(cells))]
 
 
-def test_every_check_has_its_error():
+def test_every_check_has_its_error(undrawn):
     cells = texts(html(findings()), "td")
     assert cells.count("9.7e-16") == cells.count("1.4e-15") == len(CHOICES)
     assert "8.7e-16" in cells and cells.count("3.2e-07") == 2
@@ -101,7 +109,7 @@ def test_every_check_has_its_error():
         ({"choices": None}, ["net"]),
     ],
 )
-def test_a_run_that_lacks_something(lacking, left_out):
+def test_a_run_that_lacks_something(lacking, left_out, undrawn):
     assert sections(html(findings(**lacking))) == [name for name in WHOLE if name not in left_out]
 
 
@@ -127,13 +135,13 @@ def test_runs_that_are_not_finished():
     assert sections(html(chosen)) == ["progress", "front", "net", "reproduce", "machine"]
 
 
-def test_images_without_classes_and_one_that_scored_nothing():
+def test_images_with_and_without_classes(undrawn):
     feeding = {"classes": [], "input_size": [3, 64, 64], "mean": [0.5], "std": [0.25]}
     assert "classes" not in texts(html(findings(feeding=feeding)), "dt")
     assert texts(html(findings()), "dd")[-1] == f"2: cat, {SHOWN}"
 
 
-def test_how_to_repeat_it():
+def test_how_to_repeat_it(undrawn):
     (text,) = [t for t in texts(html(findings()), "code") if "depthfuse prune" in t]
     assert (
         "--config=runs/prune/config.yaml --out runs/prune-again" in text

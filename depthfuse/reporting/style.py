@@ -103,7 +103,7 @@ figure{margin:0 0 1rem;min-width:0}
 figure svg{display:block;width:100%;max-width:36rem;height:auto}
 figure svg *{stroke-linejoin:round;stroke-linecap:butt}
 figcaption{margin-top:.35rem;color:var(--muted);font-size:.8125rem;line-height:1.45}
-dl.facts{display:grid;grid-template-columns:minmax(6rem,max-content) 1fr;gap:.3rem 1.25rem;margin:0 0 1rem;
+dl.facts{display:grid;grid-template-columns:minmax(6rem,max-content) minmax(0,1fr);gap:.3rem 1.25rem;margin:0 0 1rem;
 font-size:.9rem}
 dl.facts dt{color:var(--muted)}
 dl.facts dd{margin:0;min-width:0}
@@ -140,8 +140,7 @@ section{padding:1.1rem .9rem;margin:1rem 0}
 .tiles .main{grid-column:1/-1}
 .tiles .value{font-size:1.35rem}
 .tiles .main .value{font-size:1.9rem}
-dl.facts{grid-template-columns:1fr;gap:0}
-dl.facts dd{margin-bottom:.5rem}
+dl.facts{grid-template-columns:minmax(0,8.5rem) minmax(0,1fr);gap:.3rem .75rem;font-size:.8125rem}
 ol.net{grid-template-columns:repeat(auto-fill,minmax(5.6rem,1fr))}
 }
 @media print{body{background:#fff}section{break-inside:avoid}nav{display:none}}

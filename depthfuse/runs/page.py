@@ -249,9 +249,9 @@ def _operations(found: Findings) -> Element | None:
     now = documents.get("merged accelerated")
     if now is None:
         return None
-    whole = (
-        f" {now['whole']} runs the net as a whole, so that their sum is not its time." if now["whole"] else ""
-    )
+    whole = ""
+    if now["whole"]:
+        whole = f" As a whole it runs on: {now['whole']}; the sum of its operations is not its time."
     others = [
         one_by_one(document["operations"], f"All operations, {name}") for name, document in documents.items()
     ]
@@ -304,7 +304,6 @@ def _reproduce(found: Findings) -> Element | None:
     else:
         how = code(_commands(found))
     changed = _changed(to_dict(found.config), to_dict(PruneConfig()))
-    head, rows = ["setting", "value"], [[name, value] for name, value in changed.items()]
     return section(
         "reproduce",
         "How to repeat it",
@@ -312,7 +311,7 @@ def _reproduce(found: Findings) -> Element | None:
         if not found.given
         else None,
         how,
-        table(head, rows, "Settings that differ from the defaults"),
+        *_titled("Settings that differ from the defaults", facts(changed)),
         folded("The whole configuration (config.yaml)", code(to_yaml(found.config))),
     )
 

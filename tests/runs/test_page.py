@@ -151,7 +151,7 @@ def test_how_to_repeat_it(undrawn):
     (text,) = [t for t in texts(html(findings(config=spaced)), "code") if "depthfuse prune" in t]
     assert "--config='my runs/$1/config.yaml' --out 'my runs/$1-again'" in text
     changed = html(findings())
-    assert "search.speedup" in texts(changed, "th") and "search.population" not in texts(changed, "th")
+    assert "search.speedup" in texts(changed, "dt") and "search.population" not in texts(changed, "dt")
     own = html(findings(given=("task", "data")))
     assert not [t for t in texts(own, "code") if "depthfuse prune" in t] and "its own task and data" in own
 

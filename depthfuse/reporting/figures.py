@@ -60,11 +60,16 @@ def short(name: str, most: int = 48) -> str:
 
 
 def legend_below(axes: Any, handles: Sequence[Any] | None = None, columns: int = 3) -> None:
-    """A legend where it hides nothing."""
+    """A legend where it hides nothing: below the numbers and the name of the x axis."""
+    from matplotlib.transforms import ScaledTranslation
+
     handles = axes.get_legend_handles_labels()[0] if handles is None else handles
-    axes.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(0.0, -0.17), ncols=columns, borderaxespad=0.0
-    )
+    below = ScaledTranslation(
+        0.0, -36 / 72, axes.figure.dpi_scale_trans
+    )  # points, however large the axes become
+    looks = {"ncols": columns, "borderaxespad": 0.0, "handlelength": 1.6, "columnspacing": 1.4}
+    place = {"loc": "upper left", "bbox_to_anchor": (0.0, 0.0), "bbox_transform": axes.transAxes + below}
+    axes.legend(handles=handles, **place, **looks)
 
 
 class Figure:

@@ -84,7 +84,7 @@ def table(
 
 
 def _cell(cell: Piece, kind: str | None) -> Element:
-    is_bar = isinstance(cell, Element) and "bar" in cell.get("class", "").split()
+    is_bar = isinstance(cell, Element) and cell.get("class") == "bar"
     return tag("td", cell, class_="bars" if is_bar else kind)
 
 
@@ -93,10 +93,10 @@ def _is_numeric(cells: Sequence[Piece]) -> bool:
     return 2 * sum(bool(_NUMBER.match(text)) for text in texts) > len(texts)
 
 
-def bar(share: float, kind: str | None = None) -> Element:
+def bar(share: float) -> Element:
     """A bar of a share of its cell's width; it repeats a number that stands beside it, and is not read out."""
     width = f"width:{100 * min(max(share, 0.0), 1.0):.1f}%"
-    return tag("span", class_=" ".join(filter(None, ("bar", kind))), style=width, aria_hidden="true")
+    return tag("span", class_="bar", style=width, aria_hidden="true")
 
 
 def tiles(cells: Sequence[tuple[str, str, str]]) -> Element:

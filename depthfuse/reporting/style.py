@@ -79,7 +79,6 @@ font-variant-numeric:tabular-nums}
 .badge{display:inline-block;padding:.1rem .6rem;border:1px solid;border-radius:1rem;font-size:.8125rem;font-weight:600}
 .good{color:var(--good)}
 .bad{color:var(--bad)}
-.muted{color:var(--muted)}
 .scroll{overflow-x:auto;margin:0 0 1rem;border:1px solid var(--line);border-radius:.5rem}
 table{width:100%;border-collapse:collapse;font-size:.875rem;line-height:1.4}
 caption{padding:.5rem .75rem;color:var(--muted);font-size:.8125rem;text-align:left}
@@ -91,7 +90,6 @@ tbody th{font-weight:500}
 tr.strong>*{font-weight:650;color:var(--after)}
 td.bars{min-width:8rem}
 .bar{display:block;height:.6rem;margin:.35rem 0;border-radius:.15rem;background:var(--after)}
-.bar.before{background:var(--before)}
 code,pre{font-family:var(--mono);font-size:.8125rem}
 pre{margin:0 0 1rem;padding:.85rem 1rem;overflow-x:auto;background:var(--raised);border-radius:.5rem;line-height:1.5}
 details{margin:0 0 1rem}
@@ -107,7 +105,6 @@ dl.facts{display:grid;grid-template-columns:minmax(6rem,max-content) minmax(0,1f
 font-size:.9rem}
 dl.facts dt{color:var(--muted)}
 dl.facts dd{margin:0;min-width:0}
-ul.plain{margin:0 0 1rem;padding-left:1.2rem}
 ol.net{display:grid;grid-template-columns:repeat(auto-fill,minmax(7.25rem,1fr));gap:1rem .6rem;margin:0 0 1rem;
 padding:0;list-style:none;font-size:.8125rem;line-height:1.3}
 ol.net li{display:flex;flex-direction:column;min-width:0}

@@ -165,14 +165,14 @@ def _front(found: Findings) -> Element | None:
             f"{whole / point.cost:.2f}x" if point.cost else "",
             f"{point.top1:.2f}",
             str(len(point.choices)),
-            _choices(point),
         ]
         for point in found.search.front
     ]
     chosen = [
         i for i, p in enumerate(found.search.front) if found.choices and dict(p.choices) == found.choices
     ]
-    head = [f"cost {unit}", "speed-up", f"{metric} %, held out", "pruned", "choices"]
+    head = [f"cost {unit}", "speed-up", f"{metric} %, held out", "pruned"]
+    pruned = [[row[0], _choices(point)] for row, point in zip(cells, found.search.front, strict=True)]
     return section(
         "front",
         "What the search found",
@@ -180,6 +180,7 @@ def _front(found: Findings) -> Element | None:
             drawn.piece(),
             table(head, cells, f"The {len(cells)} subnets on the front, cheapest first", strong=chosen),
         ),
+        folded("What each of them prunes", table([head[0], "choices"], pruned, "Choices", strong=chosen)),
     )
 
 

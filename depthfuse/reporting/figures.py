@@ -13,13 +13,13 @@ from xml.etree.ElementTree import Element
 
 from depthfuse.checkpoint import save_bytes
 from depthfuse.reporting.markup import clean, tag
-from depthfuse.reporting.style import COLOURS, light
+from depthfuse.reporting.style import COLOURS, SERIES, light
 
 WIDTH, HEIGHT = (
     5.2,
     3.4,
 )  # inches: letters are as large as a page's own on a phone, and two stand side by side else
-_LOOKS = {
+_LOOKS: dict[str, Any] = {
     "font.size": 9.0,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
@@ -110,8 +110,12 @@ class Figure:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Canvas
 
-        # text stays text; the ids of what is drawn twice depend on nothing but it
-        with matplotlib.rc_context({**_LOOKS, "svg.fonttype": "none", "svg.hashsalt": "depthfuse"}):
+        looks = _LOOKS | {
+            "axes.prop_cycle": matplotlib.cycler(color=[light(name) for name in SERIES]),
+            "svg.fonttype": "none",  # text stays text
+            "svg.hashsalt": "depthfuse",  # ids depend on nothing but what is drawn
+        }
+        with matplotlib.rc_context(looks):
             figure = Canvas(figsize=self.size, layout="constrained")
             FigureCanvasAgg(figure)
             self.draw(figure)

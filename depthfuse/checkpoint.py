@@ -126,6 +126,11 @@ def save_text(path: str | Path, text: str) -> None:
     _replace(path, text.encode())
 
 
+def save_bytes(path: str | Path, data: bytes) -> None:
+    """Write bytes, as of a picture, atomically. Raises CheckpointError like `save_json`."""
+    _replace(path, data)
+
+
 def copy_file(source: str | Path, target: str | Path) -> None:
     """Copy a file atomically. Raises CheckpointError like `save_json`, and for a source that is missing."""
     _replace(target, _read(source))

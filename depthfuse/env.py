@@ -44,18 +44,9 @@ def collect() -> dict[str, Any]:
         {"versions": {package: version or None}, "cpu": {...}, "gpus": [{...}],
         "backends": {device: {op: {"backend": name, "reason": words}}}}
     """
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    versions["torch"] = torch.__version__  # the distribution may be called otherwise, and lacks "+cpu"
-    versions["cuda"] = torch.version.cuda
-    versions["hip"] = torch.version.hip
     devices = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return {
-        "versions": versions,
+        "versions": versions(),
         "platform": platform.platform(),
         "cpu": _cpu(),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
@@ -64,6 +55,20 @@ def collect() -> dict[str, Any]:
             for device in devices
         },
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python, of the packages that matter, and of what torch was built for; None where it is not there."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    found["torch"] = torch.__version__  # the distribution may be called otherwise, and lacks "+cpu"
+    found["cuda"] = torch.version.cuda
+    found["hip"] = torch.version.hip
+    return found
 
 
 def _cpu() -> dict[str, Any]:

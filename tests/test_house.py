@@ -23,7 +23,7 @@ FLOORS = (
     ("fused", "config", "env", "tasks"),
     ("data", "ops", "native"),
     ("kernels",),
-    ("spec", "measured_cache"),
+    ("spec", "measured_cache", "reporting"),
     ("checkpoint", "architecture", "log", "origins"),
     ("untrusted",),
     ("devices", "effort", "errors", "shapes", "logits", "_torchvision", "_version"),

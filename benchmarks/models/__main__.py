@@ -19,7 +19,7 @@ from torch import nn
 
 from depthfuse import Supernet, merge
 from depthfuse.benching.apart import CONVOLUTIONS
-from depthfuse.benching.bench import compare, machine, plot, randomised, write_csv
+from depthfuse.benching.bench import compare, machine, randomised, ratios, write_csv
 from depthfuse.benching.engines import ENGINES
 from depthfuse.config import DTYPES
 from depthfuse.merging.model_inputs import input_size
@@ -93,7 +93,7 @@ def main() -> None:
     place = args.out / f"models_{device.type}_{args.dtype}"
     write_csv(rows, place.with_suffix(".csv"), facts)
     title = f"{facts['device']}, {facts['threads']} threads, {args.dtype}, torch {facts['torch']}"
-    plot(rows, place.with_suffix(".png"), title)
+    ratios(rows, title).save_png(place.with_suffix(".png"))
     print(f"written: {place}.csv and .png")
 
 

@@ -24,6 +24,8 @@ from depthfuse.benching.engines import ENGINES, OURS, Call, available
 from depthfuse.env import collect
 from depthfuse.measuring.accuracy import TOLERANCE, relative_error
 from depthfuse.measuring.timing import Timing, quartiles, time_interleaved
+from depthfuse.reporting.figures import HEIGHT, WIDTH, Figure, legend_below, short
+from depthfuse.reporting.style import light, series
 
 logger = logging.getLogger(__name__)
 
@@ -181,32 +183,66 @@ def write_csv(rows: Sequence[Row], path: Path, machine: dict[str, Any]) -> None:
         writer.writerows({**row, **machine} for row in rows)
 
 
-def plot(rows: Sequence[Row], path: Path, title: str) -> None:
+def table_rows(rows: Sequence[Row]) -> list[list[str]]:
+    """Contenders side by side as cells, first row its head."""
+    head = ["batch", "contender", "median ms", "quartiles ms", "time / ours", "quartiles", "error"]
+    busy = any("busy_latency_ms" in row for row in rows)
+    cells = [
+        [
+            str(row["batch"]),
+            row["contender"],
+            f"{row['latency_ms']:.3f}",
+            f"{row['latency_q1_ms']:.3f} to {row['latency_q3_ms']:.3f}",
+            f"{row['ratio_to_depthfuse']:.2f}",
+            f"{row['ratio_q1']:.2f} to {row['ratio_q3']:.2f}",
+            row["max_relative_error"],
+            *([f"{row['busy_latency_ms']:.3f}"] if "busy_latency_ms" in row else []),
+        ]
+        for row in rows
+    ]
+    return [[*head, *(["ms beside busy processes"] if busy else [])], *cells]
+
+
+def ratios(rows: Sequence[Row], title: str) -> Figure:
     """Grouped bars: each contender's time over ours, with quartiles."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     cases = list(dict.fromkeys((row["model"], row["batch"]) for row in rows))
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
-    figure, axes = pyplot.subplots(figsize=(1.6 * len(cases) + 3, 4.5), layout="constrained")
-    width = 0.8 / len(contenders)
-    for index, contender in enumerate(contenders):
-        chosen = {(row["model"], row["batch"]): row for row in rows if row["contender"] == contender}
-        present = [case for case in cases if case in chosen]
-        ratios = [chosen[case]["ratio_to_depthfuse"] for case in present]
-        spread = [
-            [max(0.0, ratio - chosen[case]["ratio_q1"]) for case, ratio in zip(present, ratios, strict=True)],
-            [max(0.0, chosen[case]["ratio_q3"] - ratio) for case, ratio in zip(present, ratios, strict=True)],
+    alone = len({model for model, _ in cases}) == 1
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        axes.grid(False, axis="x")
+        width = 0.8 / len(contenders)
+        for index, contender in enumerate(contenders):
+            chosen = {(row["model"], row["batch"]): row for row in rows if row["contender"] == contender}
+            present = [case for case in cases if case in chosen]
+            heights = [chosen[case]["ratio_to_depthfuse"] for case in present]
+            spread = [
+                [
+                    max(0.0, height - chosen[case]["ratio_q1"])
+                    for case, height in zip(present, heights, strict=True)
+                ],
+                [
+                    max(0.0, chosen[case]["ratio_q3"] - height)
+                    for case, height in zip(present, heights, strict=True)
+                ],
+            ]
+            places = [cases.index(case) + (index - len(contenders) / 2 + 0.5) * width for case in present]
+            looks = {
+                "label": short(contender, 28),
+                "color": series(index),
+                "capsize": 2,
+                "ecolor": light("muted"),
+            }
+            axes.bar(places, heights, 0.9 * width, yerr=spread, **looks)
+        names = [
+            f"batch {batch}" if alone else f"{short(model, 24)}\nbatch {batch}" for model, batch in cases
         ]
-        places = [cases.index(case) + (index - len(contenders) / 2 + 0.5) * width for case in present]
-        axes.bar(places, ratios, width, yerr=spread, label=contender, capsize=2)
-    axes.set_xticks(range(len(cases)), [f"{model}\nbatch {batch}" for model, batch in cases], fontsize=8)
-    axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_ylabel("time / depthfuse's time (higher is slower)")
-    axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=8, ncols=3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+        axes.set_xticks(range(len(cases)), names, fontsize=8)
+        axes.axhline(1.0, color=light("ink"), linewidth=0.8)
+        axes.set_ylabel("time / depthfuse's time (higher is slower)")
+        axes.set_title(short(title))
+        legend_below(axes, columns=2)
+
+    words = "The time of each engine over depthfuse's, median and quartiles; above 1 is slower."
+    return Figure("Time beside depthfuse's", words, draw, max(WIDTH, 1.1 * len(cases) + 2), HEIGHT + 0.4)

@@ -32,15 +32,16 @@ class BenchArguments:
     """Default: the GPU where there is one."""
     backend: Literal["auto", "triton", "reference"] = "auto"
     out: Path | None = None
-    """Where tables and plot go; default the run's folder, or runs/bench/MODEL."""
+    """Where tables, plot and page go; default the run's folder, or runs/bench/MODEL."""
 
 
 def bench(invocation: Invocation) -> None:
     given = invocation.settings(BenchArguments)
     import torch
 
-    from depthfuse.benching import bench
+    from depthfuse.benching import bench, page
     from depthfuse.benching.engines import ENGINES, OURS
+    from depthfuse.checkpoint import save_text
     from depthfuse.cli.models import chosen_device, require_positive
     from depthfuse.cli.tables import print_bench
     from depthfuse.config import DTYPES
@@ -74,7 +75,8 @@ def bench(invocation: Invocation) -> None:
     bench.write_csv(rows, out / f"bench_{device.type}_{given.dtype}.csv", facts)
     bench.write_csv(report.rows(), out / f"operations_{device.type}_{given.dtype}.csv", facts)
     title = f"{facts['device']}, {facts['threads']} threads, {given.dtype}, torch {facts['torch']}"
-    bench.plot(rows, out / f"bench_{device.type}_{given.dtype}.png", title)
+    bench.ratios(rows, title).save_png(out / f"bench_{device.type}_{given.dtype}.png")
+    save_text(out / f"bench_{device.type}_{given.dtype}.html", page.html(rows, report, given.model, facts))
     print_bench(rows, str(report), f"{given.model}: {title}", out)
 
 

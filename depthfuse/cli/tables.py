@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
+from depthfuse.benching.bench import table_rows as bench_rows
 from depthfuse.checkpoint import load_json
 from depthfuse.costs.inspection import BlockReport
 from depthfuse.costs.table import CostTable
@@ -128,25 +129,10 @@ def print_check(checked: Sequence[tuple[dict[str, str], float, float]], errors: 
 def print_bench(rows: Sequence[Mapping[str, Any]], report: str, title: str, out: Path) -> None:
     """The operations' report, then all contenders side by side."""
     print_plain(report)
-    head = ["batch", "contender", "median ms", "quartiles ms", "time / ours", "quartiles", "error"]
-    if any("busy_latency_ms" in row for row in rows):
-        head.append("ms beside busy processes")
-    cells = [
-        [
-            str(row["batch"]),
-            row["contender"],
-            f"{row['latency_ms']:.3f}",
-            f"{row['latency_q1_ms']:.3f} to {row['latency_q3_ms']:.3f}",
-            f"{row['ratio_to_depthfuse']:.2f}",
-            f"{row['ratio_q1']:.2f} to {row['ratio_q3']:.2f}",
-            row["max_relative_error"],
-            *([f"{row['busy_latency_ms']:.3f}"] if "busy_latency_ms" in row else []),
-        ]
-        for row in rows
-    ]
+    head, *cells = bench_rows(rows)
     console = ResultConsole()
     console.print(_table(head, cells, title))
-    console.print(f"tables and plot: {out}", soft_wrap=True)
+    console.print(f"tables, plot and page: {out}", soft_wrap=True)
 
 
 def print_plain(text: str) -> None:

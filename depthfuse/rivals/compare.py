@@ -30,7 +30,7 @@ from depthfuse.measuring.counting import count_macs, count_parameters
 from depthfuse.measuring.timing import Timing, time_interleaved
 from depthfuse.merging.merge import load_merged
 from depthfuse.merging.supernet import Supernet
-from depthfuse.rivals import compare_report
+from depthfuse.rivals import compare_page, compare_report
 from depthfuse.rivals.channels import prune_channels, ratio_within
 from depthfuse.rivals.methods import METHODS, Trial, check_methods
 from depthfuse.runs.run import Run
@@ -62,7 +62,7 @@ def parse_budget(config: SearchConfig, text: str) -> SearchConfig:
 
 
 class Comparison:
-    """One output folder: OUT/latency.json, OUT/seed0/..., OUT/results.csv, OUT/report.md."""
+    """One output folder: OUT/latency.json, OUT/seed0/..., OUT/results.csv, OUT/report.md and .html."""
 
     def __init__(self, config: CompareConfig):
         check_methods(config.methods)
@@ -271,6 +271,7 @@ class Comparison:
         save_json(self.dir / "results.json", results)
         save_text(self.dir / "config.yaml", to_yaml(self.config))
         compare_report.write(self.dir, results)
+        save_text(self.dir / compare_page.FILE, compare_page.html(results, self.config))
 
     def _baseline_row(self, run: Run) -> dict[str, Any]:
         net = run.build()

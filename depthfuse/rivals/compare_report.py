@@ -1,19 +1,22 @@
-"""Tables and plots of a comparison of methods (`depthfuse.rivals.compare`)."""
+"""Tables and the figure of a comparison of methods (`depthfuse.rivals.compare`)."""
 
 from __future__ import annotations
 
 import csv
 import io
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from depthfuse.checkpoint import save_text
+from depthfuse.reporting.figures import HEIGHT, Figure, legend_below, short
+from depthfuse.reporting.style import SERIES, light, series
 from depthfuse.rivals.methods import METHODS
 from depthfuse.runs import report
 from depthfuse.untrusted import Either
 
+_MARKERS = "o^Dv"  # one after another, where there are more methods than colours
 _NET = {
     "choices": dict[str, str] | None,
     "channel_ratio": float | None,
@@ -105,7 +108,7 @@ def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def write(directory: Path, results: Mapping[str, Any]) -> None:
-    """results.csv (every trial), report.md and the plot."""
+    """results.csv (every trial), report.md and its figure."""
     keys = ["budget", "method", "seed", "top1", "loss", "baseline_top1", "latency_ms", "speedup", "macs"]
     keys += ["parameters", "seconds", "channel_ratio", "choices"]
     out = io.StringIO()
@@ -115,57 +118,66 @@ def write(directory: Path, results: Mapping[str, Any]) -> None:
         choices = " ".join(f"{path}={name}" for path, name in (trial["choices"] or {}).items())
         writer.writerow({**trial, "choices": choices})
     save_text(directory / "results.csv", out.getvalue())
-    plot(results, directory / "comparison.png")
+    comparison(results).save_png(directory / "comparison.png")
     save_text(directory / "report.md", markdown(results))
 
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The report as text."""
     head, *rows = table_rows(results)
-    seeds = sorted({t["seed"] for t in results["trials"]})
-    names = dict.fromkeys(t["method"] for t in results["trials"])
     lines = [f"# {results['model']}: pruning methods under equal conditions", ""]
     lines += ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
-    lines += [
-        "",
+    paragraphs = [
+        legend(results),
+        f"Measured with: {report.in_words(results['conditions'])}.",
+        *report.chosen_by(results),
+        "\n".join(f"- {name}: {text}" for name, text in methods_told(results).items()),
+        "![comparison](comparison.png)",
+    ]
+    return "\n".join([*lines, "", *(f"{text}\n" for text in paragraphs)])
+
+
+def methods_told(results: Mapping[str, Any]) -> dict[str, str]:
+    """The methods that took part, and what each does."""
+    names = dict.fromkeys(trial["method"] for trial in results["trials"])
+    return {name: METHODS[name].text for name in names if name in METHODS}
+
+
+def legend(results: Mapping[str, Any]) -> str:
+    """What the columns of the table are."""
+    seeds = sorted({t["seed"] for t in results["trials"]})
+    return (
         f"Mean and standard deviation over the seeds {', '.join(map(str, seeds))}. Change: top-1 less the "
         "baseline's of the same seed. Speed-up: accelerated, over the accelerated baseline, round by round. Hours: "
-        "wall time beside the baseline's training, search included.",
-        "",
-        f"Measured with: {report.in_words(results['conditions'])}.",
-        "",
-        *report.chosen_by(results),
-        *(f"- {name}: {METHODS[name].text}" for name in names if name in METHODS),
-        "",
-        "![comparison](comparison.png)",
-        "",
-    ]
-    return "\n".join(lines)
+        "wall time beside the baseline's training, search included."
+    )
 
 
-def plot(results: Mapping[str, Any], path: Path) -> None:
+def comparison(results: Mapping[str, Any]) -> Figure:
     """Change in top-1 over speed-up, one colour a method, with the standard deviation over the seeds."""
     rows = summarise(results)
-    figure = report.new_figure(7.5, 5.0)
-    axes = figure.add_subplot()
-    names: Sequence[str] = list(dict.fromkeys(row["method"] for row in rows))
-    for i, name in enumerate(names):
-        mine = [row for row in rows if row["method"] == name]
-        control = name in METHODS and METHODS[name].control
-        axes.errorbar(
-            [row["speedup"] for row in mine],
-            [row["change"] for row in mine],
-            yerr=[row["change_sd"] for row in mine],
-            fmt="s--" if control else "o-",
-            color=f"C{i}" if i < 10 else "black",
-            alpha=0.6 if control else 1.0,
-            capsize=3,
-            label=name,
-        )
-    axes.axhline(0.0, color="grey", lw=1)
-    axes.set_xlabel("speed-up over the accelerated baseline")
-    axes.set_ylabel("change in top-1 (points)")
-    axes.set_title(f"{results['model']} on {results['conditions']['device']}")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    report.save_figure(figure, path)
+    names = list(dict.fromkeys(row["method"] for row in rows))
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for i, name in enumerate(names):
+            mine = [row for row in rows if row["method"] == name]
+            control = name in METHODS and METHODS[name].control
+            axes.errorbar(
+                [row["speedup"] for row in mine],
+                [row["change"] for row in mine],
+                yerr=[row["change_sd"] for row in mine],
+                fmt="s--" if control else f"{_MARKERS[i // len(SERIES) % len(_MARKERS)]}-",
+                color=series(i),
+                alpha=0.6 if control else 1.0,
+                capsize=3,
+                label=short(name, 28),
+            )
+        axes.axhline(0.0, color=light("muted"), lw=1)
+        axes.set_xlabel("speed-up over the accelerated baseline")
+        axes.set_ylabel("change in top-1 (points)")
+        axes.set_title(short(f"{results['model']} on {results['conditions']['device']}"))
+        legend_below(axes, columns=2)
+
+    words = "Change in top-1 over speed-up, mean and standard deviation over the seeds; up and to the right is better."
+    return Figure("Methods beside each other", words, draw, height=HEIGHT + 0.1 * len(names) + 0.3)

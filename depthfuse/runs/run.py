@@ -10,18 +10,14 @@ what it finds, or raises, all of them learn (`training.processes`), so that all 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from depthfuse.acceleration import accelerate
 from depthfuse.checkpoint import (
     copy_file,
     load_json,
@@ -31,7 +27,6 @@ from depthfuse.checkpoint import (
     save_text,
 )
 from depthfuse.config import (
-    DTYPES,
     FinetuneConfig,
     PruneConfig,
     load_yaml,
@@ -44,16 +39,16 @@ from depthfuse.costs.latency import conditions_of, make_latencies
 from depthfuse.costs.table import CostTable
 from depthfuse.data import DataBundle, has_no_classes, open_data
 from depthfuse.data.opening import check_fits
+from depthfuse.env import versions
 from depthfuse.errors import ConfigError, CostError
 from depthfuse.fitting.calibration import Calibration
 from depthfuse.fitting.fitted import with_fitted
-from depthfuse.measuring.counting import count_macs, count_parameters
-from depthfuse.measuring.timing import time_interleaved
 from depthfuse.merging.merge import merge
 from depthfuse.merging.model_inputs import fixed_image_size, input_size
 from depthfuse.merging.supernet import Supernet
-from depthfuse.runs import expectation, report
+from depthfuse.runs import expectation, figures, found, page, report
 from depthfuse.runs.answers import answering_classes, ask, give
+from depthfuse.runs.closing import Closing
 from depthfuse.runs.feeding import load_feeding, save_feeding
 from depthfuse.runs.weights import load, load_strictly, take_given
 from depthfuse.searching.search import front_csv, search
@@ -61,8 +56,8 @@ from depthfuse.searching.space import SearchSpace, budget_unit, check_one_budget
 from depthfuse.searching.strategies import find_strategy
 from depthfuse.spec import ModelSource, SubnetSpec
 from depthfuse.tasks import AGREEMENT, Task, find_task
-from depthfuse.training.evaluation import calibrate, check_task, evaluate
-from depthfuse.training.loop import fit, make_accelerator, seed_iteration
+from depthfuse.training.evaluation import calibrate, check_task
+from depthfuse.training.loop import fit, history_csv, make_accelerator, seed_iteration
 from depthfuse.training.objectives import Objective, ProgressiveObjective, SandwichObjective
 from depthfuse.training.processes import on_all, on_one
 
@@ -93,6 +88,9 @@ class Run:
         if (config.data.mixup or config.data.cutmix) and not self.task.mixes:
             raise ConfigError(f"mixup and cutmix mix classes, which {config.task} cannot: leave them out")
         self.config = config
+        self.given = tuple(
+            name for name, own in (("task", task), ("data", data)) if own is not None
+        )  # from Python, which no file holds
         self.dir = config.out
         if STAGES.index(until) > STAGES.index("search"):
             check_one_budget(config.search)
@@ -171,6 +169,7 @@ class Run:
             seed_iteration(self.config.seed, STAGES.index(stage))
             getattr(self, stage)()
             self.accelerator.wait_for_everyone()
+        on_one(self.accelerator, self._tell_page)
 
     # Each stage returns what later ones need, and always as it is read from its artefact: what was just trained lies in
     # another memory format, so that the same weights would give other last digits than after a kill.
@@ -317,9 +316,11 @@ class Run:
             task=self.task,
         )
         save_text(self.dir / "front.csv", front_csv(result, latency, self.task))
-        report.plot_front(self.dir, result, latency, self.source.name, self.task.metric)
+        drawn = figures.front(result, latency, self.source.name, self.task.metric)
+        drawn.save_png(self.dir / "plots" / "front.png")
         if result.spec is not None:
             result.spec.save(self.dir / "subnet.json")
+        self._tell_page()  # training on may take hours
 
     def finetune(self) -> Supernet:
         path = self.dir / "finetune.safetensors"
@@ -398,43 +399,27 @@ class Run:
         results = load_json(self.dir / "results.json", report.RESULTS)
         if missed := report.budget_missed(results):
             log.warning("%s; what was written is valid all the same", missed)
-        report.write(self.dir, results, self._history(), self.task)
+        history = found.history_of(self.dir)
+        save_text(self.dir / "metrics.csv", history_csv(history))
+        drawn = {"comparison": figures.comparison(results), "blocks": figures.blocks(results)}
+        if history:
+            drawn["training"] = figures.training(history, self.task)
+        for name, figure in drawn.items():
+            figure.save_png(self.dir / "plots" / f"{name}.png")
+        save_text(self.dir / "report.md", report.markdown(results))
+
+    def _tell_page(self) -> None:
+        """report.html, of what is there so far."""
+        findings = found.findings_of(self.dir, self.config, self.task, self.given)
+        save_text(self.dir / page.FILE, page.html(findings))
 
     def _measure(
         self, baseline: nn.Module, pruned: nn.Module, merged: nn.Module, spec: SubnetSpec
     ) -> dict[str, Any]:
         settings = dataclasses.replace(self.config.latency, device="here")
-        options: dict[str, Any] = {"dtype": DTYPES[settings.dtype], "backend": settings.backend}
-        x = torch.randn(settings.batch_size, *self.size, device=self.device)
-        baseline, merged = baseline.to(self.device).eval(), merged.eval()
-        nets: dict[str, nn.Module] = {
-            "baseline": baseline,
-            "baseline accelerated": accelerate(baseline, x, **options),
-            "pruned": pruned.to(self.device).eval(),
-            "merged": merged,
-            "merged accelerated": accelerate(merged, x, **options),
-        }
-        timed = {name: _in_dtype(net, DTYPES[settings.dtype]) for name, net in nets.items()}
-        given = x.to(DTYPES[settings.dtype])
-        calls: dict[str, Callable[[], object]] = {
-            name: functools.partial(net, given) for name, net in timed.items()
-        }
-        times = time_interleaved(calls, rounds=max(settings.rounds, 15), device=self.device)
-        supernet = Supernet(baseline)
-        rows = []
-        for name, net in nets.items():
-            counted = nets[name.removesuffix(" accelerated")]
-            rows.append(
-                {
-                    "net": name,
-                    "top1": evaluate(net, self.data.val_loader(), task=self.task).top1,
-                    "parameters": count_parameters(counted),
-                    "macs": count_macs(counted, self.size, self.device),
-                    "latency_ms": times[name].median_ms,
-                    "latency_quartiles_ms": list(times[name].quartiles_ms),
-                    "speedup": times[name].speedup_over(times["baseline accelerated"]),
-                }
-            )
+        nets = Closing(baseline.to(self.device), pruned.to(self.device), merged, self.size, settings)
+        rows = nets.rows(self.data, self.task)
+        supernet = Supernet(nets.baseline)
         table = CostTable.load(self.dir / "latency.json")
         conditions = conditions_of(supernet, self.size, settings)
         choices = spec.mapping()
@@ -444,6 +429,7 @@ class Run:
             "model_kwargs": self.source.kwargs,
             "metric": self.task.metric,
             "conditions": conditions,
+            "versions": {name: found for name, found in versions().items() if found},
             "chosen_by": table.conditions,
             "noisy_latencies": table.noisy(),
             "rows": rows,
@@ -451,6 +437,7 @@ class Run:
             "choices": choices,
             "blocks": supernet.options(),
             "merge": load_json(self.dir / "merge.json", report.MERGE)["summary"],
+            "accelerated": nets.reports(),
         }
 
     def build(self) -> nn.Module:
@@ -482,10 +469,6 @@ class Run:
         """Wall time of a training stage that is done."""
         return load_json(self.dir / f"seconds_{stage}.json", float)
 
-    def _history(self) -> list[dict[str, Any]]:
-        paths = [self.dir / f"history_{stage}.json" for stage in ("baseline", "supernet", "finetune")]
-        return [row for path in paths if path.exists() for row in load_json(path, report.HISTORY)]
-
     def _is_done(self, path: Path) -> bool:
         """Whether an artefact is there, for all processes. Its training checkpoint is then of no more use: a kill may
         have come between writing the one and deleting the other."""
@@ -507,12 +490,6 @@ class Run:
         tensors, _ = on_all(self.accelerator, lambda: load_tensors(path))
         load_strictly(net, tensors, path)
         return net
-
-
-def _in_dtype(net: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The net itself where it is in that dtype, else a copy that is."""
-    own = next(t.dtype for t in [*net.parameters(), *net.buffers()] if t.is_floating_point())
-    return net if own == dtype else copy.deepcopy(net).to(dtype)
 
 
 def prune(

@@ -116,18 +116,30 @@ def search(
             score({})  # what all others are compared with
         strategy.run(space, score, config, random.Random(seed))
     axis = latency or costs
+    spec = None
+    if space.unit is not None:
+        best = choose(space, list(book.rows.values()), value, axis)
+        supernet.set_choices(best)
+        spec = supernet.spec()
+        log.info(
+            "search: %d subnets scored, best %s %.2f %%", len(book.rows), task.metric, book.get(best).top1
+        )
+    return found_in(book, axis, config, spec)
+
+
+def found_in(
+    book: Journal, axis: CostTable | None, config: SearchConfig, spec: SubnetSpec | None = None
+) -> SearchResult:
+    """What a search has found so far, from its journal.
+
+    axis: the cost of the front; without, the number of pruned blocks.
+    """
     rows = list(book.rows.values())
     points = [
         Point(choices, axis.cost(choices) if axis else len(choices), score, book.pair(choices))
         for choices, score in rows
     ]
-    front = pareto([(p.cost, value(p.score), p) for p in points])
-    spec = None
-    if space.unit is not None:
-        best = choose(space, rows, value, axis)
-        supernet.set_choices(best)
-        spec = supernet.spec()
-        log.info("search: %d subnets scored, best %s %.2f %%", len(rows), task.metric, book.get(best).top1)
+    front = pareto([(p.cost, value_of(p.score, config.metric), p) for p in points])
     whole = unpruned(rows)
     return SearchResult(spec, tuple(front), len(rows), None if whole is None else whole.top1)
 

@@ -19,7 +19,7 @@ from torch import nn
 from depthfuse.benching import apart, bench
 from depthfuse.benching import engines as contenders
 from depthfuse.benching.apart import BUSY, CONVOLUTIONS, Failed, beside, time_apart
-from depthfuse.benching.bench import compare, operations, plot, randomised, write_csv
+from depthfuse.benching.bench import compare, operations, randomised, ratios, write_csv
 from depthfuse.benching.engines import ENGINES, OURS, Engine, available
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -215,7 +215,7 @@ def test_tables_and_plots(tmp_path):
     assert [(row["batch"], row["contender"], row["device"]) for row in read] == [
         (batch, name, "abacus") for batch in "12" for name in (OURS, "eager")
     ]
-    plot(rows, tmp_path / "plot.png", "title")
+    ratios(rows, "title").save_png(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
     assert bench.machine(CPU)["torch"] == torch.__version__
 

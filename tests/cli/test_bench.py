@@ -16,6 +16,7 @@ def test_a_timm_model(tmp_path, capsys):
     assert "layer1.0.conv1" in out and "roofline_ms" in out and "time / ours" in out
     assert {path.name for path in tmp_path.iterdir()} == {
         "bench_cpu_fp32.csv",
+        "bench_cpu_fp32.html",
         "bench_cpu_fp32.png",
         "operations_cpu_fp32.csv",
     }
@@ -26,7 +27,9 @@ def test_the_merged_model_of_a_run(finished, tmp_path, capsys):
         (tmp_path / name).write_bytes((finished.dir / name).read_bytes())
     assert main(["bench", str(tmp_path), "--batch", "1", *QUICK]) == 0
     assert "depthfuse" in capsys.readouterr().out
-    assert {f"bench_cpu_fp32.{kind}" for kind in ("csv", "png")} <= {path.name for path in tmp_path.iterdir()}
+    assert {f"bench_cpu_fp32.{kind}" for kind in ("csv", "html", "png")} <= {
+        path.name for path in tmp_path.iterdir()
+    }
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from depthfuse.errors import BudgetError, ConfigError, MethodError
 from depthfuse.measuring.counting import count_parameters
 from depthfuse.rivals.channels import prune_channels, ratio_within
 from depthfuse.rivals.compare import compare, parse_budget
-from depthfuse.rivals.compare_report import summarise
+from depthfuse.rivals.compare_report import summarise, table_rows
 from depthfuse.rivals.methods import METHODS
 
 CONFIG = CompareConfig(
@@ -77,6 +77,8 @@ def test_every_method_keeps_the_budget_and_is_reported(finished):
     assert len(rows) == len(results["trials"])
     report = (finished.out / "report.md").read_text()
     assert all(f"| {name} |" in report for name in [*finished.methods, "longer", "scratch", "baseline"])
+    page = (finished.out / "report.html").read_text()
+    assert all(cell in page for row in table_rows(results) for cell in row)
     assert (finished.out / "comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert not list(finished.out.rglob("*.state"))
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fake_clock import Clock
 from killed_runs import assert_same_weights, kill_when_there
+from read_pages import Read
 from small_run import CONFIG
 
 from depthfuse.checkpoint import load_json
@@ -48,6 +49,11 @@ def rows_of(folder):
 def scored(folder):
     book = Journal(folder / "search.jsonl")
     return [(choices, score, book.pair(choices)) for choices, score in book.rows.values()]
+
+
+def test_a_search_leaves_a_page_with_its_front(explored):
+    sections = {section["id"] for section in Read((explored / "report.html").read_text()).all("section")}
+    assert sections == {"progress", "front", "training", "reproduce", "machine"}
 
 
 def test_each_score_has_its_interval(explored):

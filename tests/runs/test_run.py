@@ -11,6 +11,7 @@ import pytest
 import torch
 from fake_clock import Clock
 from killed_runs import assert_same_weights, kill_when_there
+from read_pages import Read
 from small_run import CONFIG, undisturbed
 
 from depthfuse import Supernet, load, open_data
@@ -47,6 +48,10 @@ def test_it_leaves_what_it_promises(finished):
     assert all(row["latency_ms"] > 0 for row in rows.values())
     report = (finished / "report.md").read_text()
     assert all(name in report for name in rows) and all(choice.block in report for choice in spec.choices)
+    page = Read((finished / "report.html").read_text())
+    known = {section["id"] for section in page.all("section")}
+    assert known == {"results", "front", "net", "training", "operations", "checks", "reproduce", "machine"}
+    assert any(element["text"] == "resnet18" for element in page.all("h1"))
     for plot in ("comparison", "training", "blocks"):
         assert (finished / "plots" / f"{plot}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     stages = [row["stage"] for row in csv.DictReader((finished / "metrics.csv").open())]

@@ -68,6 +68,16 @@ struct AttentionTask {
   float scale;
 };
 
+struct TileKernels {
+  // Output pixels of pointwise convolutions, output rows of others, [first, last) of all images'; `memory` holds
+  // scratch(task, last - first) floats.
+  void (*conv)(const TileTask&, int first, int last, int first_panel, int last_panel, float* memory);
+  int64_t (*scratch)(const TileTask&, int units);
+  // weights [c_out][taps][c_in] -> as TileTask has them. Returns how many, or 0 where one of them has no parts; `packed`
+  // nullptr: only counts.
+  int64_t (*weights)(const float* weights, int c_out, int taps, int c_in, uint16_t* packed);
+};
+
 struct Kernels {
   const char* name;
   int vector;     // floats of a vector
@@ -81,13 +91,7 @@ struct Kernels {
   int64_t (*winograd_scratch)(const WinogradTask&, int tiles);
   // weights [c_out][3][3][c_in] -> as WinogradTask has them
   void (*winograd_weights)(const float* weights, int c_out, int c_in, int tile, float* packed);
-  // nullptr where there are no tiles. Output pixels of pointwise convolutions, output rows of others, [first, last) of all
-  // images'; `scratch` holds tile_scratch(task, last - first) floats.
-  void (*tiles)(const TileTask&, int first, int last, int first_panel, int last_panel, float* scratch);
-  int64_t (*tile_scratch)(const TileTask&, int units);
-  // weights [c_out][taps][c_in] -> as TileTask has them. Returns how many, or 0 where one of them has no parts; `packed`
-  // nullptr: only counts.
-  int64_t (*tile_weights)(const float* weights, int c_out, int taps, int c_in, uint16_t* packed);
+  const TileKernels* tiles;  // nullptr where there are none
   // Output rows [first, last) of n * h.
   void (*depthwise)(const DepthwiseTask&, int first, int last);
   void (*max_pool)(const View& x, const View& y, const Window&, int first, int last);
@@ -112,6 +116,7 @@ struct Kernels {
   int64_t (*attention_scratch)(const AttentionTask&);
 };
 
-extern const Kernels kBaseline, kAvx2, kAvx512, kAmx;
+extern const Kernels kBaseline, kAvx2, kAvx512;
+extern const TileKernels* const kTiles;  // nullptr where the compiler does not know them
 
 }  // namespace depthfuse

@@ -1,4 +1,4 @@
-// AVX-512, and AMX's tiles beside it: 32 registers of 16 floats. 14 x 2 accumulators, 2 weights and a value; 14 divides 112, 56, 28 and 14.
+// AVX-512: 32 registers of 16 floats. 14 x 2 accumulators, 2 weights and a value; 14 divides 112, 56, 28 and 14.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -15,21 +15,7 @@
 #define COLUMNS 2
 #include "kernels.inc"
 
-#if __GNUC__ >= 12
-#include "tiles.inc"
-#endif
-
 namespace depthfuse {
-namespace {
-constexpr Kernels with_tiles() {
-  Kernels kernels = kernels_named("amx");
-#if __GNUC__ >= 12
-  kernels.tiles = tile_conv, kernels.tile_scratch = tile_scratch, kernels.tile_weights = tile_weights;
-#endif
-  return kernels;
-}
-}  // namespace
 extern const Kernels kAvx512 = kernels_named("avx512");
-extern const Kernels kAmx = with_tiles();
 }  // namespace depthfuse
 #endif

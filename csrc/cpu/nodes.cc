@@ -46,12 +46,12 @@ TileTask Conv::tile_task(const View& x, const View& y, const View& residual) con
 }
 
 int64_t Conv::scratch_floats(const View& x, const View& y, int units) const {
-  return tiles ? kernels().tile_scratch(tile_task(x, y, View{}), units) + kSlack : 0;
+  return tiles ? kernels().tiles->scratch(tile_task(x, y, View{}), units) + kSlack : 0;
 }
 
 void Conv::compute(const View& x, const View& y, const View& residual, int first, int last, int first_panel,
                    int last_panel, float* memory) const {
-  if (tiles) return kernels().tiles(tile_task(x, y, residual), first, last, first_panel, last_panel, memory);
+  if (tiles) return kernels().tiles->conv(tile_task(x, y, residual), first, last, first_panel, last_panel, memory);
   ConvTask t = task;
   t.segments = segments.data(), t.x = x, t.y = y, t.tail.residual = residual;
   kernels().conv(t, first, last, first_panel, last_panel);
@@ -117,10 +117,10 @@ Conv Plan::conv_of(const df_node& node, int index) {
     refuse("an algorithm is " + std::to_string(node.algorithm));
   if (is_winograd(node.algorithm)) return conv;
   if (node.algorithm == DF_TILES && kernels().tiles && groups == 1) {
-    const Kernels& k = kernels();
+    const TileKernels& k = *kernels().tiles;
     uint16_t* weights =
-        reinterpret_cast<uint16_t*>(packed((k.tile_weights(conv.raw, y.shape.c, taps, c_in, nullptr) + 1) / 2));
-    if (k.tile_weights(conv.raw, y.shape.c, taps, c_in, weights)) {
+        reinterpret_cast<uint16_t*>(packed((k.weights(conv.raw, y.shape.c, taps, c_in, nullptr) + 1) / 2));
+    if (k.weights(conv.raw, y.shape.c, taps, c_in, weights)) {
       conv.tiles = weights;
       return conv;
     }

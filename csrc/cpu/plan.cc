@@ -72,7 +72,11 @@ const Kernels& kernels() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
     const bool narrower = limit == "avx2" || limit == "baseline";
-    if (avx512 && !narrower && limit != "avx512" && kAmx.tiles && may_use_tiles()) return kAmx;
+    if (avx512 && !narrower && limit != "avx512" && kTiles && may_use_tiles()) {
+      static Kernels with_tiles = kAvx512;
+      with_tiles.name = "amx", with_tiles.tiles = kTiles;
+      return with_tiles;
+    }
     if (avx512 && !narrower) return kAvx512;
     if (avx2 && limit != "baseline") return kAvx2;
 #endif

@@ -142,7 +142,7 @@ struct Conv {
   const float* raw = nullptr;  // weights as they were given, while the plan is made
   const uint16_t* tiles = nullptr;  // weights for tiles, in the place of the task's
 
-  // The memory that compute() needs, in floats: of `units` as kernels().tiles counts them; 0 without tiles.
+  // The memory that compute() needs, in floats: of `units` as TileKernels counts them; 0 without tiles.
   int64_t scratch_floats(const View& x, const View& y, int units) const;
   // Output pixels of x to y, all sections being one: [first, last) of pointwise convolutions' pixels, or rows by tiles.
   void compute(const View& x, const View& y, const View& residual, int first, int last, int first_panel, int last_panel,

@@ -82,7 +82,12 @@ def fastest_algorithm(
     if len(candidates) == 1 or pixels * c * filters * math.prod(kernel) < _WORTH_MEASURING:
         return native.DIRECT
     cache = MeasuredCache.of(torch.device("cpu"), sources=("csrc", "native"))
-    question = {"convolution": [*shape, filters, *numbers], "isa": isa(), "algorithms": candidates}
+    question = {
+        "convolution": [*shape, filters, *numbers],
+        "isa": isa(),
+        "threads": torch.get_num_threads(),
+        "algorithms": candidates,
+    }
     known = cache.get(question)
     if known is None or known.get("algorithm") not in candidates:
         runs = {}

@@ -5,13 +5,16 @@
     python -m benchmarks.gfx908 models --out benchmarks/results/gfx908_models.csv
     python -m benchmarks.gfx908 units --networks resnet34 --out benchmarks/results/gfx908_units.csv
     python -m benchmarks.gfx908 times --networks resnet34 --out benchmarks/results/gfx908_times.csv
+    python -m benchmarks.gfx908 compare earlier_times.csv times.csv --out benchmarks/results/gfx908_tiles.md
+    python -m benchmarks.gfx908 validation --out benchmarks/results/gfx908_validation.csv
     python -m benchmarks.gfx908 planted --out benchmarks/results/gfx908_planted.csv
 
 `operators` runs every operator, whole, at the shapes of `depthfuse self-test` (`--small`: at the smallest of them);
 `networks` the launches of real networks at batch 1, a few workgroups of each; `models` whole networks at small images;
-`units` counts for which unit of the card the code has most to do; `times` simulates how long it takes; `planted` breaks
-compiled kernels on purpose. Beside each CSV a summary of the same name with `.md`. Rows of another Triton version,
-network or dtype that the CSV has stay there. Exit status 1 where something is wrong.
+`units` counts for which unit of the card the code has most to do; `times` simulates how long it takes; `compare` puts
+two tables of `times` side by side, `validation` such times beside published ones; `planted` breaks compiled kernels on
+purpose. Beside each CSV a summary of the same name with `.md`. Rows of another Triton version, network or dtype that
+the CSV has stay there. Exit status 1 where something is wrong.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.gfx908 import models, networks, operators, planted, tables, times, units
+from benchmarks.gfx908 import models, networks, operators, planted, tables, times, units, validation
+from benchmarks.kernels.cases import DepthwiseCase
 from benchmarks.kernels.registry import BATCHES, NETWORKS
 from depthfuse.kernels.launch import INTERPRETED
 from depthfuse.selftest.cases import CASES, OPS, Case
@@ -33,22 +37,29 @@ _CASE = ("triton", "op", "case", "dtype")
 
 
 def collect(rows: Iterable, out: Path | None, keys: tuple[str, ...], summary) -> list[dict]:
-    """Print each row as it comes; write them, with those of `out` that have other `keys`, and a summary."""
-    new = []
+    """Print each row as it comes; write them, with those of `out` that have other `keys`, and a summary.
+
+    Written after each row: what a stopped run has done is there.
+    """
+    new: list[dict] = []
+    before: list[dict] = []
+    if out and out.exists():
+        before = _read(out)
     for row in rows:
         new.append({name: str(value) for name, value in dataclasses.asdict(row).items()})
         print(" ".join(value for value in new[-1].values() if value), flush=True)
-    done = {tuple(row[key] for key in keys) for row in new}
-    old: list[dict] = []
-    if out and out.exists():
-        with out.open(newline="") as file:
-            old = [row for row in csv.DictReader(file) if tuple(row[key] for key in keys) not in done]
-    table = old + new
-    print(summary(table))
-    if out and new:
-        _write(out, table)
-        _replace(out.with_suffix(".md"), summary(table))
+        if out:
+            done = {tuple(row[key] for key in keys) for row in new}
+            table = [row for row in before if tuple(row[key] for key in keys) not in done] + new
+            _write(out, table)
+            _replace(out.with_suffix(".md"), summary(table))
+    print(summary(new))
     return new
+
+
+def _read(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _write(out: Path, table: list[dict]) -> None:
@@ -70,16 +81,19 @@ def _replace(path: Path, text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("operators", "networks", "models", "units", "times", "planted"):
+    for name in ("operators", "networks", "models", "units", "times", "validation", "planted"):
         command = commands.add_parser(name)
-        command.add_argument("--dtypes", nargs="+", choices=operators.DTYPES, default=list(operators.DTYPES))
         command.add_argument("--out", type=Path, help="CSV to write")
+        if name == "validation":
+            continue
+        command.add_argument("--dtypes", nargs="+", choices=operators.DTYPES, default=list(operators.DTYPES))
         if name == "models":
             command.add_argument(
                 "--networks", nargs="+", choices=models.IMAGE_SIZES, default=list(models.IMAGE_SIZES)
             )
+            command.add_argument("--blocks", nargs="+", choices=models.BLOCKS, default=list(models.BLOCKS))
             continue
-        command.add_argument("--ops", nargs="+", choices=OPS, help="only these")
+        command.add_argument("--ops", nargs="+", choices=(*OPS, DepthwiseCase.op), help="only these")
         if name in ("networks", "units", "times"):
             command.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
             command.add_argument(
@@ -90,12 +104,21 @@ def main() -> int:
         command.add_argument("--small", action="store_true", help="at the smallest shapes")
         if name == "planted":
             command.add_argument("--swaps", type=int, default=20, help="pairs of registers swapped, a kernel")
+    command = commands.add_parser("compare")
+    command.add_argument("tables", nargs=2, type=Path, help="CSVs of `times`: before, after")
+    command.add_argument("--out", type=Path, required=True, help="Markdown to write")
     options = parser.parse_args()
+    if options.command == "compare":
+        _replace(options.out, tables.compared(*map(_read, options.tables)))
+        return 0
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
     if options.command == "planted":
         rows = planted.rows(_cases(parser, options), options.dtypes, options.small, options.swaps)
         return 1 if any(map(planted.is_lost, collect(rows, options.out, _CASE, tables.planted))) else 0
+    if options.command == "validation":
+        collect(validation.rows(), options.out, ("what",), tables.validation)
+        return 0
     if options.command in ("units", "times"):
         kind, summary = (units, tables.units) if options.command == "units" else (times, tables.times)
         rows = kind.rows(options.networks, options.batches, options.ops, options.dtypes)
@@ -108,8 +131,8 @@ def main() -> int:
         rows = networks.rows(options.networks, options.ops, options.dtypes)
         found = collect(rows, options.out, ("triton", "network", "op", "dtype"), tables.networks)
     else:
-        rows = models.rows(options.networks, options.dtypes)
-        found = collect(rows, options.out, ("triton", "network", "dtype"), tables.models)
+        rows = models.rows(options.networks, options.dtypes, options.blocks)
+        found = collect(rows, options.out, ("triton", "network", "dtype", "blocks"), tables.models)
     return 1 if any(row["outcome"] != operators.RIGHT for row in found) else 0
 
 

@@ -5,8 +5,8 @@ scalar instructions; LDS and the first cache serve all four SIMDs, one access af
 the nearest memory that holds their lines; the caches are filled as they go. Where several waves could issue, the one
 that has waited longest does. New workgroups start as soon as one ends.
 
-No parameter is fitted to a measurement of ours, for there is none. Errors of a third are to be expected in absolute
-times, less between two versions of a kernel.
+No parameter is fitted to a measurement of ours, for there is none. Beside published figures (`validation.py`) it is
+mostly within a fifth; less is to be expected between two versions of a kernel.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from benchmarks.gfx908.busy import SIMDS
 from benchmarks.gfx908.trace import Event
@@ -25,30 +25,42 @@ _ISSUE = 4  # clocks between two instructions of a wave (MI100 ISA guide: 64 lan
 
 @dataclass(frozen=True)
 class Parameters:
-    """The hardware. Latencies are those that gem5's model of Vega was fitted with to a card ("GAP", the GPU accuracy
-    profiler: mem-req-latency 69, mem-resp-latency 69, TCP_latency 4, TCC_latency 121, vrf_lm_bus_latency 63,
-    scalar-mem-req-latency 28); the compute unit of the MI100 is its successor.
+    """The hardware. Latencies of LDS and of scalar loads are those that gem5's model of Vega was fitted with to a card
+    ("GAP", the GPU accuracy profiler: vrf_lm_bus_latency 63, scalar-mem-req-latency 28 and mem-resp-latency 69); the
+    compute unit of the MI100 is its successor. Those of loads were measured on an MI210, the MI100's successor, at
+    1.7 GHz (gpu-benches, gpu-latency/mi210.txt): 125, 242 and 574 clocks.
 
     Attributes:
         lds_latency: clocks from LDS's answer to the register.
         cache_latency, second_latency, memory_latency: of a load, where its lines are in the first cache, in the second,
-            or in memory. Of memory: the second's, and about 100 ns of HBM2 (an assumption).
+            or in memory. What memory takes longer than the second, 195 ns, is the same at any clock of ours.
         constant_latency: of a scalar load.
         cache_lines: of the first cache: 16 KiB of 64 bytes (AMD CDNA architecture white paper).
-        second_bytes: a clock and compute unit from the second cache: 64, the width of the first's port, which is less
-            than the second has for each of the 120 (white paper: 128 bytes a clock for each of 32 slices).
-        memory_bytes: a clock and compute unit from HBM: 1,229 GB/s by 120 units at 1.502 GHz, of which copies reach 75
-            to 80 % (BabelStream on MI100).
+        backlog_bytes: of a compute unit's stores that the second cache holds until memory has time for them, loads
+            going first: its share of half of 8 MiB (white paper; the half is an assumption).
+        second_bytes: a clock and compute unit from the second cache, where all of them load: 2,726 GB/s were measured
+            (gpu-benches, gpu-l2-cache/mi100.txt; rocm-amdgpu-bench#4: 2,530), at 1.502 GHz 56.7 bytes a clock and
+            slice. The white paper promises 128.
+        line_bytes: a clock from the second cache to one compute unit that is alone: the width of the first's port.
+        memory_bytes: a clock and compute unit from HBM: 1,229 GB/s by 120 units at 1.502 GHz, of which copies reach
+            1,041 to 1,043 (rocm-amdgpu-bench#4; gpu-benches, gpu-stream/mi100.txt).
     """
 
     lds_latency: int = 63
-    cache_latency: int = 142
-    second_latency: int = 263
-    memory_latency: int = 413
+    cache_latency: int = 125
+    second_latency: int = 242
+    memory_latency: int = 535
     constant_latency: int = 97
     cache_lines: int = 256
-    second_bytes: float = 34.0
-    memory_bytes: float = 0.78 * 1229e9 / 120 / 1.502e9
+    backlog_bytes: int = 2**22 // 120
+    second_bytes: float = 2726e9 / 120 / 1.502e9
+    line_bytes: float = 64.0
+    memory_bytes: float = 1043e9 / 120 / 1.502e9
+
+    def shared_by(self, units: int) -> Parameters:
+        """The same, where so many of the 120 compute units are at work: each has more of what all share."""
+        second = min(self.line_bytes, self.second_bytes * 120 / units)
+        return replace(self, second_bytes=second, memory_bytes=min(second, self.memory_bytes * 120 / units))
 
 
 @dataclass
@@ -80,6 +92,7 @@ class ComputeUnit:
         self.free = {(unit, simd): 0 for unit in ("vector", "matrix", "scalar") for simd in range(SIMDS)}
         self.free |= {("lds", 0): 0, ("memory", 0): 0}
         self.second_free = self.memory_free = 0.0
+        self.backlog = 0.0  # clocks that memory needs for stores that it has put off
         self.held: OrderedDict[int, None] = OrderedDict()
         self.seen: set[int] = set()
         self.owed = 0.0  # lines that are to come from memory
@@ -219,7 +232,18 @@ class ComputeUnit:
             self.second_free = max(self.second_free, arrived) + missed * 64 / parameters.second_bytes
             arrived = self.second_free
         if far:
-            latency = parameters.memory_latency
-            self.memory_free = max(self.memory_free, start) + far * 64 / parameters.memory_bytes
-            arrived = max(arrived, self.memory_free)
+            idle = max(0.0, start - self.memory_free)
+            self.backlog = max(0.0, self.backlog - idle)
+            self.memory_free = max(self.memory_free, start)
+            taken = far * 64 / parameters.memory_bytes
+            if event.loads:
+                latency = parameters.memory_latency
+                self.memory_free += taken
+                arrived = max(arrived, self.memory_free)
+            else:
+                most = parameters.backlog_bytes / parameters.memory_bytes
+                self.backlog += taken
+                if self.backlog > most:
+                    self.memory_free += self.backlog - most
+                    self.backlog, arrived = most, max(arrived, self.memory_free)
         return arrived + latency

@@ -23,6 +23,9 @@ import timm  # isort: skip  after depthfuse, which knows its torchvision remedy
 IMAGE_SIZES = {"resnet34": 64, "mobilenetv2_100": 64, "convnext_tiny": 64, "deit_tiny_patch16_224": 64}
 
 
+BLOCKS = ("plain", "merged")
+
+
 @dataclass(frozen=True)
 class Row:
     """One network, run end to end.
@@ -35,7 +38,7 @@ class Row:
     triton: str
     network: str
     dtype: str
-    blocks: str  # "plain" or "merged"
+    blocks: str  # of BLOCKS
     image: str
     launches: int
     workgroups: int
@@ -61,11 +64,11 @@ def model_of(network: str, merged: bool) -> nn.Module:
     return depthfuse.merge(supernet).eval()
 
 
-def check(network: str, dtype: str, merged: bool) -> Row:
+def check(network: str, dtype: str, blocks: str) -> Row:
     """Plan, run and compare one network."""
     start, outcome, error, counted = time.perf_counter(), RIGHT, float("nan"), []
     size = IMAGE_SIZES[network]
-    model = model_of(network, merged)
+    model = model_of(network, blocks == "merged")
     x = torch.randn(1, 3, size, size)
     with recorded() as launches, torch.no_grad():
         try:
@@ -82,7 +85,7 @@ def check(network: str, dtype: str, merged: bool) -> Row:
         triton=triton.__version__,
         network=network,
         dtype=dtype,
-        blocks="merged" if merged else "plain",
+        blocks=blocks,
         image=f"{size} x {size}",
         launches=len(counted),
         workgroups=sum(torch.Size(launch.grid).numel() for launch in counted),
@@ -92,9 +95,9 @@ def check(network: str, dtype: str, merged: bool) -> Row:
     )
 
 
-def rows(networks: list[str], dtypes: list[str]) -> Iterator[Row]:
-    """Each network, plain and merged."""
+def rows(networks: list[str], dtypes: list[str], blocks: list[str]) -> Iterator[Row]:
+    """Each network with each of these `BLOCKS`."""
     for network in networks:
         for dtype in dtypes:
-            for merged in (False, True):
-                yield check(network, dtype, merged)
+            for kind in blocks:
+                yield check(network, dtype, kind)

@@ -1,4 +1,4 @@
-"""A few workgroups of a launch that is too large to hold: its code and its tiles, on the tensors of batch 1."""
+"""A few workgroups of a launch that is too large to hold: its code and its tiles, on the tensors of a few images."""
 
 from __future__ import annotations
 
@@ -7,31 +7,52 @@ from dataclasses import replace
 import torch
 
 from benchmarks.gfx908.launches import TARGET, execute, program_of
+from benchmarks.gfx908.network_cases import NetworkCase
 from benchmarks.gfx908.networks import operands_of, parts_of
 from benchmarks.gfx908.operators import DTYPES, poisoned
-from benchmarks.kernels.cases import Case
+from depthfuse.devices import DEVICES
 from depthfuse.kernels.launch import Launch, stand_in
 
+_UNITS = DEVICES["gfx908"].compute_units
+_MOST_ELEMENTS = 2e7  # of the tensors that a few workgroups run on
 
-def sample(case: Case, small: Case, batch: int, dtype: str, count: int, watcher: object) -> int:
+
+def sample(found: NetworkCase, count: int, watcher: object) -> int:
     """Run workgroups from the middle of the last launch of a case, with a watcher; how many.
 
     Args:
-        small: the same operator at batch 1. batch: of `case`. count: of tiles; of a tile whose sum is split, all parts
-            run. Fewer, where batch 1 has fewer.
+        count: of tiles; of a tile whose sum is split, all parts run. Fewer, where few images have fewer.
     """
-    launch, plans = case.launches(DTYPES[dtype], TARGET)[-1], []
+    launch, plans = found.launch(), []
+    images = _images(found, launch.grid[0], count)
+    few = found.small[images]
     with stand_in(TARGET, plans.append), poisoned():
-        small.ours(**operands_of(small, DTYPES[dtype]))
+        few.ours(**operands_of(few, DTYPES[found.dtype]))
         splits = launch.arguments.get("SPLITS", 1)
-        tiles = max(1, launch.grid[0] // batch)  # of one image, where tiles go over images at all
+        tiles = max(1, launch.grid[0] * images // found.batch)
         count = min(count, tiles)
-        first = (tiles - count) // 2
-        # Images may be on the second axis, of which batch 1 has fewer.
+        step = max(1, min(_UNITS, tiles // count))
+        first = (tiles - (count - 1) * step) // 2
+        # Images may be on the second axis, of which few have fewer.
         parts = parts_of(launch.grid if splits > 1 else plans[-1].grid, splits)
-        programs = [(first + n, j, k) for n in range(count) for j, k in parts]
+        programs = [(first + n * step, j, k) for n in range(count) for j, k in parts]
         execute(_on_tensors_of(launch, plans[-1]), program_of(launch), programs, watcher)
     return len(programs)
+
+
+def _images(found: NetworkCase, programs: int, count: int) -> int:
+    """So many that `count` programs are as far apart as those that one compute unit has at once, which are dealt out to
+    all units in turn: neighbours would share more lines of the first cache. At least, as many as can be held: rows past
+    the end of a tile read the last one again, which costs less than rows of their own.
+    """
+    largest = min(found.small)
+    for images, case in found.small.items():
+        if images > largest and case.elements_moved() > _MOST_ELEMENTS:
+            break
+        largest = images
+        if programs * images > (count - 1) * _UNITS * found.batch:
+            break
+    return largest
 
 
 def _on_tensors_of(launch: Launch, small: Launch) -> Launch:

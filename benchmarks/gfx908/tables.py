@@ -133,6 +133,90 @@ def times(rows: list[dict]) -> str:
     )
 
 
+def compared(before: list[dict], after: list[dict]) -> str:
+    """Networks and launches of two tables of `times`, of those that both have."""
+    key = ("network", "batch", "op", "dtype", "shape")
+    old = {tuple(row[name] for name in key): row for row in before}
+    pairs = [(old[k], row) for row in after if (k := tuple(row[name] for name in key)) in old]
+    networks = []
+    for group in dict.fromkeys((row["network"], row["batch"], row["dtype"]) for _, row in pairs):
+        mine = [p for p in pairs if (p[1]["network"], p[1]["batch"], p[1]["dtype"]) == group]
+        cells = [*group]
+        for layers in ("plain", "merged"):
+            sums = [sum(float(p[n]["simulated_us"]) * int(p[1][layers]) for p in mine) for n in (0, 1)]
+            cells += [round(sums[0]), round(sums[1]), round(sums[0] / sums[1], 2)]
+        networks.append(tuple(cells))
+    for batch, dtype in dict.fromkeys((row[1], row[2]) for row in networks):
+        mine = [row for row in networks if (row[1], row[2]) == (batch, dtype)]
+        cells = ["all", batch, dtype]
+        for first in (3, 6):
+            sums = [sum(row[first + n] for row in mine) for n in (0, 1)]
+            cells += [*sums, round(sums[0] / sums[1], 2)]
+        networks.append(tuple(cells))
+    gains = sorted(pairs, key=lambda p: float(p[1]["simulated_us"]) - float(p[0]["simulated_us"]))
+    launches = [
+        (
+            *(row[name] for name in ("op", "batch", "shape")),
+            _blocks(first["tile"]),
+            _blocks(row["tile"]),
+            first["simulated_us"],
+            row["simulated_us"],
+            row["share"],
+        )
+        for first, row in gains
+        if abs(float(first["simulated_us"]) / float(row["simulated_us"]) - 1) > 0.02
+    ]
+    head = ("network", "batch", "dtype", "plain, us", "now", "ratio", "merged, us", "now", "ratio")
+    columns = (
+        "op",
+        "batch",
+        "shape",
+        "tile before",
+        "tile now",
+        "us before",
+        "us now",
+        "share of the roofline",
+    )
+    return (
+        "*Simulated* (benchmarks/gfx908/cycles.py), before and after: no MI100 has been timed. Sums over the layers\n"
+        "of whole networks, an operator a launch, launches costing nothing:\n\n"
+        + _table(head, networks)
+        + "\nLaunches whose time changes by more than 2 %, by what they gain:\n\n"
+        + _table(columns, launches)
+    )
+
+
+def _blocks(tile: str) -> str:
+    """The sizes alone."""
+    values = dict(part.split("=", 1) for part in tile.split())
+    sizes = [value for name, value in values.items() if name.startswith(("BLOCK", "PATCH"))]
+    splits = f", {values['SPLITS']} parts" if values.get("SPLITS", "1") != "1" else ""
+    return f"{'x'.join(sizes)}, {values.get('num_warps', '?')} waves{splits}"
+
+
+def validation(rows: list[dict]) -> str:
+    """A line for each published figure."""
+    body = []
+    for row in rows:
+        percent = f"{100 * float(row['deviation']):+.0f} %"
+        body.append(
+            (
+                row["what"],
+                row["unit"],
+                row["published"],
+                row["simulated"],
+                percent,
+                row["source"],
+                row["remark"],
+            )
+        )
+    head = ("what", "unit", "published", "the model", "deviation", "source", "remark")
+    return (
+        "The model of `times` beside what is published of the MI100 (benchmarks/gfx908/validation.py).\n\n"
+        + _table(head, body)
+    )
+
+
 def _faults(rows: list[dict]) -> str:
     wrong = [
         f"- {r['op']} {r.get('case') or r.get('shape')} {r['dtype']}: {r['outcome']}"

@@ -9,22 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import triton
 
 from benchmarks.gfx908.busy import CLOCK_MHZ, UNITS, Busy
 from benchmarks.gfx908.launches import TARGET, program_of
-from benchmarks.gfx908.operators import DTYPES
+from benchmarks.gfx908.network_cases import NetworkCase, cases_of
 from benchmarks.gfx908.sampling import sample
-from benchmarks.kernels.cases import Case
 from benchmarks.kernels.prove import tile_of
-from benchmarks.kernels.registry import unique_cases
 from benchmarks.kernels.resources import key_of
 from depthfuse.devices import DEVICES
-from depthfuse.kernels.launch import Launch, ceil_div
-from depthfuse.measuring.roofline import roofline_us
+from depthfuse.kernels.launch import ceil_div
 
 _DEVICE = DEVICES["gfx908"]
 
@@ -70,62 +65,6 @@ class Row:
     share: float
 
 
-@dataclass(frozen=True)
-class NetworkCase:
-    """An operator of a network, in a dtype. small: the same at batch 1; layers: that it is, see `unique_cases`."""
-
-    network: str
-    case: Case
-    small: Case
-    batch: int
-    dtype: str
-    layers: list[str]
-
-    def facts(self) -> dict[str, Any]:
-        """What each row says of it."""
-        return {
-            "triton": triton.__version__,
-            "network": self.network,
-            "batch": self.batch,
-            "op": self.case.op,
-            "dtype": self.dtype,
-            "shape": self.case.shape(),
-            **layers_of(self.layers),
-        }
-
-    def launch(self) -> Launch:
-        """Its last one."""
-        return self.case.launches(DTYPES[self.dtype], TARGET)[-1]
-
-    def bytes_moved(self) -> int:
-        return self.case.elements_moved() * DTYPES[self.dtype].itemsize
-
-    def roofline_us(self) -> float:
-        return roofline_us(
-            "gfx908", self.case.flops(), self.bytes_moved(), DTYPES[self.dtype], self.case.matrix
-        )
-
-
-def cases_of(
-    networks: list[str], batches: list[int], ops: list[str] | None, dtypes: list[str]
-) -> Iterator[NetworkCase]:
-    """Each distinct operator of the networks, merged and not."""
-    for network in networks:
-        small = {names[0]: case for case, names in unique_cases(network, 1).items()}
-        for batch in batches:
-            for case, names in unique_cases(network, batch).items():
-                for dtype in dtypes:
-                    if (ops is None or case.op in ops) and case.supports(DTYPES[dtype]):
-                        yield NetworkCase(network, case, small[names[0]], batch, dtype, names)
-
-
-def layers_of(names: list[str]) -> dict[str, int]:
-    """How many of these layers (see `unique_cases`) are of the plain and of the merged network, run one by one."""
-    single = [name for name in names if "(" not in name]
-    merged = sum(name.endswith(", merged") for name in single)
-    return {"plain": len(single) - merged, "merged": merged}
-
-
 _counts: dict[str, tuple[Busy, int]] = {}  # by compiled code: of how many workgroups
 
 
@@ -135,7 +74,7 @@ def row_of(found: NetworkCase) -> Row:
     code = key_of(launch, TARGET)
     if code not in _counts:
         busy = Busy()
-        _counts[code] = (busy, sample(found.case, found.small, found.batch, found.dtype, 1, busy))
+        _counts[code] = (busy, sample(found, 1, busy))
     busy, parts = _counts[code]
     grid = torch.Size(launch.grid).numel()
     clocks = {unit: value / parts for unit, value in busy.of_a_workgroup().items()}

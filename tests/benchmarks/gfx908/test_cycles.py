@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks.gfx908 import validation
 from benchmarks.gfx908.cycles import ComputeUnit, Parameters
 from benchmarks.gfx908.trace import BARRIER, Event
 
@@ -102,3 +103,32 @@ def test_new_workgroups_start_when_one_ends():
     ends = ComputeUnit(P, 0.0).run([one] * 6, resident=2)
     assert len(ends) == 6 and ends == sorted(ends)
     assert ends[-1] == pytest.approx(6 * 400, rel=0.02)
+
+
+def test_published_rates_and_bandwidths_are_reached():
+    found = {row.what: row for row in validation.peaks()}
+    assert len(found) == 8
+    for row in found.values():
+        assert abs(row.deviation) < (0.15 if row.unit == "GB/s" else 0.01), row
+
+
+def test_few_compute_units_have_more_of_what_all_share():
+    assert P.shared_by(120) == P
+    assert P.shared_by(60).second_bytes == 2 * P.second_bytes
+    assert P.shared_by(60).memory_bytes == 2 * P.memory_bytes
+    assert P.shared_by(1).second_bytes == P.shared_by(1).memory_bytes == P.line_bytes
+
+
+@pytest.mark.parametrize(("stores", "late"), [(P.backlog_bytes // 1024, False), (200, True)])
+def test_loads_go_before_stores_that_the_second_cache_holds(stores, late):
+    """As many as fit cost a load no more than the second cache's time; those beyond wait for memory."""
+    written = [
+        Event("memory", 16, tuple(range(1000 + 16 * n, 1016 + 16 * n)), loads=False) for n in range(stores)
+    ]
+    load = [*loads(1), wait(0)]
+    alone = clocks([load], fresh=1.0)
+    after = clocks([[*written, *load]], fresh=1.0) - alone
+    through_second = stores * 1024 / P.second_bytes
+    through_memory = (stores * 1024 - P.backlog_bytes) / P.memory_bytes
+    assert after == pytest.approx(through_memory if late else through_second, rel=0.1, abs=100)
+    assert (through_memory > through_second) is late

@@ -132,6 +132,7 @@ def conv2d_kernel(
             BLOCK_N,
             BLOCK_K,
             SPLITS,
+            AMD,
         )
     else:
         acc = tap_product(
@@ -155,6 +156,7 @@ def conv2d_kernel(
             BLOCK_N,
             BLOCK_K,
             SPLITS,
+            AMD,
         )
 
     if SPLITS > 1:

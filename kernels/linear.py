@@ -18,7 +18,7 @@ import triton.language as tl
 from depthfuse.kernels.arguments import NO_TAIL, Tail
 from depthfuse.kernels.device.epilogue import write_tile
 from depthfuse.kernels.device.splitk import part_of, split_arguments, sum_of_parts
-from depthfuse.kernels.device.tile import GemmConfig, gemm_config, tile_of, within_reduction
+from depthfuse.kernels.device.tile import GemmConfig, gemm_config, load_weights, tile_of, within_reduction
 from depthfuse.kernels.launch import (
     Launch,
     Target,
@@ -67,6 +67,7 @@ def product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    AMD: tl.constexpr,
     split,
 ):
     """Rows of n(x) times rows of weight, summed over one part of CHANNELS: float32 [BLOCK_M, BLOCK_N]."""
@@ -76,12 +77,12 @@ def product(
     first, last = part_of((CHANNELS + BLOCK_K - 1) // BLOCK_K, SPLITS, split)
     for step in range(first, last):
         c = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        inside = within_reduction(c, CHANNELS, BLOCK_K)[None, :]
-        a = tl.load(x + x_row[:, None] + c[None, :], mask=inside, other=0.0)
-        b = tl.load(weight + w_row[:, None] + c[None, :], mask=inside, other=0.0)
+        inside = within_reduction(c, CHANNELS, BLOCK_K)
+        a = tl.load(x + x_row[:, None] + c[None, :], mask=inside[None, :], other=0.0)
+        b = load_weights(weight, w_row, c, inside, AMD)
         if NORM_EPS is not None:
             a = ((a.to(tl.float32) - mean[:, None]) * inverse[:, None]).to(x.dtype.element_ty)
-        acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc
 
 
@@ -125,7 +126,7 @@ def linear_kernel(
     x_row = tl.minimum(row, rows - 1) * X_STRIDE
     w_row = tl.minimum(channel, OUT_CHANNELS - 1) * CHANNELS
 
-    acc = product(x, weight, x_row, w_row, CHANNELS, NORM_EPS, BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, split)
+    acc = product(x, weight, x_row, w_row, CHANNELS, NORM_EPS, BLOCK_M, BLOCK_N, BLOCK_K, SPLITS, AMD, split)
 
     if SPLITS > 1:
         tile = tl.program_id(0)

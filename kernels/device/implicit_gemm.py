@@ -9,7 +9,7 @@ import triton.language as tl
 
 from depthfuse.kernels.device.patches import join_positions
 from depthfuse.kernels.device.splitk import part_of
-from depthfuse.kernels.device.tile import within_reduction
+from depthfuse.kernels.device.tile import load_weights, within_reduction
 
 
 @triton.jit
@@ -91,6 +91,7 @@ def flat_product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    AMD: tl.constexpr,
 ):
     """One part of the product, walked along the flat (r, s, c) axis: float32 [BLOCK_M, BLOCK_N]."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -119,9 +120,9 @@ def flat_product(
         )
         flat = i * BLOCK_K + tl.arange(0, BLOCK_K)
         # What pack_weight put between two filters is zero, and x is masked there: only the next filter must be.
-        w_mask = within_reduction(flat, W_STRIDE, BLOCK_K)[None, :]
-        b = tl.load(weight + w_row[:, None] + flat[None, :], mask=w_mask, other=0.0)
-        acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        inside = within_reduction(flat, W_STRIDE, BLOCK_K)
+        b = load_weights(weight, w_row, flat, inside, AMD)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc
 
 
@@ -147,6 +148,7 @@ def tap_product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    AMD: tl.constexpr,
 ):
     """One part of the product, walked tap by tap: float32 [BLOCK_M, BLOCK_N]."""
     STEPS: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
@@ -159,14 +161,13 @@ def tap_product(
         column = tap % S * DILATION_W
         c = i % STEPS * BLOCK_K + step
         x_offset = (x_row + (row * width + column) * PIXEL)[:, None] + c[None, :]
-        w_offset = (w_row + tap * CHANNELS)[:, None] + c[None, :]
-        inside = within_reduction(c, CHANNELS, BLOCK_K)[None, :]
-        x_mask = inside
+        inside = within_reduction(c, CHANNELS, BLOCK_K)
+        x_mask = inside[None, :]
         if PADDED:
             ih = top + row
             iw = left + column
-            x_mask = inside & ((ih >= 0) & (ih < height) & (iw >= 0) & (iw < width))[:, None]
+            x_mask = x_mask & ((ih >= 0) & (ih < height) & (iw >= 0) & (iw < width))[:, None]
         a = tl.load(x + x_offset, mask=x_mask, other=0.0)
-        b = tl.load(weight + w_offset, mask=inside, other=0.0)
-        acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        b = load_weights(weight, w_row + tap * CHANNELS, c, inside, AMD)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -312,8 +312,19 @@ def _write_in_8_bits(
     save = runtime.save
     assert save is not None
 
+    def tried(function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return function(*args)
+        except Exception as error:  # whatever another project raises
+            if is_out_of_memory(error) or isinstance(error, OSError):
+                raise
+            raise ExportError(
+                f"{runtime.title} cannot run {subject.name()} in 8 bits: {reason_of(error)}; export it in float"
+            ) from error
+
     def load(model: bytes) -> Run:
-        return runtime.run(save(model, "", path)[0])
+        run = tried(lambda: runtime.run(save(model, "", path)[0]))
+        return lambda *inputs: tried(run, *inputs)
 
     rounded, quantisation = quantise(onnx_file(program, subject, ""), subject, samples, load, equalised)
     facts = {**facts, "precision": INT8, "quantisation": quantisation.document()}

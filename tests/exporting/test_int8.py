@@ -1,4 +1,4 @@
-"""Files in 8 bits: what they lose is measured and bounded, layers that lose too much stay in float, or there is no file."""
+"""Files in 8 bits: what they lose is measured and bounded; layers that lose too much stay in float, or none is left."""
 
 import importlib
 import json

@@ -37,15 +37,22 @@ Layer = FusedConv2d | FusedLinear
 
 
 @dataclass(eq=False)
-class _Stream:
-    """Values that share their channels' scales, as layers write and read them.
-
-    scale: [channels] float64, log2 of what the values are divided by.
-    """
+class Stream:
+    """Values that share their channels' scales, as layers write and read them."""
 
     writers: list[Layer] = field(default_factory=list)
     readers: list[Layer] = field(default_factory=list)
-    scale: Tensor | None = None
+
+    @property
+    def channels(self) -> int:
+        return self.writers[0].weight.shape[0]
+
+    def divide(self, powers: Tensor) -> None:
+        """Divide the values by 2^powers, and multiply what reads them, in place. powers: [channels] whole numbers."""
+        for layer in self.writers:
+            _divide_outputs(layer, torch.exp2(powers))
+        for layer in self.readers:
+            _multiply_inputs(layer, torch.exp2(powers))
 
 
 def equalised_subject(subject: Subject) -> tuple[Subject, int]:
@@ -63,19 +70,20 @@ def equalise(plan: fx.GraphModule) -> int:
     Returns:
         How many streams of values were scaled; 0 where nothing may be.
     """
-    streams = _streams(plan)
+    streams = streams_of(plan)
     writes = {id(layer): stream for stream in streams for layer in stream.writers}
     reads = {id(layer): stream for stream in streams for layer in stream.readers}
     layers = {id(layer): layer for stream in streams for layer in (*stream.writers, *stream.readers)}
     magnitudes = {key: _by_channels(layer) for key, layer in layers.items()}
+    scales = {id(stream): torch.zeros(stream.channels, dtype=torch.float64) for stream in streams}
 
     def effective(layer: Layer) -> Tensor:
         """[outputs, inputs]: the largest weight between two channels, as it is scaled so far."""
         own = magnitudes[id(layer)]
         if id(layer) in reads:
-            own = own * torch.exp2(reads[id(layer)].scale)
+            own = own * torch.exp2(scales[id(reads[id(layer)])])
         if id(layer) in writes:
-            own = own / torch.exp2(writes[id(layer)].scale)[:, None]
+            own = own / torch.exp2(scales[id(writes[id(layer)])])[:, None]
         return own
 
     for _ in range(_MAX_SWEEPS):
@@ -85,20 +93,16 @@ def equalise(plan: fx.GraphModule) -> int:
             read = torch.stack([effective(layer).amax(0) for layer in stream.readers]).amax(0)
             step = 0.5 * (written.log2() - read.log2())
             step[(written == 0) | (read == 0)] = 0.0  # a dead channel has no range to equalise
-            stream.scale = stream.scale + step
+            scales[id(stream)] += step
             moved = max(moved, float(step.abs().max()))
         if moved < _SETTLED:
             break
     for stream in streams:
-        stream.scale = stream.scale.round()
-        for layer in stream.writers:
-            _divide_outputs(layer, torch.exp2(stream.scale))
-        for layer in stream.readers:
-            _multiply_inputs(layer, torch.exp2(stream.scale))
+        stream.divide(scales[id(stream)].round())
     return len(streams)
 
 
-def _streams(plan: fx.GraphModule) -> list[_Stream]:
+def streams_of(plan: fx.GraphModule) -> list[Stream]:
     """What may be scaled: each value of a stream is written by a layer with a homogeneous activation, or passed on, and
     read by layers alone.
     """
@@ -138,20 +142,17 @@ def _streams(plan: fx.GraphModule) -> list[_Stream]:
         else:
             fixed += [node, *node.all_input_nodes]
     closed = {first(node) for node in fixed}
-    found: dict[fx.Node, _Stream] = {}
+    found: dict[fx.Node, Stream] = {}
     for node, layer in writers:
         if first(node) not in closed:
-            found.setdefault(first(node), _Stream()).writers.append(layer)
+            found.setdefault(first(node), Stream()).writers.append(layer)
     for node, layer in readers:
         if first(node) in found:
             found[first(node)].readers.append(layer)
-    streams = [stream for stream in found.values() if stream.readers and _agree(stream)]
-    for stream in streams:
-        stream.scale = torch.zeros(stream.writers[0].weight.shape[0], dtype=torch.float64)
-    return streams
+    return [stream for stream in found.values() if stream.readers and _agree(stream)]
 
 
-def _agree(stream: _Stream) -> bool:
+def _agree(stream: Stream) -> bool:
     """Whether all see the same channels: not where values are added that one of them repeats for each channel."""
     counts = {layer.weight.shape[0] for layer in stream.writers} | {
         _inputs(layer) for layer in stream.readers

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, fx
 
 from depthfuse.acceleration.planning import aten
-from depthfuse.acceleration.planning.graph import module_of
 from depthfuse.exporting.subject import Subject
 from depthfuse.fused.layers import FusedConv2d, FusedLinear
 
@@ -121,7 +120,7 @@ def streams_of(plan: fx.GraphModule) -> list[Stream]:
     readers: list[tuple[fx.Node, Layer]] = []
     calls = [node.target for node in plan.graph.nodes if node.op == "call_module"]
     for node in plan.graph.nodes:
-        layer = module_of(node) if node.op == "call_module" else None
+        layer = plan.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(layer, FusedConv2d | FusedLinear) and calls.count(node.target) == 1:
             x, *residual = node.args
             # a linear layer's norm comes before the product, a convolution's behind it

@@ -10,6 +10,7 @@ budget like any other.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -25,11 +26,11 @@ from torch import Tensor
 from depthfuse.acceleration.running.conversion import Run
 from depthfuse.errors import ExportError
 from depthfuse.exporting.calibration import Samples
-from depthfuse.exporting.integer_biases import with_integer_biases
 from depthfuse.exporting.onnx_file import layer_names
 from depthfuse.exporting.programs import reason_of
 from depthfuse.exporting.sensitivity import sensitivities
 from depthfuse.exporting.subject import Subject
+from depthfuse.exporting.uniform_integers import as_uniform_integers
 from depthfuse.fused.blocks import FusedAttention
 from depthfuse.untrusted import is_out_of_memory
 
@@ -94,6 +95,7 @@ def quantise(
     samples: Samples,
     load: Callable[[bytes], Run],
     equalised: int,
+    uniform: bool,
 ) -> tuple[bytes, Quantisation]:
     """A model in 8 bits that loses no more than it may, as ONNX.
 
@@ -102,7 +104,8 @@ def quantise(
 
     Args:
         model: ONNX, in float32, its layers called as `layer_names` says. samples: whose `points` may be lost.
-        load: from ONNX to what runs it in the runtime. equalised: streams that have been, for the result.
+        load: from ONNX to what runs it in the runtime. equalised: streams that have been, for the result. uniform: see
+            `rounded`.
 
     Raises:
         ExportError: NNCF does not take the model, or too much is lost with half of its layers in float, too.
@@ -116,7 +119,9 @@ def quantise(
     is_transformer = any(isinstance(each, FusedAttention) for each in subject.plan.module.modules())
 
     def tried(count: int) -> tuple[bytes, float]:
-        tried_model = rounded(model, samples.images, order[:count], is_transformer=is_transformer)
+        tried_model = rounded(
+            model, samples.images, order[:count], is_transformer=is_transformer, uniform=uniform
+        )
         score = samples.score(load(tried_model))
         logger.info(
             "%s in 8 bits with %d of %d layers in float: %s %.2f %%, in float %.2f %%",
@@ -166,6 +171,7 @@ def rounded(
     in_float: Collection[str] = (),
     *,
     is_transformer: bool = False,
+    uniform: bool = False,
     preset: str = PRESET,
     bias_correction: bool = True,
 ) -> bytes:
@@ -174,6 +180,8 @@ def rounded(
     Args:
         model: ONNX, of one input. images: as it takes them; ranges are taken from all. in_float: names of layers that
             stay as they are, see `layer_names`. is_transformer: NNCF spares what attention does not bear then.
+        uniform: in the form that ONNX Runtime computes by integers, see `uniform_integers`. Otherwise a depthwise layer's
+            activations have a scale for each channel, as in OpenVINO.
         preset: "performance", activations symmetric about zero, or "mixed", with a zero point of their own.
 
     Raises:
@@ -182,10 +190,11 @@ def rounded(
     import onnx
 
     nncf = _nncf()
+    advanced = importlib.import_module("nncf.quantization.advanced_parameters")
     proto = onnx.load_model_from_string(model)
     (source,) = proto.graph.input
     spared = [node.name for node in proto.graph.node if node.name.rpartition("/")[0] in in_float]
-    by_tensor = nncf.QuantizationParameters(per_channel=False)  # ONNX Runtime has no integers by channel
+    by_tensor = advanced.QuantizationParameters(per_channel=False)
     try:
         with _quiet():
             found = nncf.quantize(
@@ -195,15 +204,16 @@ def rounded(
                 subset_size=len(images),
                 model_type=nncf.ModelType.TRANSFORMER if is_transformer else None,
                 ignored_scope=nncf.IgnoredScope(names=spared) if spared else None,
-                advanced_parameters=nncf.AdvancedQuantizationParameters(
-                    disable_bias_correction=not bias_correction, activations_quantization_params=by_tensor
+                advanced_parameters=advanced.AdvancedQuantizationParameters(
+                    disable_bias_correction=not bias_correction,
+                    activations_quantization_params=by_tensor if uniform else None,
                 ),
             )
     except Exception as error:  # whatever another project raises
         if is_out_of_memory(error):
             raise
         raise ExportError(f"NNCF does not take this model: {reason_of(error)}; export it in float") from error
-    return with_integer_biases(found).SerializeToString()
+    return (as_uniform_integers(found) if uniform else found).SerializeToString()
 
 
 @functools.cache

@@ -32,7 +32,7 @@ class Runtime:
     for_running: what comparing takes beside that. must_run: whether a file that cannot be run here is not written.
     on_cpu: the program is exported on a CPU, wherever the model is. largest_batch: where an open batch has to have an
     end, which memory is laid out for. save: (ONNX in 8 bits with facts, the facts as JSON, path) -> the files written;
-    None for what takes none from here.
+    None for what takes none from here. uniform: whether 8 bits have to be in one form, see `uniform_integers`.
     """
 
     title: str
@@ -46,6 +46,7 @@ class Runtime:
     on_cpu: bool = True
     largest_batch: int | None = None
     save: Save | None = None
+    uniform: bool = False
 
     def missing(self, running: bool) -> list[str]:
         """The packages that are not installed."""
@@ -158,6 +159,7 @@ RUNTIMES: dict[str, Runtime] = {
         _ONNX,
         for_running=("onnxruntime",),
         save=_save_onnx,
+        uniform=True,
     ),
     "openvino": Runtime(
         "OpenVINO",

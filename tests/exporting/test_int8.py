@@ -30,12 +30,12 @@ def needs_int8(name="onnx"):
 
 
 class Plain(nn.Module):
-    """Three convolutions with ReLU and a classifier: 15x15 images to 5 classes."""
+    """Three convolutions, the last depthwise, with ReLU and a classifier: 15x15 images to 5 classes."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 9, 3, padding=1), nn.Conv2d(9, 9, 3, padding=1, groups=9)
-        self.third, self.head = nn.Conv2d(9, 11, 3, stride=2), nn.Linear(11, 5)
+        self.first, self.second = nn.Conv2d(3, 9, 3, padding=1), nn.Conv2d(9, 11, 3, stride=2)
+        self.third, self.head = nn.Conv2d(11, 11, 3, padding=1, groups=11), nn.Linear(11, 5)
 
     def forward(self, image):
         x = self.first(image).relu()
@@ -60,7 +60,7 @@ def net(planted=1.0):
         model.head.bias.sub_(logits.mean(0)).div_(logits.std(0))
         model.first.weight[4] *= planted
         model.first.bias[4] *= planted
-        model.second.weight[4] /= planted
+        model.second.weight[:, 4] /= planted
     assert model(some_images()).argmax(1).unique().numel() == 5
     return model
 
@@ -149,7 +149,8 @@ def test_what_cannot_reach_the_budget_is_refused(tmp_path):
     model = net(planted=1000.0)
     with torch.no_grad():
         model.second.weight[2] *= 1000
-        model.third.weight[:, 2] /= 1000
+        model.second.bias[2] *= 1000
+        model.third.weight[2] /= 1000
         model.third.weight[3] *= 1000
         model.third.bias[3] *= 1000
         model.head.weight[:, 3] /= 1000

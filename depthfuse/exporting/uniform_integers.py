@@ -1,4 +1,9 @@
-"""Biases of an ONNX file in 8 bits as integers, as ONNX Runtime wants them before it multiplies integers."""
+"""An ONNX file in 8 bits in the one form that ONNX Runtime multiplies as integers.
+
+It takes an operator as one of integers where all that it reads and gives is quantised, by tensor, in one type, and the
+bias of a convolution is int32 by (scale of the input) * (scale of the weight). What is in any other form it computes in
+float, with rounding around it: slower than if nothing had been rounded.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +12,50 @@ from typing import Any
 _LARGEST = 2**31 - 1
 
 
-def with_integer_biases(model: Any) -> Any:
-    """Round each bias of a layer in 8 bits to a multiple of the step that its products come in, in place.
+def as_uniform_integers(model: Any) -> Any:
+    """Activations as unsigned integers and biases as integers, in place; what is computed stays the same, but for biases
+    that are rounded to a step far finer than that of the layer's output.
 
-    ONNX Runtime takes a convolution as one of integers where all that it reads is dequantised, the bias from int32 by
-    (scale of the input) * (scale of the weight); one whose bias is left in float it computes in float, slower than if
-    nothing had been rounded. The step is far finer than that of the layer's output, so that nothing is lost. A bias
-    stays as it is where the input has a scale for each channel, or where it does not fit 31 bits.
+    A bias stays as it is where the input has a scale for each channel, or where it does not fit 31 bits.
 
     Args:
         model: onnx.ModelProto with QuantizeLinear and DequantizeLinear, weights as int8 initializers.
     """
+    _make_unsigned(model.graph)
+    _round_biases(model.graph)
+    read = {name for node in model.graph.node for name in node.input}
+    for each in [each for each in model.graph.initializer if each.name not in read]:
+        model.graph.initializer.remove(each)
+    return model
+
+
+def _make_unsigned(graph: Any) -> None:
+    """int8 about zero as uint8 about 128: the same steps, and the type that ReLU's values have."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    stored = {each.name: each for each in graph.initializer}
+    made_by = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        of_activation = node.op_type == "QuantizeLinear" or (
+            node.op_type == "DequantizeLinear" and node.input[0] in made_by
+        )
+        if not of_activation or len(node.input) < 3 or node.input[2] not in stored:
+            continue
+        zero = numpy_helper.to_array(stored[node.input[2]])
+        if zero.dtype != np.int8:
+            continue
+        name = f"{node.input[2]}_unsigned"
+        if name not in stored:
+            stored[name] = numpy_helper.from_array((zero.astype(np.int16) + 128).astype(np.uint8), name)
+            graph.initializer.append(stored[name])
+        node.input[2] = name
+
+
+def _round_biases(graph: Any) -> None:
     import numpy as np
     from onnx import helper, numpy_helper
 
-    graph = model.graph
     stored = {each.name: each for each in graph.initializer}
     made_by = {name: node for node in graph.node for name in node.output}
 
@@ -62,7 +96,3 @@ def with_integer_biases(model: Any) -> Any:
             place, helper.make_node("DequantizeLinear", given, [base], f"{base}_dequantised", **axis)
         )
         node.input[2] = base
-    read = {name for node in graph.node for name in node.input}
-    for each in [each for each in graph.initializer if each.name not in read]:
-        graph.initializer.remove(each)
-    return model

@@ -19,13 +19,14 @@ import importlib.metadata
 import itertools
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from depthfuse.acceleration.running.conversion import Run, openvino
 from depthfuse.benching.apart import time_apart
 from depthfuse.benching.bench import machine, write_csv
 from depthfuse.exporting import RUNTIMES
@@ -42,16 +43,23 @@ from depthfuse.spec import SubnetSpec
 NETS = ("plain", "merged")
 RUN_IN = ("openvino", "onnx")
 PRESETS = ("performance", "mixed")
+BATCHES = (1, 8)
 SHARED = ("model", "net", "apart")  # rows with the same are replaced
 
 
 @dataclass(frozen=True)
 class Way:
-    """Of writing a net. preset: None in float."""
+    """Of running a net. precision: float32, bfloat16 (of OpenVINO), or a preset of NNCF's."""
 
-    preset: str | None
+    runtime: str
+    precision: str
     bias_correction: bool = False
     equalised: bool = False
+
+    @property
+    def is_timed(self) -> bool:
+        """Bias correction and equalising change no operator."""
+        return self.precision not in PRESETS or (self.bias_correction and not self.equalised)
 
 
 def built(run: Path, net: str) -> nn.Module:
@@ -78,29 +86,42 @@ def files_of(subject: Subject, images: list[Tensor], folder: Path) -> dict[Way, 
     def put(way: Way, model: bytes) -> None:
         found[way] = folder / f"{len(found)}.onnx"
         found[way].write_bytes(model)
+        print(f"written: {way}", flush=True)
 
     for equalised in (False, True):
         given, streams = equalised_subject(subject) if equalised else (subject, 1)
         if not streams:
             break
         model = onnx_file(clean_program(given, None), given, "")
-        if not equalised:
-            put(Way(None), model)
-        for preset, correction in itertools.product(PRESETS, (True, False)):
-            way = Way(preset, correction, equalised)
-            put(way, rounded(model, images, preset=preset, bias_correction=correction))
-            print(f"written: {way}", flush=True)
+        for runtime in RUN_IN:
+            if not equalised:
+                put(Way(runtime, "float32"), model)
+            if not equalised and runtime == "openvino":
+                put(Way(runtime, "bfloat16"), model)
+            for preset, correction in itertools.product(PRESETS, (True, False)):
+                settings = {"preset": preset, "bias_correction": correction}
+                uniform = RUNTIMES[runtime].uniform
+                put(
+                    Way(runtime, preset, correction, equalised),
+                    rounded(model, images, uniform=uniform, **settings),
+                )
     return found
 
 
-def loaded(model: nn.Module, x: Tensor, path: Path, runtime: str) -> Callable[[Tensor], Tensor]:
-    run = RUNTIMES[runtime].run(path)
+def run_of(path: Path, way: Way) -> Run:
+    if way.precision == "bfloat16":
+        return openvino(path, torch.get_num_threads(), "bf16")
+    return RUNTIMES[way.runtime].run(path)
+
+
+def loaded(model: nn.Module, x: Tensor, path: Path, way: Way) -> Callable[[Tensor], Tensor]:
+    run = run_of(path, way)
     return lambda x: run(x)[0]
 
 
-def answers(path: Path, runtime: str, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+def answers(path: Path, way: Way, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
     """[N] the class that a file gives each image."""
-    run = RUNTIMES[runtime].run(path)
+    run = run_of(path, way)
     return torch.cat([run(x)[0].argmax(1) for x, _ in batches])
 
 
@@ -112,36 +133,31 @@ def measured(
     round_ms: float,
 ) -> list[dict[str, Any]]:
     targets = torch.cat([y for _, y in batches])
-    chosen = {(runtime, way): path for runtime in RUN_IN for way, path in files.items()}
-    given = {key: answers(path, key[0], batches) for key, path in chosen.items()}
-    # bias correction and equalising change no operator
-    timed = {
-        key: path for key, path in chosen.items() if key[1] in {Way(None), *(Way(p, True) for p in PRESETS)}
-    }
-    makes = {str(key): functools.partial(loaded, path=path, runtime=key[0]) for key, path in timed.items()}
+    given = {way: answers(path, way, batches) for way, path in files.items()}
+    makes = {str(way): functools.partial(loaded, path=files[way], way=way) for way in files if way.is_timed}
     times = {}
-    for batch in (1, 8):
+    for batch in BATCHES:
         x = batches[0][0][:batch]
-        with torch.no_grad():
-            _, times[batch], _ = time_apart(makes, model, x, rounds, round_ms, {}, lambda name, outcome: True)
+        _, times[batch], _ = time_apart(makes, model, x, rounds, round_ms, {}, lambda name, outcome: True)
     rows = []
-    for (runtime, way), found in given.items():
-        in_float = given[runtime, Way(None)]
+    for way, found in given.items():
+        in_float = given[Way(way.runtime, "float32")]
         row = {
-            "runtime": runtime,
-            "preset": way.preset or "float32",
-            "bias_correction": way.bias_correction if way.preset else "",
-            "equalised": way.equalised if way.preset else "",
+            **asdict(way),
             "top1": f"{100 * (found == targets).float().mean():.2f}",
             "agreement_with_float": f"{100 * (found == in_float).float().mean():.2f}",
             "mib": f"{files[way].stat().st_size / 2**20:.2f}",
         }
         for batch, timings in times.items():
-            timing, whole = timings.get(str((runtime, way))), timings[str((runtime, Way(None)))]
-            low, middle, high = ("", "", "") if timing is None else quartiles(timing.rounds_ms)
-            names = (f"batch{batch}_ms", f"batch{batch}_q1_ms", f"batch{batch}_q3_ms")
-            row |= {n: v and round(v, 3) for n, v in zip(names, (middle, low, high), strict=True)}
-            row[f"batch{batch}_speedup"] = "" if timing is None else round(timing.speedup_over(whole), 2)
+            names = [f"batch{batch}_{name}" for name in ("ms", "q1_ms", "q3_ms", "speedup")]
+            row |= dict.fromkeys(names, "")
+            if way.is_timed:
+                timing = timings[str(way)]
+                low, middle, high = quartiles(timing.rounds_ms)
+                speedup = timing.speedup_over(timings[str(Way(way.runtime, "float32"))])
+                row |= dict(
+                    zip(names, (*(f"{v:.3f}" for v in (middle, low, high)), f"{speedup:.2f}"), strict=True)
+                )
         rows.append(row)
     return rows
 

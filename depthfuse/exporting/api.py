@@ -326,9 +326,8 @@ def _write_in_8_bits(
         run = tried(lambda: runtime.run(save(model, "", path)[0]))
         return lambda *inputs: tried(run, *inputs)
 
-    rounded, quantisation = quantise(
-        onnx_file(program, subject, ""), subject, samples, load, equalised, runtime.uniform
-    )
+    in_float = onnx_file(program, subject, "")
+    rounded, quantisation = quantise(in_float, subject, samples, load, equalised, runtime.uniform)
     facts = {**facts, "precision": INT8, "quantisation": quantisation.document()}
     document = json.dumps(facts)
     return save(with_facts(rounded, document), document, path), facts, quantisation

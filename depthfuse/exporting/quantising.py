@@ -180,8 +180,8 @@ def rounded(
     Args:
         model: ONNX, of one input. images: as it takes them; ranges are taken from all. in_float: names of layers that
             stay as they are, see `layer_names`. is_transformer: NNCF spares what attention does not bear then.
-        uniform: in the form that ONNX Runtime computes by integers, see `uniform_integers`. Otherwise a depthwise layer's
-            activations have a scale for each channel, as in OpenVINO.
+        uniform: in the form that ONNX Runtime computes by integers, see `uniform_integers`. Otherwise a depthwise
+            layer's activations have a scale for each channel, as OpenVINO takes them.
         preset: "performance", activations symmetric about zero, or "mixed", with a zero point of their own.
 
     Raises:

@@ -13,10 +13,10 @@ _LARGEST = 2**31 - 1
 
 
 def as_uniform_integers(model: Any) -> Any:
-    """Activations as unsigned integers and biases as integers, in place; what is computed stays the same, but for biases
-    that are rounded to a step far finer than that of the layer's output.
+    """Activations as unsigned integers and biases as integers, in place.
 
-    A bias stays as it is where the input has a scale for each channel, or where it does not fit 31 bits.
+    What is computed stays the same, but for biases: they are rounded, to a step far finer than that of the layer's
+    output. A bias stays as it is where the input has a scale for each channel, or where it does not fit 31 bits.
 
     Args:
         model: onnx.ModelProto with QuantizeLinear and DequantizeLinear, weights as int8 initializers.

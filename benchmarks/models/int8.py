@@ -16,7 +16,6 @@ import copy
 import csv
 import functools
 import importlib.metadata
-import itertools
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -43,6 +42,13 @@ from depthfuse.spec import SubnetSpec
 NETS = ("plain", "merged")
 RUN_IN = ("openvino", "onnx")
 PRESETS = ("performance", "mixed")
+# preset, bias correction, equalised
+WAYS = (
+    ("performance", True, False),
+    ("performance", False, False),
+    ("performance", True, True),
+    ("mixed", True, False),
+)
 BATCHES = (1, 8)
 SHARED = ("model", "net", "apart")  # rows with the same are replaced
 
@@ -88,23 +94,22 @@ def files_of(subject: Subject, images: list[Tensor], folder: Path) -> dict[Way, 
         found[way].write_bytes(model)
         print(f"written: {way}", flush=True)
 
-    for equalised in (False, True):
-        given, streams = equalised_subject(subject) if equalised else (subject, 1)
-        if not streams:
-            break
-        model = onnx_file(clean_program(given, None), given, "")
-        for runtime in RUN_IN:
-            if not equalised:
-                put(Way(runtime, "float32"), model)
-            if not equalised and runtime == "openvino":
-                put(Way(runtime, "bfloat16"), model)
-            for preset, correction in itertools.product(PRESETS, (True, False)):
-                settings = {"preset": preset, "bias_correction": correction}
-                uniform = RUNTIMES[runtime].uniform
-                put(
-                    Way(runtime, preset, correction, equalised),
-                    rounded(model, images, uniform=uniform, **settings),
-                )
+    model = onnx_file(clean_program(subject, None), subject, "")
+    equalised, streams = equalised_subject(subject)
+    model_equalised = onnx_file(clean_program(equalised, None), equalised, "") if streams else None
+    for runtime in RUN_IN:
+        put(Way(runtime, "float32"), model)
+        if runtime == "openvino":
+            put(Way(runtime, "bfloat16"), model)
+        for preset, correction, scaled in WAYS:
+            given = model_equalised if scaled else model
+            if given is not None:
+                settings = {
+                    "preset": preset,
+                    "bias_correction": correction,
+                    "uniform": RUNTIMES[runtime].uniform,
+                }
+                put(Way(runtime, preset, correction, scaled), rounded(given, images, **settings))
     return found
 
 

@@ -36,6 +36,7 @@ def _make_unsigned(graph: Any) -> None:
 
     stored = {each.name: each for each in graph.initializer}
     made_by = {name: node for node in graph.node for name in node.output}
+    changed: set[str] = set()
     for node in graph.node:
         of_activation = node.op_type == "QuantizeLinear" or (
             node.op_type == "DequantizeLinear" and node.input[0] in made_by
@@ -50,6 +51,9 @@ def _make_unsigned(graph: Any) -> None:
             stored[name] = numpy_helper.from_array((zero.astype(np.int16) + 128).astype(np.uint8), name)
             graph.initializer.append(stored[name])
         node.input[2] = name
+        changed |= {*node.output} if node.op_type == "QuantizeLinear" else set()
+    for each in [each for each in graph.value_info if each.name in changed]:
+        graph.value_info.remove(each)  # it says int8
 
 
 def _round_biases(graph: Any) -> None:

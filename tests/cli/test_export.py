@@ -126,7 +126,7 @@ def test_a_run_in_8_bits(fed, tmp_path, capsys):
     assert shown.err == "" and "8 bits: top-1 " in shown.out and "(30 points allowed)" in shown.out
     model, x = load(fed), torch.randn(8, 1, 28, 28)
     with torch.no_grad():
-        assert 1e-4 < relative_error(*RUNTIMES["onnx"].run(path)(x), model(x)) < 0.2
+        assert 1e-4 < relative_error(*RUNTIMES["onnx"].run(path)(x), model(x)) < 0.5
     images = ["--calibration", str(stripes(tmp_path / "images"))]
     assert main(["export", str(fed), *flags, *images, "--out", str(path), "--quiet"]) == 0
     assert "8 bits: agreement with the model 100.00 -> " in capsys.readouterr().out

@@ -177,7 +177,7 @@ def test_both_sides_of_a_channel_get_one_range():
     assert alive.sum() == 6 and ratio.max() <= 1.0 + 1e-9
 
 
-@pytest.mark.parametrize("family", ["resnet", "lite", "convnext", "vit", "bottleneck_d"])
+@pytest.mark.parametrize("family", ["resnet", "lite"])
 def test_families_plain_and_merged(family):
     model, size = build(family)
     supernet = Supernet(model).eval()
@@ -186,6 +186,6 @@ def test_families_plain_and_merged(family):
     for net in (model, merge(supernet, size)):
         plain = subject_of(net.double(), torch.randn(2, *size).double(), None, "batch", on_cpu=True)
         equalised, count = equalised_subject(plain)
-        assert count > 0 or family in ("convnext", "vit")
+        assert count > 0
         for given, exact in zip(outputs(equalised), outputs(plain), strict=True):
             assert (given - exact).abs().max() <= 1e-10 * exact.abs().max()

@@ -46,14 +46,14 @@ class Plain(nn.Module):
 
 
 def some_images(count=160, seed=2):
-    """One of five patterns each, with noise."""
-    patterns = torch.randn(5, 3, 15, 15, generator=torch.Generator().manual_seed(1))
+    """One of five colours each, with noise."""
+    colours = 2 * torch.randn(5, 3, 1, 1, generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(seed)
-    return patterns[torch.arange(count) % 5] + 0.2 * torch.randn(count, 3, 15, 15, generator=generator)
+    return colours[torch.arange(count) % 5] + 0.2 * torch.randn(count, 3, 15, 15, generator=generator)
 
 
 def net(planted=1.0):
-    """It knows the patterns. planted: by how much one channel is larger between the first two layers."""
+    """It knows the colours. planted: by how much one channel is larger between the first two layers."""
     torch.manual_seed(0)
     model = Plain().eval()
     with torch.no_grad():

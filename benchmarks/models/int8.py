@@ -16,6 +16,7 @@ import copy
 import csv
 import functools
 import importlib.metadata
+import itertools
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -50,7 +51,7 @@ WAYS = (
     ("mixed", True, False),
 )
 BATCHES = (1, 8)
-SHARED = ("model", "net", "apart")  # rows with the same are replaced
+SHARED = ("model", "net", "apart", "runtime")  # rows with the same are replaced
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def apart(subject: Subject, by: int) -> Subject:
     return replace(subject, plan=replace(subject.plan, module=module))
 
 
-def files_of(subject: Subject, images: list[Tensor], folder: Path) -> dict[Way, Path]:
+def files_of(subject: Subject, images: list[Tensor], runtime: str, folder: Path) -> dict[Way, Path]:
     """ONNX files of a net, in float and in 8 bits each way."""
     found: dict[Way, Path] = {}
 
@@ -97,19 +98,14 @@ def files_of(subject: Subject, images: list[Tensor], folder: Path) -> dict[Way, 
     model = onnx_file(clean_program(subject, None), subject, "")
     equalised, streams = equalised_subject(subject)
     model_equalised = onnx_file(clean_program(equalised, None), equalised, "") if streams else None
-    for runtime in RUN_IN:
-        put(Way(runtime, "float32"), model)
-        if runtime == "openvino":
-            put(Way(runtime, "bfloat16"), model)
-        for preset, correction, scaled in WAYS:
-            given = model_equalised if scaled else model
-            if given is not None:
-                settings = {
-                    "preset": preset,
-                    "bias_correction": correction,
-                    "uniform": RUNTIMES[runtime].uniform,
-                }
-                put(Way(runtime, preset, correction, scaled), rounded(given, images, **settings))
+    put(Way(runtime, "float32"), model)
+    if runtime == "openvino":
+        put(Way(runtime, "bfloat16"), model)
+    for preset, correction, scaled in WAYS:
+        given = model_equalised if scaled else model
+        if given is not None:
+            settings = {"preset": preset, "bias_correction": correction, "uniform": RUNTIMES[runtime].uniform}
+            put(Way(runtime, preset, correction, scaled), rounded(given, images, **settings))
     return found
 
 
@@ -172,6 +168,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--label", required=True, help="of the model and the data, for the table")
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+    parser.add_argument("--runtimes", nargs="+", choices=RUN_IN, default=list(RUN_IN))
     parser.add_argument("--apart", type=int, default=0, help="scale channels by up to 2^this each way first")
     parser.add_argument("--calibration-images", type=int, default=300)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -185,15 +182,15 @@ def main() -> None:
     images = torch.cat([x for x, _ in data.calibration_loader(args.calibration_images)]).split(1)
     batches = list(data.val_loader())
     facts = {**machine(torch.device("cpu")), "nncf": importlib.metadata.version("nncf")}
-    for net in args.nets:
+    for net, runtime in itertools.product(args.nets, args.runtimes):
         model = built(args.run, net)
         with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             subject = subject_of(model, torch.zeros_like(batches[0][0][:2]), None, "batch", on_cpu=True)
             if args.apart:
                 subject = apart(subject, args.apart)
-            files = files_of(subject, list(images), Path(folder))
+            files = files_of(subject, list(images), runtime, Path(folder))
             rows = measured(files, model, batches, args.rounds, args.round_ms)
-        known = dict(zip(SHARED, (args.label, net, str(args.apart)), strict=True))
+        known = dict(zip(SHARED, (args.label, net, str(args.apart), runtime), strict=True))
         for row in rows:
             print({**known, **row}, flush=True)
         write_csv(kept(path, known) + [{**known, **row, **facts} for row in rows], path, {})

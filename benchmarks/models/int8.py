@@ -50,7 +50,6 @@ WAYS = (
     ("performance", True, True),
     ("mixed", True, False),
 )
-BATCHES = (1, 8)
 SHARED = ("model", "net", "apart", "runtime")  # rows with the same are replaced
 
 
@@ -130,6 +129,7 @@ def measured(
     files: dict[Way, Path],
     model: nn.Module,
     batches: list[tuple[Tensor, Tensor]],
+    batch_sizes: list[int],
     rounds: int,
     round_ms: float,
 ) -> list[dict[str, Any]]:
@@ -137,7 +137,7 @@ def measured(
     given = {way: answers(path, way, batches) for way, path in files.items()}
     makes = {str(way): functools.partial(loaded, path=files[way], way=way) for way in files if way.is_timed}
     times = {}
-    for batch in BATCHES:
+    for batch in batch_sizes:
         x = batches[0][0][:batch]
         _, times[batch], _ = time_apart(makes, model, x, rounds, round_ms, {}, lambda name, outcome: True)
     rows = []
@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument("--apart", type=int, default=0, help="scale channels by up to 2^this each way first")
     parser.add_argument("--calibration-images", type=int, default=300)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--round-ms", type=float, default=100.0, help="time for each file in each round")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
@@ -189,7 +190,7 @@ def main() -> None:
             if args.apart:
                 subject = apart(subject, args.apart)
             files = files_of(subject, list(images), runtime, Path(folder))
-            rows = measured(files, model, batches, args.rounds, args.round_ms)
+            rows = measured(files, model, batches, args.batch, args.rounds, args.round_ms)
         known = dict(zip(SHARED, (args.label, net, str(args.apart), runtime), strict=True))
         for row in rows:
             print({**known, **row}, flush=True)

@@ -128,8 +128,10 @@ def test_a_run_in_8_bits(fed, tmp_path, capsys):
     with torch.no_grad():
         assert 1e-4 < relative_error(*RUNTIMES["onnx"].run(path)(x), model(x)) < 0.5
     images = ["--calibration", str(stripes(tmp_path / "images"))]
-    assert main(["export", str(fed), *flags, *images, "--out", str(path), "--quiet"]) == 0
-    assert "8 bits: agreement with the model 100.00 -> " in capsys.readouterr().out
+    code = main(["export", str(fed), *flags, *images, "--out", str(path), "--quiet"])
+    shown = capsys.readouterr()
+    assert (code, shown.err) == (0, "")
+    assert "8 bits: agreement with the model 100.00 -> " in shown.out
 
 
 def stripes(folder):

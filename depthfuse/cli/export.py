@@ -138,7 +138,7 @@ def _images(given: ExportArguments, model: nn.Module | Path) -> Iterator[Tensor]
     config = DataConfig(data=given.calibration, img_size=size, holdout=0.0, batch_size=1)
     data = open_data(
         config,
-        num_classes=1 if has_no_classes(config) else None,  # nobody asks for them
+        num_classes=2 if has_no_classes(config) else None,  # any number: nobody asks for them
         in_chans=channels,
         model_cfg=getattr(net, "pretrained_cfg", None),
     )

@@ -2,11 +2,13 @@
 
 import importlib
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from exporting.test_export import READ, Small, images, installed
+from nets import build
 from torch import nn
 
 from depthfuse import export
@@ -18,6 +20,7 @@ from depthfuse.exporting.quantising import PACKAGES
 from depthfuse.exporting.runtimes import absent
 from depthfuse.exporting.sensitivity import layers_of, sensitivities
 from depthfuse.exporting.subject import subject_of
+from depthfuse.measuring.accuracy import relative_error
 
 TAKE_8_BITS = [name for name, runtime in RUNTIMES.items() if runtime.save is not None]
 
@@ -129,6 +132,31 @@ def test_weights_lie_in_8_bits_and_biases_as_integers(tmp_path):
         assert list(scale.dims) == list(
             next(e for e in graph.initializer if e.name == weight.input[0]).dims[:1]
         )
+
+
+def test_onnx_runtime_multiplies_integers(tmp_path):
+    """It takes no convolution as one of integers that is written in another form."""
+    needs_int8()
+    onnx, onnxruntime = importlib.import_module("onnx"), importlib.import_module("onnxruntime")
+    written(net(), tmp_path / "net.onnx")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "seen.onnx")
+    options.log_severity_level = 3  # of a file for this machine alone
+    onnxruntime.InferenceSession(tmp_path / "net.onnx", options, providers=["CPUExecutionProvider"])
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "seen.onnx").graph.node)
+    assert (kinds["QLinearConv"], kinds["QGemm"], kinds["Conv"], kinds["Gemm"]) == (3, 1, 0, 0)
+
+
+def test_a_transformer(tmp_path):
+    needs_int8()
+    model, size = build("vit")
+    x = torch.randn(40, *size, generator=torch.Generator().manual_seed(3))
+    settings = {"calibration": x, "calibration_images": 30, "points": 100.0}
+    result = export(model, x[:2], tmp_path / "net.onnx", "onnx", precision="int8", **settings)
+    assert {"patch_embed.proj", "blocks.1.mlp.fc1", "head"} <= set(result.quantisation.layers)
+    with torch.no_grad():
+        off = relative_error(*RUNTIMES["onnx"].run(tmp_path / "net.onnx")(x), model(x))
+    assert 1e-4 < off < 0.2
 
 
 @pytest.mark.parametrize("name", TAKE_8_BITS)

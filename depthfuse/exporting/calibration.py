@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from depthfuse.acceleration.running.conversion import Run
 from depthfuse.data import Batches, DataBundle
-from depthfuse.errors import ExportError
+from depthfuse.errors import DataError, ExportError
 from depthfuse.exporting.subject import NONE, SIZES, Subject
 from depthfuse.tasks import AGREEMENT, CLASSIFICATION, Task
 from depthfuse.training.evaluation import evaluate
@@ -93,7 +93,7 @@ def samples_of(
     if isinstance(given, DataBundle):
         images = torch.cat([x for x, _ in given.calibration_loader(count)])[:count]
         wanted = -(-_MOST_JUDGED // given.config.val_batch_size)
-        loader = given.holdout_loader()
+        loader = _held_out(given)
         held_out: Iterable[Batch] = Batches(lambda: itertools.islice(iter(loader), wanted), wanted)
         number = sum(len(x) for x, _ in held_out)
         if fixed is not None:
@@ -122,6 +122,16 @@ def samples_of(
             f"are needed beside those that calibrate. Give more, or allow more points ({100 / max(number, 1):.2g})"
         )
     return Samples(images.split(fixed or 1), held_out, number, task or CLASSIFICATION, metric, points)
+
+
+def _held_out(given: DataBundle) -> Batches:
+    try:
+        return given.holdout_loader()
+    except DataError as error:
+        raise ExportError(
+            f"8 bits are judged by images that are held out, and {given.config.data} has none (holdout is "
+            f"{given.config.holdout}): give calibration= images, of which some are kept to judge by"
+        ) from error
 
 
 def _check_fed_by_images(subject: Subject) -> None:

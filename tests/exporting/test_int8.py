@@ -207,7 +207,8 @@ def test_targets_and_bundles_are_scored_by_the_task(tmp_path):
     told = written(model, tmp_path / "net.onnx", calibration=iter(batches)).quantisation
     assert (told.metric, told.images) == ("top-1", 100) and told.float_score == 100.0
     config = DataConfig(batch_size=8, holdout=0.25, img_size=15)
-    bundle = bundle_of_tensors(config, (x, y), (x[:8], y[:8]), class_names=list("abcde"))
+    pixels = ((x / 14 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
+    bundle = bundle_of_tensors(config, list("abcde"), (pixels, y), (pixels[:8], y[:8]), std=1 / 14)
     told = written(model, tmp_path / "net.onnx", calibration=bundle).quantisation
     assert told.metric == "top-1" and 30 <= told.images <= 50
 

@@ -111,7 +111,8 @@ def quantise(
         ExportError: NNCF does not take the model, or too much is lost with half of its layers in float, too.
     """
     names = layer_names(subject)
-    images = torch.cat(samples.images[: -(-_RANKED_BY // len(samples.images[0]))])
+    first = samples.images[0]  # of the only batch that the plan takes, or a single image
+    images = first if len(first) > 1 else torch.cat(samples.images[:_RANKED_BY])
     ranked = {names[layer]: error for layer, error in sensitivities(subject.plan.module, images).items()}
     float_score = samples.score(load(model))
     most = int(len(ranked) * _MOST_IN_FLOAT)

@@ -103,6 +103,8 @@ def export(invocation: Invocation) -> None:
     except ValueError as error:  # an ending, or a number, that makes no sense
         raise UsageError(str(error)) from error
     print_plain(f"written: {written}")
+    if written.quantisation is not None:
+        print_plain(written.quantisation.worst())
 
 
 def _model_and_example(given: ExportArguments) -> tuple[nn.Module | Path, Tensor | None]:

@@ -75,8 +75,19 @@ class Quantisation:
             "images": self.images,
             "float_score": self.float_score,
             "score": self.score,
+            "points_allowed": self.points,
+            "layers": {name: float(f"{error:.3g}") for name, error in self.layers.items()},
             "in_float": list(self.in_float),
         }
+
+    def worst(self, count: int = 8) -> str:
+        """The layers that the outputs suffer most from, a line each."""
+        rows = [
+            f"  {name}: {error:.1e}{', left in float' if name in self.in_float else ''}"
+            for name, error in list(self.layers.items())[:count]
+        ]
+        title = f"squared error of the outputs where one layer alone is in 8 bits, the worst of {len(self.layers)}:"
+        return "\n".join([title, *rows])
 
     def __str__(self) -> str:
         kept = ""

@@ -124,6 +124,10 @@ def test_a_run_in_8_bits(fed, tmp_path, capsys):
     assert main(["export", str(fed), *flags, "--out", str(path), "--quiet"]) == 0
     shown = capsys.readouterr()
     assert shown.err == "" and "8 bits: top-1 " in shown.out and "(30 points allowed)" in shown.out
+    assert (
+        "where one layer alone is in 8 bits, the worst of " in shown.out
+        and "\n  layer2.0.conv1: " in shown.out
+    )
     model, x = load(fed), torch.randn(8, 1, 28, 28)
     with torch.no_grad():
         assert 1e-4 < relative_error(*RUNTIMES["onnx"].run(path)(x), model(x)) < 0.5

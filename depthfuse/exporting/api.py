@@ -6,10 +6,10 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +17,28 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
 from depthfuse.acceleration.planning.program import Call
+from depthfuse.acceleration.running.conversion import Run
 from depthfuse.checkpoint import sync_folder, temporary_beside
+from depthfuse.data import DataBundle
 from depthfuse.errors import ExportError
+from depthfuse.exporting.calibration import LEAST_IMAGES, Samples, samples_of
 from depthfuse.exporting.checking import Comparison, compare, other_calls
+from depthfuse.exporting.equalising import equalised_subject
 from depthfuse.exporting.facts import facts_of, feeding_of
+from depthfuse.exporting.onnx_file import onnx_file, with_facts
 from depthfuse.exporting.programs import clean_program, reason_of
-from depthfuse.exporting.runtimes import RUNTIMES, Runtime
+from depthfuse.exporting.quantising import PACKAGES, Quantisation, quantise
+from depthfuse.exporting.runtimes import RUNTIMES, Runtime, absent
 from depthfuse.exporting.subject import DYNAMIC, NONE, Subject, loaded, subject_of
 from depthfuse.merging.tracing import one_at_a_time
 from depthfuse.runs.feeding import load_feeding
+from depthfuse.runs.reopening import reopen
+from depthfuse.tasks import Task
 from depthfuse.untrusted import is_out_of_memory
 
 logger = logging.getLogger(__name__)
+
+FLOAT, INT8 = PRECISIONS = ("float", "int8")
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,8 @@ class ExportedFile:
 
     path: the file. files: all of them, `path` first. runtime: a name in `RUNTIMES`. facts: what the file says about the
     model. operations: {operator of PyTorch's: how often} in the exported program. comparison: with the model, None
-    where nothing was compared.
+    where nothing was compared; of a file in 8 bits, of the same in float. quantisation: how 8 bits were made, and what
+    they lost.
     """
 
     path: Path
@@ -46,6 +57,7 @@ class ExportedFile:
     facts: dict[str, Any]
     operations: dict[str, int]
     comparison: Comparison | None
+    quantisation: Quantisation | None = None
 
     def __str__(self) -> str:
         size_mib = sum(file.stat().st_size for file in self.files) / 2**20
@@ -61,6 +73,8 @@ class ExportedFile:
                 f"off from the model in float64 by {self.comparison.error:.1e} of the largest output on {runs} "
                 f"({self.comparison.allowed:.1e} allowed)"
             )
+        if self.quantisation is not None:
+            checked = f"{self.quantisation}; in float {checked}"
         title = RUNTIMES[self.runtime].title
         return f"{names} ({size_mib:.1f} MiB) for {title}: {shapes} -> {', '.join(self.facts['outputs'])}; {checked}"
 
@@ -78,6 +92,12 @@ def export(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     check: bool = True,
+    precision: str = FLOAT,
+    calibration: DataBundle | Tensor | Iterable[Any] | None = None,
+    calibration_images: int = 300,
+    points: float | None = None,
+    task: Task | None = None,
+    equalise: bool = False,
 ) -> ExportedFile:
     """Write a model for another runtime, and compare what the file computes there with the model.
 
@@ -104,6 +124,17 @@ def export(
             default what the run, or timm, says of the model.
         check: compare the file, run in its runtime, with the model in float64: on other values, with one image more and
             with a single one. False writes it unseen.
+        precision: "float", the model's own, or "int8", for "onnx" and "openvino": weights and activations in 8 bits,
+            as far as the budget allows. The file's score is measured in the runtime, and layers that it suffers from
+            stay in float until it is good enough. The comparison above is then of the same file in float.
+        calibration: for "int8", images as the model takes them, float32 and normalised: [N, C, H, W], batches of such
+            or of (images, targets), or a bundle. None: the data of the run. Of a bundle, training images give the
+            ranges of values, and those held out the score; of anything else the first images, and those behind them.
+        calibration_images: how many give the ranges.
+        points: how much of the score may be lost, in points; 0.5 where there are targets, 5 in agreement with the model
+            itself where there are none: a changed answer may as well be a corrected one.
+        task: what scores, with targets. Default: the run's, or classification.
+        equalise: scale channels between layers first, see `depthfuse.exporting.equalising`.
 
     Returns:
         An ExportedFile; `print` tells what was written and how far it is off.
@@ -111,13 +142,20 @@ def export(
     Raises:
         ExportError: a package is missing (the message names what to install), the model is in training mode, does not
             become one graph, fixes a size that is to be open, or has an operator that the runtime does not know; the
-            file does not run, differs, or cannot be written. No file is left, and an earlier one stays as it was.
-        ValueError: an unknown runtime or `dynamic`, or a path with another ending.
-        CheckpointError, SpecError: a run or a file that cannot be read.
+            file does not run, differs, loses more than `points`, or cannot be written; images that cannot be calibrated
+            by. No file is left, and an earlier one stays as it was.
+        ValueError: an unknown runtime, `dynamic` or `precision`, a path with another ending, a runtime that takes no 8
+            bits from here, or settings of "int8" for another precision.
+        CheckpointError, SpecError: a run or a file that cannot be read. DataError: a run's data that is not there.
     """
     path = Path(path)
     runtime = _runtime(to, path, dynamic, largest_batch)
+    _check_precision(precision, to, calibration_images, points, (calibration, points, task, equalise or None))
     runtime.require(check)
+    if precision == INT8 and absent(*PACKAGES):
+        raise ExportError(
+            f'int8 needs {" and ".join(absent(*PACKAGES))}: pip install "depthfuse[{runtime.extra},int8]"'
+        )
     net = model if isinstance(model, nn.Module) else loaded(model)
     told = None if isinstance(model, nn.Module) else load_feeding(Path(model))
     if x is None and example_kwargs is None and told is not None:
@@ -128,15 +166,28 @@ def export(
         _check_batch(subject, largest)
         calls = other_calls(subject, largest)
         facts = facts_of(subject, told or feeding_of(subject.model), classes, mean, std)
+        samples = None
+        if precision == INT8:
+            if calibration is None and not isinstance(model, nn.Module) and Path(model).is_dir():
+                calibration, scored_by = reopen(Path(model))
+                task = task or scored_by
+            samples = samples_of(calibration, subject, calibration_images, points, task)
+        equalised = 0
+        if equalise:
+            subject, equalised = equalised_subject(subject)
         program = clean_program(subject, largest)
         operations = _operations_of(program)
         try:
-            files, comparison = _write(runtime, subject, program, facts, path, calls if check else ())
+            written = _write(
+                runtime, subject, program, facts, path, calls if check else (), samples, equalised
+            )
         except OSError as error:
             raise ExportError(
                 f"cannot write {path}: {error.strerror or error}. What stood there before is untouched"
             ) from error
-    return ExportedFile(path, files, to, facts, operations, comparison)
+    return ExportedFile(
+        path, written.files, to, written.facts, operations, written.comparison, written.quantisation
+    )
 
 
 def _runtime(to: str, path: Path, dynamic: str, largest_batch: int | None) -> Runtime:
@@ -159,6 +210,31 @@ def _runtime(to: str, path: Path, dynamic: str, largest_batch: int | None) -> Ru
     return runtime
 
 
+def _check_precision(
+    precision: str, to: str, images: int, points: float | None, others: Sequence[Any]
+) -> None:
+    """Raises ValueError for settings that make no sense.
+
+    others: settings of 8 bits alone, None where they are not given.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(map(repr, PRECISIONS))}")
+    if precision == FLOAT:
+        if any(setting is not None for setting in (points, *others)):
+            raise ValueError("calibration, points, task and equalise are settings of precision='int8'")
+        return
+    able = [name for name, runtime in RUNTIMES.items() if runtime.save is not None]
+    if to not in able:
+        raise ValueError(
+            f"8 bits are written for {' and '.join(map(repr, able))}, not for {to!r}: choose one of these, or "
+            "precision='float'"
+        )
+    if images < LEAST_IMAGES:
+        raise ValueError(f"calibration_images is {images}, expected {LEAST_IMAGES} or more")
+    if points is not None and not 0 < points <= 100:
+        raise ValueError(f"points is {points}, expected a loss in percent of the score, above 0")
+
+
 def _check_batch(subject: Subject, largest_batch: int | None) -> None:
     batch = subject.call.tensors[0].shape[0] if subject.dynamic != NONE else 0
     if largest_batch is not None and batch > largest_batch:
@@ -173,6 +249,13 @@ def _operations_of(program: ExportedProgram) -> dict[str, int]:
     return dict(Counter(name.removeprefix("aten::").partition(".")[0] for name in names))
 
 
+class _Written(NamedTuple):
+    files: tuple[Path, ...]
+    facts: dict[str, Any]
+    comparison: Comparison | None
+    quantisation: Quantisation | None
+
+
 def _write(
     runtime: Runtime,
     subject: Subject,
@@ -180,9 +263,13 @@ def _write(
     facts: dict[str, Any],
     path: Path,
     calls: Sequence[Call],
-) -> tuple[tuple[Path, ...], Comparison | None]:
+    samples: Samples | None,
+    equalised: int,
+) -> _Written:
     """Write into a folder beside `path`, compare what was written on `calls`, and only then put it there. Raises
     OSError, too.
+
+    samples: None for a file in float.
     """
     count = sum(_operations_of(program).values())
     with temporary_beside(path) as folder:
@@ -197,7 +284,7 @@ def _write(
             raise ExportError(
                 f"{runtime.title} does not take {subject.name()}: {reason_of(error)}"
             ) from error
-        comparison = None
+        comparison = quantisation = None
         if calls and not runtime.missing(running=True):
             comparison = compare(subject, runtime.run, parts[0], calls, count, runtime.title)
         elif calls:
@@ -206,7 +293,44 @@ def _write(
                 path,
                 " ".join(runtime.missing(running=True)),
             )
-        return _put(parts, path), comparison
+        if samples is not None:
+            parts, facts, quantisation = _write_in_8_bits(
+                runtime, subject, program, facts, folder / path.name, samples, equalised
+            )
+        return _Written(_put(parts, path), facts, comparison, quantisation)
+
+
+def _write_in_8_bits(
+    runtime: Runtime,
+    subject: Subject,
+    program: ExportedProgram,
+    facts: dict[str, Any],
+    path: Path,
+    samples: Samples,
+    equalised: int,
+) -> tuple[list[Path], dict[str, Any], Quantisation]:
+    save = runtime.save
+    assert save is not None
+
+    def tried(function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return function(*args)
+        except Exception as error:  # whatever another project raises
+            if is_out_of_memory(error) or isinstance(error, OSError):
+                raise
+            raise ExportError(
+                f"{runtime.title} cannot run {subject.name()} in 8 bits: {reason_of(error)}; export it in float"
+            ) from error
+
+    def load(model: bytes) -> Run:
+        run = tried(lambda: runtime.run(save(model, "", path)[0]))
+        return lambda *inputs: tried(run, *inputs)
+
+    in_float = onnx_file(program, subject, "")
+    rounded, quantisation = quantise(in_float, subject, samples, load, equalised, runtime.uniform)
+    facts = {**facts, "precision": INT8, "quantisation": quantisation.document()}
+    document = json.dumps(facts)
+    return save(with_facts(rounded, document), document, path), facts, quantisation
 
 
 def _put(parts: list[Path], path: Path) -> tuple[Path, ...]:

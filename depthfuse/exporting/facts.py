@@ -56,6 +56,7 @@ def facts_of(
         "torch": torch.__version__,
         "model": subject.name() if source is None else source.name,
         "model_kwargs": {} if source is None else source.kwargs,
+        "precision": str(subject.plan.dtype).removeprefix("torch."),
         "spec": None if spec is None else json.loads(spec.to_json()),
         "inputs": _described(subject.input_names(), subject.call.tensors, subject.open_axes()),
         "outputs": subject.output_names(),

@@ -41,6 +41,15 @@ def onnx_file(program: ExportedProgram, subject: Subject, facts: str, parser: st
     return model.SerializeToString()
 
 
+def with_facts(data: bytes, facts: str) -> bytes:
+    """The same model with other facts."""
+    import onnx
+
+    model = onnx.load_model_from_string(data)
+    onnx.helper.set_model_props(model, {KEY: facts})
+    return model.SerializeToString()
+
+
 def _name_axes(graph: Any, program: ExportedProgram, subject: Subject) -> None:
     """Axes that are open by their names instead of PyTorch's symbols."""
     names = set(program.graph_signature.user_inputs)
@@ -54,24 +63,29 @@ def _name_axes(graph: Any, program: ExportedProgram, subject: Subject) -> None:
                 dim.dim_param = names_of[dim.dim_param]
 
 
+def layer_names(subject: Subject) -> dict[str, str]:
+    """{path of a layer in the plan: its name in files}: its path in the model that it stands for, which nodes
+    ("NAME/Conv") and weights ("NAME.weight") are called by. Where one layer of the model is several of the plan's, as
+    it is called twice with other things behind it, all have the plan's paths.
+    """
+    names = {entry.module: entry.path for entry in subject.plan.entries if entry.module}
+    return names if len(set(names.values())) == len(names) else {module: module for module in names}
+
+
 def _name_layers(graph: Any, subject: Subject) -> None:
-    """Nodes and weights by the paths of the layers in the model that they stand for."""
-    fused = [entry for entry in subject.plan.entries if entry.module]
-    paths = {entry.module: entry.path for entry in fused}
-    if len(set(paths.values())) < len(paths):
-        return  # one layer that is called twice, with other things behind it
+    names = layer_names(subject)
     seen: Counter[str] = Counter()
     for node in graph.node:
         module = _module_of(node)
-        if module in paths:
-            name = f"{paths[module]}/{node.op_type}"
+        if module in names:
+            name = f"{names[module]}/{node.op_type}"
             seen[name] += 1
             node.name = name if seen[name] == 1 else f"{name}_{seen[name] - 1}"
     weights = {each.name: each.name for each in graph.initializer}
     for name in weights:
         module, _, tensor = name.rpartition(".")
-        if module in paths:
-            weights[name] = f"{paths[module]}.{tensor}"
+        if module in names:
+            weights[name] = f"{names[module]}.{tensor}"
     for each in graph.initializer:
         each.name = weights[each.name]
     for node in graph.node:

@@ -20,6 +20,7 @@ from depthfuse.exporting.onnx_file import onnx_file
 from depthfuse.exporting.subject import Subject
 
 Write = Callable[[ExportedProgram, Subject, str, Path], list[Path]]
+Save = Callable[[bytes, str, Path], list[Path]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Runtime:
     one at `path` first. run: from the file to what runs it. extra, packages: what writing takes beside torch.
     for_running: what comparing takes beside that. must_run: whether a file that cannot be run here is not written.
     on_cpu: the program is exported on a CPU, wherever the model is. largest_batch: where an open batch has to have an
-    end, which memory is laid out for.
+    end, which memory is laid out for. save: (ONNX in 8 bits with facts, the facts as JSON, path) -> the files written;
+    None for what takes none from here. uniform: whether 8 bits have to be in one form, see `uniform_integers`.
     """
 
     title: str
@@ -43,11 +45,12 @@ class Runtime:
     must_run: bool = True
     on_cpu: bool = True
     largest_batch: int | None = None
+    save: Save | None = None
+    uniform: bool = False
 
     def missing(self, running: bool) -> list[str]:
         """The packages that are not installed."""
-        packages = (*self.packages, *(self.for_running if running else ()))
-        return [package for package in packages if importlib.util.find_spec(package) is None]
+        return absent(*self.packages, *(self.for_running if running else ()))
 
     def require(self, check: bool) -> None:
         """Raise ExportError, naming what to install, where a package is missing."""
@@ -59,8 +62,17 @@ class Runtime:
             )
 
 
+def absent(*packages: str) -> list[str]:
+    """Those that are not installed."""
+    return [package for package in packages if importlib.util.find_spec(package) is None]
+
+
 def _write_onnx(program: ExportedProgram, subject: Subject, facts: str, path: Path) -> list[Path]:
-    path.write_bytes(onnx_file(program, subject, facts))
+    return _save_onnx(onnx_file(program, subject, facts), facts, path)
+
+
+def _save_onnx(model: bytes, facts: str, path: Path) -> list[Path]:
+    path.write_bytes(model)
     return [path]
 
 
@@ -77,11 +89,15 @@ def _run_onnx(path: Path) -> Run:
 
 
 def _write_openvino(program: ExportedProgram, subject: Subject, facts: str, path: Path) -> list[Path]:
+    return _save_openvino(onnx_file(program, subject, facts), facts, path)
+
+
+def _save_openvino(model: bytes, facts: str, path: Path) -> list[Path]:
     import openvino as ov
 
-    model = ov.Core().read_model(onnx_file(program, subject, facts))
-    model.set_rt_info(facts, [KEY])
-    ov.save_model(model, path, compress_to_fp16=False)
+    network = ov.Core().read_model(model)
+    network.set_rt_info(facts, [KEY])
+    ov.save_model(network, path, compress_to_fp16=False)
     return [path, path.with_suffix(".bin")]
 
 
@@ -135,9 +151,25 @@ _ONNX = ("onnx", "onnxscript")
 
 RUNTIMES: dict[str, Runtime] = {
     "onnx": Runtime(
-        "ONNX Runtime", ".onnx", _write_onnx, _run_onnx, "onnx", _ONNX, for_running=("onnxruntime",)
+        "ONNX Runtime",
+        ".onnx",
+        _write_onnx,
+        _run_onnx,
+        "onnx",
+        _ONNX,
+        for_running=("onnxruntime",),
+        save=_save_onnx,
+        uniform=True,
     ),
-    "openvino": Runtime("OpenVINO", ".xml", _write_openvino, _run_openvino, "openvino", ("openvino", *_ONNX)),
+    "openvino": Runtime(
+        "OpenVINO",
+        ".xml",
+        _write_openvino,
+        _run_openvino,
+        "openvino",
+        ("openvino", *_ONNX),
+        save=_save_openvino,
+    ),
     "torch": Runtime("torch.export", ".pt2", _write_torch, _run_torch),
     "aoti": Runtime("AOTInductor", ".pt2", _write_aoti, _run_aoti, on_cpu=False),
     "executorch": Runtime(

@@ -35,7 +35,7 @@ def finished(tmp_path_factory):
         model="resnet18",
         model_kwargs=("channels=(8,8,12,16)", "layers=(2,1,1,1)", "in_chans=1"),
         out=out,
-        data=DataConfig(max_train_images=100, batch_size=50),
+        data=DataConfig(max_train_images=100, batch_size=50, holdout=0.2),
         search=SearchConfig(blocks=1),
         cpu=True,
     )

@@ -5,12 +5,15 @@ import json
 import pytest
 import torch
 from nets import randomise_norms
+from PIL import Image
 from safetensors.torch import save_file
 
 from depthfuse import ModelSource, SubnetSpec, accelerate, load
 from depthfuse.cli import main
 from depthfuse.data.embedded import CLASS_NAMES
 from depthfuse.exporting import RUNTIMES
+from depthfuse.exporting.quantising import PACKAGES
+from depthfuse.exporting.runtimes import absent
 from depthfuse.measuring.accuracy import relative_error
 from depthfuse.runs.feeding import load_feeding, save_feeding
 
@@ -95,6 +98,12 @@ def test_a_model_by_its_name_and_what_was_accelerated(tmp_path, capsys):
             "--batch cannot be given for fast.safetensors",
             ["fast.safetensors", "--to", "torch", "--batch", "2"],
         ),
+        (
+            2,
+            "8 bits are written for 'onnx' and 'openvino', not for 'torch'",
+            ["test_resnet", "--to", "torch", "--precision", "int8"],
+        ),
+        (2, "are settings of precision='int8'", ["test_resnet", "--to", "torch", "--points", "1"]),
         (1, "timm has no model 'resnet1888'", ["resnet1888", "--to", "torch"]),
         (1, "none.safetensors does not exist", ["none.safetensors", "--to", "torch"]),
     ],
@@ -103,3 +112,36 @@ def test_what_cannot_be_exported_is_named(code, message, arguments, tmp_path, ca
     out = tmp_path / "net.pt2"
     assert main(["export", *arguments, "--out", str(out)]) == code
     assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_a_run_in_8_bits(fed, tmp_path, capsys):
+    """By its own data, and scored by its own task; or by any folder of images."""
+    missing = absent(*PACKAGES)
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} is not installed")
+    path = tmp_path / "net.onnx"
+    flags = ["--to", "onnx", "--precision", "int8", "--points", "30", "--calibration-images", "40"]
+    assert main(["export", str(fed), *flags, "--out", str(path), "--quiet"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == "" and "8 bits: top-1 " in shown.out and "(30 points allowed)" in shown.out
+    assert (
+        "where one layer alone is in 8 bits, the worst of " in shown.out
+        and "\n  layer2.0.conv1: " in shown.out
+    )
+    model, x = load(fed), torch.randn(8, 1, 28, 28)
+    with torch.no_grad():
+        assert 1e-4 < relative_error(*RUNTIMES["onnx"].run(path)(x), model(x)) < 0.5
+    images = ["--calibration", str(stripes(tmp_path / "images"))]
+    code = main(["export", str(fed), *flags, *images, "--out", str(path), "--quiet"])
+    shown = capsys.readouterr()
+    assert (code, shown.err) == (0, "")
+    assert "8 bits: agreement with the model 100.00 -> " in shown.out
+
+
+def stripes(folder):
+    """80 images without classes."""
+    folder.mkdir()
+    for number in range(80):
+        pixels = (torch.arange(28 * 28) % (number % 7 + 2) * 30).to(torch.uint8).view(28, 28)
+        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    return folder

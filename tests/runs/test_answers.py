@@ -20,6 +20,7 @@ from depthfuse.config import CompareConfig, parse_model_kwargs, to_yaml
 from depthfuse.data import DataConfig
 from depthfuse.errors import ConfigError, DataError
 from depthfuse.rivals.compare import compare
+from depthfuse.runs.reopening import reopen
 from depthfuse.runs.run import Run
 
 CLASSES = 6
@@ -79,6 +80,9 @@ def test_from_a_flat_folder_to_the_report(finished, config):
     for images, labels in run.data.val_loader():
         with torch.no_grad():
             assert torch.equal(model(images).argmax(1), labels)
+    data, task = reopen(finished)
+    assert data.labelled and task.metric == "agreement"
+    assert torch.equal(torch.cat([labels for _, labels in data.holdout_loader()]), answers["holdout"])
 
 
 @on_request("half a minute")

@@ -203,6 +203,9 @@ def table_rows(rows: Sequence[Row]) -> list[list[str]]:
     return [[*head, *(["ms beside busy processes"] if busy else [])], *cells]
 
 
+_LETTERS = 9  # of a title, an inch
+
+
 def ratios(rows: Sequence[Row], title: str) -> Figure:
     """Grouped bars: each contender's time over ours, with quartiles."""
     cases = list(dict.fromkeys((row["model"], row["batch"]) for row in rows))
@@ -236,13 +239,16 @@ def ratios(rows: Sequence[Row], title: str) -> Figure:
             }
             axes.bar(places, heights, 0.9 * width, yerr=spread, **looks)
         names = [
-            f"batch {batch}" if alone else f"{short(model, 24)}\nbatch {batch}" for model, batch in cases
+            f"batch {batch}"
+            if alone
+            else "\n".join([*(short(part, 16) for part in model.split(" + ")), f"batch {batch}"])
+            for model, batch in cases
         ]
         axes.set_xticks(range(len(cases)), names, fontsize=8)
         axes.axhline(1.0, color=light("ink"), linewidth=0.8)
         axes.set_ylabel("time / depthfuse's time (higher is slower)")
-        axes.set_title(short(title))
-        legend_below(axes, columns=2)
+        axes.set_title(short(title, int(_LETTERS * figure.get_size_inches()[0])))
+        legend_below(axes, columns=2, lines=1 if alone else 3)
 
     words = "The time of each engine over depthfuse's, median and quartiles; above 1 is slower."
     return Figure("Time beside depthfuse's", words, draw, max(WIDTH, 1.1 * len(cases) + 2), HEIGHT + 0.4)

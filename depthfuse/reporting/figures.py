@@ -15,10 +15,8 @@ from depthfuse.checkpoint import save_bytes
 from depthfuse.reporting.markup import clean, tag
 from depthfuse.reporting.style import COLOURS, SERIES, light
 
-WIDTH, HEIGHT = (
-    5.2,
-    3.4,
-)  # inches: letters are as large as a page's own on a phone, and two stand side by side else
+# In inches: letters are as large as a page's own on a phone, and two stand side by side elsewhere.
+WIDTH, HEIGHT = 5.2, 3.4
 _LOOKS: dict[str, Any] = {
     "font.size": 9.0,
     "axes.titlesize": 9.5,
@@ -59,14 +57,13 @@ def short(name: str, most: int = 48) -> str:
     return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most - most // 2 - 1) :]}"
 
 
-def legend_below(axes: Any, handles: Sequence[Any] | None = None, columns: int = 3) -> None:
-    """A legend where it hides nothing: below the numbers and the name of the x axis."""
+def legend_below(axes: Any, handles: Sequence[Any] | None = None, columns: int = 3, lines: int = 2) -> None:
+    """A legend where it hides nothing: below so many lines of numbers and the name of the x axis."""
     from matplotlib.transforms import ScaledTranslation
 
     handles = axes.get_legend_handles_labels()[0] if handles is None else handles
-    below = ScaledTranslation(
-        0.0, -36 / 72, axes.figure.dpi_scale_trans
-    )  # points, however large the axes become
+    points = 12 + 12 * lines  # however large the axes become
+    below = ScaledTranslation(0.0, -points / 72, axes.figure.dpi_scale_trans)
     looks = {"ncols": columns, "borderaxespad": 0.0, "handlelength": 1.6, "columnspacing": 1.4}
     place = {"loc": "upper left", "bbox_to_anchor": (0.0, 0.0), "bbox_transform": axes.transAxes + below}
     axes.legend(handles=handles, **place, **looks)

@@ -185,7 +185,7 @@ def test_every_direct_dependency_is_pinned(wheel):
     wanted = {
         re.match(r"[\w-]+", requirement)[0].lower()
         for requirement in requirements_of(metadata)
-        if not re.search('extra == "(bench|data|triton|onnx|openvino|executorch|all|docs)"', requirement)
+        if not re.search('extra == "(bench|data|triton|onnx|openvino|int8|executorch|all|docs)"', requirement)
     }
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert all("==" in line or line.startswith("#") for line in lines)

@@ -21,7 +21,7 @@ from depthfuse.cli import main
 from depthfuse.cli.command import BUDGET_MISSED, DONE
 from depthfuse.measuring.timing import Timing
 from depthfuse.merging.adapters import base
-from depthfuse.runs import run
+from depthfuse.runs import closing
 
 # What takes minutes in reality, and what is run in its place; the first that stands in a command is replaced first.
 SIZES = "channels=(4,4,8,8) layers=(1,1,1,1)"
@@ -110,8 +110,8 @@ def folder(given_images, tmp_path, monkeypatch, restored_logger):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     Clock().install(monkeypatch)
-    monkeypatch.setattr(run, "time_interleaved", untimed)
-    monkeypatch.setattr(run, "accelerate", functools.partial(run.accelerate, tune="heuristic"))
+    monkeypatch.setattr(closing, "time_interleaved", untimed)
+    monkeypatch.setattr(closing, "accelerate", functools.partial(closing.accelerate, tune="heuristic"))
     monkeypatch.setattr(base, "_CANDIDATES", {kind: [*known] for kind, known in base._CANDIDATES.items()})
     monkeypatch.setattr(origins, "_allowed", set(origins._allowed))
     before = set(sys.modules)

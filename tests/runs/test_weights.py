@@ -16,6 +16,7 @@ from depthfuse import ModelSource, origins
 from depthfuse.checkpoint import load_foreign_tensors, load_tensors
 from depthfuse.config import parse_model_kwargs, to_yaml
 from depthfuse.errors import CheckpointError
+from depthfuse.runs.found import history_of
 from depthfuse.runs.run import Run, prune
 from depthfuse.runs.weights import take_given, unfit_classifier
 
@@ -149,7 +150,7 @@ def test_pretrained_weights_follow_the_same_rule(local_weights):
 
 def test_a_pretrained_model_of_other_classes_is_trained_before_it_is_a_baseline(local_weights, tmp_path):
     run = prune(dataclasses.replace(CONFIG, out=tmp_path / "run", pretrained=True), until="baseline")
-    rows = [row for row in run._history() if row["stage"] == "baseline"]
+    rows = [row for row in history_of(run.dir) if row["stage"] == "baseline"]
     assert rows and rows[-1]["epoch"] == CONFIG.baseline.epochs
 
 

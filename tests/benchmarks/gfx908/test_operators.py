@@ -52,12 +52,12 @@ def test_every_operator_is_right_on_the_code_of_the_mi100(operators):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> tuple[list[dict], str]:
-    arguments = ("--small", "--dtypes", "fp16", "--cases", "rows of tokens", "--swaps", "8")
+    arguments = ("--small", "--dtypes", "fp16", "--cases", "stride 1", "--swaps", "8")
     return table_of(tmp_path_factory.mktemp("planted"), "planted", *arguments)
 
 
 def test_planted_faults_are_found(planted):
-    """In a linear layer of two waves each wait, barrier and nop is needed. Registers may belong to the rows of its tile
+    """In an inverted residual each wait, barrier and nop is needed. Registers may belong to the rows of its tile
     that are beyond the tensor: most of those that are swapped matter.
     """
     rows, summary = planted

@@ -51,7 +51,7 @@ def html(rows: Sequence[Row], operations: Report, model: str, machine: Mapping[s
         section("machine", "Machine and versions", facts({"depthfuse": __version__, **machine})),
     ]
     intro = [paragraph(f"{rows[0]['dtype']} on {where}", kind="lead"), tiles(_fastest(rows))]
-    return page("depthfuse bench", model, intro, sections, f"Written by depthfuse {__version__}.")
+    return page("depthfuse bench", model, intro, sections)
 
 
 def _fastest(rows: Sequence[Row]) -> list[tuple[str, str, str]]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree.ElementTree import Element
 
+from depthfuse._version import __version__
 from depthfuse.reporting.style import style_sheet
 
 Piece = Element | str | None
@@ -150,7 +151,7 @@ def grid(*figures: Piece) -> Element | None:
     return tag("div", *figures, class_="figures")
 
 
-def page(kind: str, title: str, intro: Sequence[Piece], sections: Sequence[Element | None], foot: str) -> str:
+def page(kind: str, title: str, intro: Sequence[Piece], sections: Sequence[Element | None]) -> str:
     """A whole document.
 
     Args:
@@ -173,7 +174,10 @@ def page(kind: str, title: str, intro: Sequence[Piece], sections: Sequence[Eleme
         "body",
         tag("header", tag("p", kind, class_="eyebrow"), tag("h1", title), *intro, navigation, class_="top"),
         tag("main", *shown),
-        tag("footer", foot),
+        tag(
+            "footer",
+            f"Written by depthfuse {__version__}. This file is complete in itself: it can be sent and kept.",
+        ),
     )
     text = ET.tostring(tag("html", head, body, lang="en"), encoding="unicode", method="html")
     return f"<!DOCTYPE html>\n{text}\n"

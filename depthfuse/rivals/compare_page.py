@@ -70,9 +70,7 @@ def html(results: Mapping[str, Any], config: CompareConfig) -> str:
     seeds = len({trial["seed"] for trial in results["trials"]})
     conditions_told = f"{seeds} seeds on {results['conditions']['device']}"
     intro = [paragraph(conditions_told, kind="lead"), _tiles(winners)]
-    return page(
-        "depthfuse compare", results["model"], intro, sections, f"Written by depthfuse {__version__}."
-    )
+    return page("depthfuse compare", results["model"], intro, sections)
 
 
 def _pruning(results: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -57,8 +57,7 @@ def html(found: Findings) -> str:
         _reproduce(found),
         _machine(found),
     ]
-    foot = f"Written by depthfuse {__version__}. This file is complete in itself: it can be sent and kept."
-    return page("depthfuse run", _name(found), _intro(found), sections, foot)
+    return page("depthfuse run", _name(found), _intro(found), sections)
 
 
 def _name(found: Findings) -> str:

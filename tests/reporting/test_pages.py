@@ -108,7 +108,7 @@ def test_a_figure_as_a_file_is_whole_or_not_there(tmp_path):
 def test_pieces_that_have_nothing_to_show_are_left_out():
     assert table(["a"], [], "nothing") is None
     assert section("key", "title", None, None) is None
-    text = page("kind", "title", [None], [None], "foot")
+    text = page("kind", "title", [None], [None])
     assert not Read(text).all("section", "nav")
 
 
@@ -117,9 +117,7 @@ def test_columns_of_numbers_are_set_to_the_right():
         ["a", "1.5 ± 0.2", "1,024", "-3.25x", "", bar(0.5)],
         ["b", "2.5 ± 0.2", "", "1e-07", "3 of", bar(1.5)],
     ]
-    read = Read(
-        page("kind", "title", [], [section("key", "title", table(list("uvwxyz"), rows, "caption"))], "foot")
-    )
+    read = Read(page("kind", "title", [], [section("key", "title", table(list("uvwxyz"), rows, "caption"))]))
     cells = [element.get("class") for element in read.all("td")]
     assert cells == ["n", "n", "n", None, "bars"] * 2
     assert [e["style"] for e in read.all("span")] == ["width:50.0%", "width:100.0%"]

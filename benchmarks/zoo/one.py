@@ -15,7 +15,7 @@ from depthfuse.acceleration.checking.profile import count_operations
 from depthfuse.acceleration.planning.part import as_tuple
 from depthfuse.acceleration.planning.plan import Plan
 from depthfuse.acceleration.planning.program import Call
-from depthfuse.acceleration.running.native_engine import compiled, direct
+from depthfuse.acceleration.running.native_engine import compiled
 from depthfuse.measuring.accuracy import relative_error
 
 
@@ -62,7 +62,7 @@ def row_of(key: str, tune: str) -> dict[str, object]:
 def in_the_engine(plan: Plan, call: Call) -> tuple[float | str, str]:
     """(The native engine's error against the plan, what it lacks to run it); one of them is empty."""
     try:
-        run = compiled(plan.module, call.tensors, direct)
+        run = compiled(plan.module, call.tensors)
     except Exception as problem:  # the table is there to show whatever goes wrong
         return "", (str(problem) or repr(problem)).splitlines()[0][:150]
     with torch.no_grad():

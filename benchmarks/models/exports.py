@@ -4,8 +4,8 @@
 
 The networks of `benchmarks.models`, torchvision's ResNet-50 and Hugging Face's ViT (three blocks of a base one), plain
 and with half of their blocks merged; the batch is open, the files are checked as always. Each file runs in a process of
-its own, and they are timed in turn; beside them eager, of which the error is told. Writes exports_cpu.csv to
-benchmarks/results/.
+its own, and they are timed in turn, beside eager, of which the error is told, and the accelerated model with our own
+engine. Writes exports_cpu.csv to benchmarks/results/, anew after each network.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from torch import Tensor, nn
 
 from benchmarks.models.__main__ import VARIANTS, merged_half
 from benchmarks.models.__main__ import build as build_timm
+from depthfuse.acceleration import accelerate
 from depthfuse.benching.apart import time_apart
 from depthfuse.benching.bench import machine, randomised, write_csv
+from depthfuse.benching.engines import OURS
 from depthfuse.exporting import RUNTIMES, export
+from depthfuse.measuring.timing import quartiles
 from depthfuse.merging.model_inputs import input_size
 
 HUGGING_FACE = "hf:vit"
@@ -37,6 +40,7 @@ MODELS = (
     HUGGING_FACE,
 )
 EAGER = "eager"
+FIGURES = ("error_to_eager", "latency_ms", "q1_ms", "q3_ms", "speedup_over_eager")
 RUN_HERE = ("onnx", "openvino", "torch", "aoti", "executorch")
 
 
@@ -56,6 +60,10 @@ def build(name: str, variant: str) -> nn.Module:
 
 def eager(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     return model
+
+
+def ours(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    return accelerate(model, x, engines="own")
 
 
 def exported(model: nn.Module, x: Tensor, runtime: str) -> Callable[[Tensor], Tensor]:
@@ -85,7 +93,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     here = [name for name in args.runtimes if not RUNTIMES[name].missing(running=True)]
-    makes = {EAGER: eager} | {name: functools.partial(exported, runtime=name) for name in here}
+    makes = {EAGER: eager, OURS: ours} | {name: functools.partial(exported, runtime=name) for name in here}
     rows = []
     for name, variant in itertools.product(args.models, args.variants):
         model = build(name, variant)
@@ -96,17 +104,16 @@ def main() -> None:
                 makes, model, x, args.rounds, args.round_ms, {}, functools.partial(judge, failed)
             )
         for runtime in makes:
-            row = {
-                "model": name,
-                "variant": variant,
-                "runtime": runtime,
-                "error_to_eager": f"{errors[runtime]:.1e}" if runtime in errors else "",
-                "latency_ms": round(timings[runtime].median_ms, 3) if runtime in timings else "",
-                "failed": failed.get(runtime, ""),
-            }
+            row = {"model": name, "variant": variant, "runtime": runtime} | dict.fromkeys(FIGURES, "")
+            row["failed"] = failed.get(runtime, "")
+            if runtime in timings:
+                low, middle, high = quartiles(timings[runtime].rounds_ms)
+                row |= {"latency_ms": f"{middle:.3f}", "q1_ms": f"{low:.3f}", "q3_ms": f"{high:.3f}"}
+                row["speedup_over_eager"] = f"{timings[runtime].speedup_over(timings[EAGER]):.2f}"
+                row["error_to_eager"] = f"{errors[runtime]:.1e}"
             print(row, flush=True)
             rows.append(row)
-    write_csv(rows, args.out / "exports_cpu.csv", machine(torch.device("cpu")))
+        write_csv(rows, args.out / "exports_cpu.csv", machine(torch.device("cpu")))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python -m benchmarks.models.int8 runs/lite0 --label "EfficientNet-Lite0, Caltech-101"
 
-Needs depthfuse[onnx,openvino,int8]. Each net is rounded by NNCF with ranges from 300 training images: symmetric and
-asymmetric activations, with bias correction and without, and after equalising channels, where any may be. `--apart 4`
+Needs depthfuse[onnx,openvino,int8]. Each net is rounded by NNCF with ranges from 300 training images, the largest and
+as NNCF takes them by default: symmetric and asymmetric activations, with bias correction and without, and after
+equalising channels, where any may be. `--apart 4`
 first scales such channels at random by up to 2^4 each way, which changes no output: what equalising is for. Scored are
 the images for validation, all of them, in each runtime, beside the file in float. Files are timed in turn, each in a
 process of its own. Rows go to benchmarks/results/int8.csv, in the place of earlier ones of the same net.
@@ -33,7 +34,7 @@ from depthfuse.exporting import RUNTIMES
 from depthfuse.exporting.equalising import equalised_subject, streams_of
 from depthfuse.exporting.onnx_file import onnx_file
 from depthfuse.exporting.programs import clean_program
-from depthfuse.exporting.quantising import rounded
+from depthfuse.exporting.quantising import BY_DEFAULT, LARGEST, rounded
 from depthfuse.exporting.subject import Subject, subject_of
 from depthfuse.measuring.timing import quartiles
 from depthfuse.runs.reopening import reopen
@@ -43,12 +44,13 @@ from depthfuse.spec import SubnetSpec
 NETS = ("plain", "merged")
 RUN_IN = ("openvino", "onnx")
 PRESETS = ("performance", "mixed")
-# preset, bias correction, equalised
+# preset, ranges, bias correction, equalised
 WAYS = (
-    ("performance", True, False),
-    ("performance", False, False),
-    ("performance", True, True),
-    ("mixed", True, False),
+    ("performance", LARGEST, True, False),
+    ("performance", BY_DEFAULT, True, False),
+    ("performance", LARGEST, False, False),
+    ("performance", LARGEST, True, True),
+    ("mixed", LARGEST, True, False),
 )
 SHARED = ("model", "net", "apart", "runtime")  # rows with the same are replaced
 
@@ -59,13 +61,15 @@ class Way:
 
     runtime: str
     precision: str
+    ranges: str = ""
     bias_correction: bool = False
     equalised: bool = False
 
     @property
     def is_timed(self) -> bool:
-        """Bias correction and equalising change no operator."""
-        return self.precision not in PRESETS or (self.bias_correction and not self.equalised)
+        """Ranges, bias correction and equalising change no operator."""
+        usual = (self.ranges, self.bias_correction, self.equalised) == (LARGEST, True, False)
+        return self.precision not in PRESETS or usual
 
 
 def built(run: Path, net: str) -> nn.Module:
@@ -100,11 +104,12 @@ def files_of(subject: Subject, images: list[Tensor], runtime: str, folder: Path)
     put(Way(runtime, "float32"), model)
     if runtime == "openvino":
         put(Way(runtime, "bfloat16"), model)
-    for preset, correction, scaled in WAYS:
+    for preset, ranges, correction, scaled in WAYS:
         given = model_equalised if scaled else model
         if given is not None:
-            settings = {"preset": preset, "bias_correction": correction, "uniform": RUNTIMES[runtime].uniform}
-            put(Way(runtime, preset, correction, scaled), rounded(given, images, **settings))
+            settings = {"preset": preset, "ranges": ranges, "bias_correction": correction}
+            way = Way(runtime, preset, ranges, correction, scaled)
+            put(way, rounded(given, images, uniform=RUNTIMES[runtime].uniform, **settings))
     return found
 
 

@@ -16,7 +16,7 @@ from depthfuse.data import DataConfig, bundle_of_tensors
 from depthfuse.errors import ExportError
 from depthfuse.exporting import RUNTIMES
 from depthfuse.exporting.calibration import samples_of
-from depthfuse.exporting.quantising import PACKAGES
+from depthfuse.exporting.quantising import LARGEST, PACKAGES
 from depthfuse.exporting.runtimes import absent
 from depthfuse.exporting.sensitivity import layers_of, sensitivities
 from depthfuse.exporting.subject import subject_of
@@ -100,7 +100,9 @@ def test_a_file_in_8_bits_computes_nearly_the_same(name, tmp_path):
         (),
         0,
     )
-    assert told.float_score == 100.0 and told.score >= 92.0 and told.lost == told.float_score - told.score
+    # NNCF's default cuts off what single colours reach, and scores 92 %
+    assert told.ranges == LARGEST
+    assert told.float_score == 100.0 and told.score >= 97.0 and told.lost == told.float_score - told.score
     assert set(told.layers) == {"first", "second", "third", "head"}
     assert result.comparison.error <= result.comparison.allowed < 1e-4  # in float
     facts = json.loads(READ[name](path))

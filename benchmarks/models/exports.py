@@ -76,6 +76,7 @@ def exported(model: nn.Module, x: Tensor, runtime: str) -> Callable[[Tensor], Te
 
 
 def judge(failed: dict[str, str], name: str, outcome: float | str) -> bool:
+    print(f"made: {name}", flush=True)
     if isinstance(outcome, str):
         failed[name] = outcome
     return not isinstance(outcome, str)

@@ -24,6 +24,7 @@ from depthfuse.merging.merged_blocks import (
     MergedConv,
     MergedFactorised,
     MergedFeedForward,
+    MergedIdle,
     MergedLinear,
     MergedTransformerBlock,
     WithNones,
@@ -38,11 +39,11 @@ _HELD_OUT = 4  # one batch in so many decides the ridge
 
 @dataclass(frozen=True)
 class Tail:
-    """The parts of a merged block: y = norm(act(rest + gamma * layer(a)))."""
+    """The parts of a merged block: y = norm(act(rest + gamma * layer(a))); `act` may be nn.Identity, `norm` None."""
 
     layer: nn.Conv2d | nn.Linear
     act: nn.Module
-    norm: nn.Module
+    norm: nn.Module | None
 
 
 def tail_of(merged: nn.Module) -> Tail | None:
@@ -57,6 +58,8 @@ def tail_of(merged: nn.Module) -> Tail | None:
         return Tail(merged.fc, merged.act, merged.norm)
     if isinstance(merged, MergedFeedForward):
         return Tail(merged.block.get_submodule(merged.layer), merged.act, merged.norm)
+    if isinstance(merged, MergedIdle):
+        return Tail(merged.block.get_submodule(merged.branch).linear, merged.output, None)
     return None
 
 
@@ -142,7 +145,7 @@ def _priors(layer: nn.Conv2d | nn.Linear, scale: Tensor, sums: Sums) -> list[Ten
 
 
 def _linear_range(act: nn.Module) -> tuple[float, float]:
-    """(low, high): where act(z) is z; high is infinite where it has no upper end. (0, 0) where it is nowhere."""
+    """(low, high): where act(z) is z, infinite where it has no such end. (0, 0) where it is nowhere."""
     z = torch.arange(-8.0, 64.01, 0.25, dtype=torch.float64)
     good = ((act(z.clone()) - z).abs() <= 1e-9 * z.abs().clamp_min(1.0)).tolist()
     best = start = 0
@@ -155,7 +158,7 @@ def _linear_range(act: nn.Module) -> tuple[float, float]:
     if length < 2:
         return 0.0, 0.0
     high = float(z[best + length - 1])
-    return float(z[best]), float("inf") if high == float(z[-1]) else high
+    return -float("inf") if best == 0 else float(z[best]), float("inf") if high == float(z[-1]) else high
 
 
 def _targets(act: nn.Module, wanted: Sequence[Call], axis: int, alone: bool) -> tuple[list[Tensor], Tensor]:
@@ -171,7 +174,7 @@ def _targets(act: nn.Module, wanted: Sequence[Call], axis: int, alone: bool) -> 
     if all(call.before_act is not None for call in wanted):
         return [call.before_act for call in wanted], scale
     low, high = _linear_range(act)
-    if high <= low:
+    if high <= low or low == -float("inf"):
         return [call.output for call in wanted], scale
     spread = (most - least).clamp_min(1e-12)
     least, spread = least - 0.1 * spread, 1.2 * spread  # some room for images that were not seen
@@ -270,18 +273,22 @@ def _set_layer(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> No
 def _set_norm(
     merged: nn.Module, tail: Tail, given: Sequence[Call], wanted: Sequence[Call], axis: int
 ) -> float:
-    """Statistics and affine of the batch norm; the share of the variance that is left."""
+    """Statistics and affine of the batch norm, where there is one; the share of the variance that is left."""
     before: list[Tensor] = []
 
     def keep(_norm: nn.Module, args: tuple[Any, ...]) -> None:
         before.append(_channels_last(args[0], axis).double())
 
-    with _hooks(tail.norm.register_forward_pre_hook(keep)):
+    last = tail.act if tail.norm is None else tail.norm
+    with _hooks(last.register_forward_pre_hook(keep)):
         for call in given:
             merged(*(a.clone() if isinstance(a, Tensor) else a for a in call.args), **call.kwargs)
     s, y = torch.cat(before), torch.cat([_channels_last(call.output, axis).double() for call in wanted])
     mean_s, mean_y = s.mean(0), y.mean(0)
     var_s, var_y = s.var(0, unbiased=False), y.var(0, unbiased=False)
+    all_y = var_y.sum().clamp_min(1e-300)
+    if tail.norm is None:
+        return float((s - y).square().mean(0).sum() / all_y)
     joint = ((s - mean_s) * (y - mean_y)).mean(0)
     slope = torch.where(var_s > 0, joint / var_s.clamp_min(1e-300), 0.0)
     norm = tail.norm
@@ -289,5 +296,4 @@ def _set_norm(
     norm.running_var.copy_(var_s)
     norm.weight.copy_(slope * (var_s + norm.eps).sqrt())
     norm.bias.copy_(mean_y)
-    left = (var_y - slope.square() * var_s).clamp_min(0).sum() / var_y.sum().clamp_min(1e-300)
-    return float(left)
+    return float((var_y - slope.square() * var_s).clamp_min(0).sum() / all_y)

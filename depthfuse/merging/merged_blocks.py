@@ -127,6 +127,38 @@ class MergedFeedForward(nn.Module):
         return with_first(output, self.norm(self.act(first_of(output))))
 
 
+class PartlyIdle(nn.Module):
+    """linear(x) + fc2(act(fc1(x))): a feed-forward branch, most of whose hidden units have no activation and are one
+    linear layer. Without fc1, act and fc2 none has."""
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        fc1: nn.Module | None = None,
+        act: nn.Module | None = None,
+        fc2: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.linear, self.fc1, self.act, self.fc2 = linear, fc1, act, fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.linear(x)
+        return result if self.fc1 is None else result + self.fc2(self.act(self.fc1(x)))
+
+
+class MergedIdle(nn.Module):
+    """A block whose feed-forward branch is a `PartlyIdle`. `block` is the code of the original one, `branch` where that
+    lies in it."""
+
+    def __init__(self, block: nn.Module, branch: str):
+        super().__init__()
+        self.block, self.branch, self.output = block, branch, nn.Identity()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:  # what the block returns
+        output = self.block(x, *args, **kwargs)
+        return with_first(output, self.output(first_of(output)))
+
+
 class ChannelScale(nn.Module):
     """x * gamma, a value for each channel: of [..., C] with `shape` (-1,), of [N, C, H, W] with (-1, 1, 1)."""
 

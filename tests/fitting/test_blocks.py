@@ -1,5 +1,7 @@
 """Fitting of one merged block: what is linear is found, activations and norms are taken into account."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,9 @@ from depthfuse.merging.merged_blocks import (
     Dropped,
     MergedConv,
     MergedFactorised,
+    MergedIdle,
     MergedLinear,
+    PartlyIdle,
     TokenBatchNorm,
     WithNones,
 )
@@ -93,6 +97,31 @@ def test_a_skip_beside_the_layer_stays():
     merged = MergedFactorised(own, nn.Conv2d(4, 4, 1), nn.GELU(), nn.BatchNorm2d(4))
     merged, left = fitted(merged, Block(), images())
     assert left < 1e-10
+
+
+@pytest.mark.parametrize("active", [False, True])
+@torch.no_grad()
+def test_the_linear_layer_of_idle_units_is_found(active):
+    """Between other layers and a skip, beside units that keep their activation, with nothing after the sum."""
+    torch.manual_seed(0)
+
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            units = (nn.Linear(5, 3), nn.GELU(), nn.Linear(3, 5)) if active else ()
+            self.norm, self.mlp = nn.LayerNorm(5), PartlyIdle(nn.Linear(5, 5), *units)
+
+        def forward(self, x):
+            return x + self.mlp(self.norm(x))
+
+    original = MergedIdle(Branch(), "mlp")
+    merged = copy.deepcopy(original)
+    merged.block.mlp.linear.reset_parameters()
+    tokens = [torch.randn(3, 7, 5, dtype=torch.float64) for _ in range(8)]
+    merged, left = fitted(merged, original, tokens)
+    assert left < 1e-10
+    x = torch.randn(2, 7, 5, dtype=torch.float64)
+    assert (merged(x) - original(x)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -5,7 +5,7 @@ import timm
 
 from depthfuse.merging.adapters import find_blocks
 
-VIT = ("ffn", "attention", "linear", "drop")
+VIT = ("ffn", "attention", "linear", "idle", "no_act", "drop")
 
 
 def table(name, **kwargs):
@@ -59,7 +59,7 @@ def test_refusals_name_the_reason(name, kwargs, reason):
 @pytest.mark.parametrize(
     ("name", "kwargs", "left_out", "reason"),
     [
-        ("vit_giant_patch14_dinov2", {"depth": 1, "img_size": 28}, ("ffn", "linear"), "ffn: GluMlp"),
+        ("vit_giant_patch14_dinov2", {"depth": 1, "img_size": 28}, ("ffn", "linear", "idle"), "ffn: GluMlp"),
         ("resnet50d", {}, ("compact",), "compact: the shortcut reads 2 pixels"),
         (
             "resnet18",

@@ -14,10 +14,12 @@ BECOMES = {
     "ffn": "MergedFeedForward",
     "attention": "MergedMlpBlock",
     "linear": "MergedLinear",
+    "idle": "MergedIdle",
+    "no_act": "MergedIdle",
     "drop": "Dropped",
 }
 CONVOLUTIONS = BECOMES | {"linear": "MergedConv"}
-ALL = ["ffn", "attention", "linear", "drop"]
+ALL = ["ffn", "attention", "linear", "idle", "no_act", "drop"]
 
 
 def timm_model(module, cls, **options):
@@ -65,7 +67,7 @@ TIMM = {
     ),
     "inception next": (
         lambda: timm_model("inception_next", "MetaNeXt", depths=(1, 1, 1, 1), dims=(16, 16, 16, 16), ls_init_value=0.5),
-        4, ["ffn", "drop"], CONVOLUTIONS,
+        4, ["ffn", "idle", "no_act", "drop"], CONVOLUTIONS,
     ),
 }  # fmt: skip
 
@@ -102,7 +104,7 @@ _SWIN_OF_HUGGING_FACE = {
     "num_heads": [2, 4],
     "window_size": 4,
 }
-_TUPLES = {"ffn": "MergedFeedForward", "attention": "WithNones", "linear": "WithNones", "drop": "WithNones"}
+_TUPLES = BECOMES | dict.fromkeys(("attention", "linear", "drop"), "WithNones")
 HUGGING_FACE = {
     "Swin": (_SWIN_OF_HUGGING_FACE, 4, _TUPLES),
     "Dinov2": ({**_WIDTH, "patch_size": 8}, 2, BECOMES),
@@ -171,7 +173,7 @@ def options_of(*blocks):
 
 def test_a_branch_alone_and_a_mixer_of_ones_own():
     model, infos = options_of(PreNorm(12, nn.ReLU(inplace=True)), Mixing())
-    assert [c.name for c in infos["blocks.0"].candidates] == ["ffn", "drop"]
+    assert [c.name for c in infos["blocks.0"].candidates] == ["ffn", "idle", "no_act", "drop"]
     assert "nothing comes before" in infos["blocks.0"].reason
     assert [c.name for c in infos["blocks.1"].candidates] == ALL
     every_candidate_merges_exactly(model, 2, (3, 32, 32), BECOMES)
@@ -222,7 +224,7 @@ def test_what_stands_in_the_way_is_named(name):
 
 def test_without_a_skip_around_the_mixer_only_the_branch_can_go():
     model, infos = options_of(Mixing(lambda m, x: (lambda h: h + m.fc2(m.act(m.fc1(m.norm2(h)))))(m.gate(x))))
-    assert [c.name for c in infos["blocks.0"].candidates] == ["ffn"]
+    assert [c.name for c in infos["blocks.0"].candidates] == ["ffn", "idle", "no_act"]
     assert "no skip" in infos["blocks.0"].reason
     every_candidate_merges_exactly(model, 1, (3, 32, 32), BECOMES)
 

@@ -1,6 +1,6 @@
 """Which blocks of a model can be pruned, and how. Importing this package registers all families."""
 
-from depthfuse.merging.adapters import convnext, drop, mobilenet, resnet, vit
+from depthfuse.merging.adapters import convnext, drop, idle, mobilenet, resnet, vit
 from depthfuse.merging.adapters.base import Candidate, register
 from depthfuse.merging.adapters.finding import BlockInfo, find_blocks
 
@@ -10,6 +10,7 @@ __all__ = [
     "convnext",
     "drop",
     "find_blocks",
+    "idle",
     "mobilenet",
     "register",
     "resnet",

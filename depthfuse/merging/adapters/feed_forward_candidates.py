@@ -227,6 +227,3 @@ class FeedForwardDrop(Drop):
 def as_returned(merged: nn.Module, where: FeedForward) -> nn.Module:
     """A merged block that returns what the block would."""
     return merged if where.returned is None else WithNones(merged, where.returned)
-
-
-CANDIDATES = (FeedForwardFfn, FeedForwardAttention, FeedForwardLinear, FeedForwardDrop)

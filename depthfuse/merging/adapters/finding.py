@@ -9,13 +9,29 @@ from dataclasses import dataclass
 from torch import nn
 
 from depthfuse.merging.adapters.base import Candidate, known_candidates
-from depthfuse.merging.adapters.feed_forward_candidates import CANDIDATES as FEED_FORWARD
+from depthfuse.merging.adapters.feed_forward_candidates import (
+    FeedForwardAttention,
+    FeedForwardDrop,
+    FeedForwardFfn,
+    FeedForwardLinear,
+)
 from depthfuse.merging.adapters.feed_forward_reading import feed_forward_of
 from depthfuse.merging.adapters.found import candidates_of
+from depthfuse.merging.adapters.idle import IdleHidden, NoActivation
 from depthfuse.merging.adapters.rows import pairs_of
 from depthfuse.merging.adapters.structure import NoBlock, Unread
 from depthfuse.merging.computed_weights import foreign_hook, plain_type
 from depthfuse.merging.tracing import alone
+
+# of a block that is found by its feed-forward branch
+FEED_FORWARD = (
+    FeedForwardFfn,
+    FeedForwardAttention,
+    FeedForwardLinear,
+    IdleHidden,
+    NoActivation,
+    FeedForwardDrop,
+)
 
 
 @dataclass(frozen=True)

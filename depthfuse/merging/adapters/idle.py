@@ -63,6 +63,11 @@ class IdleHidden(Candidate):
         self.register_buffer("largest_first", size.argsort(descending=True, stable=True))
         self.norm_mid = layers.new_norm(hidden)
 
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        """(the hidden units with an activation, those without one)."""
+        count = self._active_count(len(self.largest_first))
+        return self.largest_first[:count], self.largest_first[count:]
+
     def forward(
         self, block: nn.Module, x: Tensor, lam: Lambda, **others: Any
     ) -> Any:  # what the block returns

@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 
-constexpr int32_t kAbiVersion = 4;
+constexpr int32_t kAbiVersion = 5;
 
 #define DF_API __attribute__((visibility("default")))
 
@@ -49,7 +49,8 @@ enum df_act : int32_t {
 enum df_resize : int32_t { DF_NEAREST = 0, DF_BILINEAR = 1, DF_BILINEAR_CORNERS = 2 };
 
 // DF_TILES: by AMX, as exact as DF_DIRECT, which runs where there are no tiles, more than one group, or weights above 3e38.
-enum df_algorithm : int32_t { DF_DIRECT = 0, DF_WINOGRAD2 = 2, DF_WINOGRAD4 = 4, DF_TILES = 16 };
+// DF_TILES_BF16: the same with factors rounded to bfloat16 first.
+enum df_algorithm : int32_t { DF_DIRECT = 0, DF_WINOGRAD2 = 2, DF_WINOGRAD4 = 4, DF_TILES = 16, DF_TILES_BF16 = 17 };
 
 // y = scale * act(op(x) + bias + residual) + shift. Offsets count floats in the plan's weights; -1: there is none.
 struct df_node {

@@ -60,6 +60,7 @@ struct TileTask {
   Window window;
   const uint16_t* weights;
   int blocks;
+  int parts;  // of each float32: 3, or 1 where it is rounded to bfloat16
 };
 
 struct AttentionTask {
@@ -75,7 +76,7 @@ struct TileKernels {
   int64_t (*scratch)(const TileTask&, int units);
   // weights [c_out][taps][c_in] -> as TileTask has them. Returns how many, or 0 where one of them has no parts; `packed`
   // nullptr: only counts.
-  int64_t (*weights)(const float* weights, int c_out, int taps, int c_in, uint16_t* packed);
+  int64_t (*weights)(const float* weights, int c_out, int taps, int c_in, int parts, uint16_t* packed);
 };
 
 struct Kernels {

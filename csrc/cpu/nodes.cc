@@ -40,7 +40,7 @@ bool is_winograd(int algorithm) { return algorithm == DF_WINOGRAD2 || algorithm 
 }  // namespace
 
 TileTask Conv::tile_task(const View& x, const View& y, const View& residual) const {
-  TileTask t{x, y, task.tail, task.window, tiles, (x.c + 31) / 32};
+  TileTask t{x, y, task.tail, task.window, tiles, (x.c + 31) / 32, parts};
   t.tail.residual = residual;
   return t;
 }
@@ -113,14 +113,15 @@ Conv Plan::conv_of(const df_node& node, int index) {
   conv.panels = (conv.out + panel - 1) / panel;
   conv.raw = floats_at(node.weight, int64_t(y.shape.c) * taps * c_in);
   conv.task.tail = tail_of(node, y.shape.c), conv.residual = residual_of(node, y, index);
-  if (node.algorithm != DF_DIRECT && node.algorithm != DF_TILES && !is_winograd(node.algorithm))
+  if (node.algorithm != DF_DIRECT && !is_by_tiles(node.algorithm) && !is_winograd(node.algorithm))
     refuse("an algorithm is " + std::to_string(node.algorithm));
   if (is_winograd(node.algorithm)) return conv;
-  if (node.algorithm == DF_TILES && kernels().tiles && groups == 1) {
+  if (is_by_tiles(node.algorithm) && kernels().tiles && groups == 1) {
     const TileKernels& k = *kernels().tiles;
-    uint16_t* weights =
-        reinterpret_cast<uint16_t*>(packed((k.weights(conv.raw, y.shape.c, taps, c_in, nullptr) + 1) / 2));
-    if (k.weights(conv.raw, y.shape.c, taps, c_in, weights)) {
+    conv.parts = node.algorithm == DF_TILES ? 3 : 1;
+    const int64_t count = k.weights(conv.raw, y.shape.c, taps, c_in, conv.parts, nullptr);
+    uint16_t* weights = reinterpret_cast<uint16_t*>(packed((count + 1) / 2));
+    if (k.weights(conv.raw, y.shape.c, taps, c_in, conv.parts, weights)) {
       conv.tiles = weights;
       return conv;
     }

@@ -129,6 +129,8 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return a.shape.n == b.shape.n && a.shape.h == b.shape.h && a.shape.w == b.shape.w && a.shape.c == b.shape.c;
 }
 
+inline bool is_by_tiles(int algorithm) { return algorithm == DF_TILES || algorithm == DF_TILES_BF16; }
+
 // A node, checked and packed: tensors by their index, -1 for no residual; x and y of the task come with a run.
 struct Conv {
   int x, y, residual;
@@ -141,6 +143,7 @@ struct Conv {
   int sections = 1, in = 0, out = 0;  // channels that a section reads and writes
   const float* raw = nullptr;  // weights as they were given, while the plan is made
   const uint16_t* tiles = nullptr;  // weights for tiles, in the place of the task's
+  int parts = 0;                    // of each of them, as TileTask has it
 
   // The memory that compute() needs, in floats: of `units` as TileKernels counts them; 0 without tiles.
   int64_t scratch_floats(const View& x, const View& y, int units) const;

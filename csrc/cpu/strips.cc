@@ -14,7 +14,7 @@ constexpr int kLeastRows = 12;               // of a piece: rows above and below
 
 bool is_pointwise(const df_node& node) {
   const int32_t* p = node.p;
-  return node.op == DF_CONV && (node.algorithm == DF_DIRECT || node.algorithm == DF_TILES) && p[0] == 1 && p[1] == 1 && p[2] == 1 && p[3] == 1 &&
+  return node.op == DF_CONV && (node.algorithm == DF_DIRECT || is_by_tiles(node.algorithm)) && p[0] == 1 && p[1] == 1 && p[2] == 1 && p[3] == 1 &&
          p[4] == 0 && p[5] == 0 && p[8] == 1;
 }
 

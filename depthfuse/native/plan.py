@@ -49,7 +49,7 @@ ACTIVATIONS = (
     "leaky_relu",
 )
 NEAREST, BILINEAR, BILINEAR_CORNERS = range(3)
-DIRECT, WINOGRAD_2, WINOGRAD_4, TILES = 0, 2, 4, 16
+DIRECT, WINOGRAD_2, WINOGRAD_4, TILES, TILES_BF16 = 0, 2, 4, 16, 17
 _GROUPS = 8  # where a convolution's are, among its numbers
 _ERROR_BYTES = 256
 

@@ -279,6 +279,8 @@ def test_random_windows():
         square3 = (
             case[4] == (3, 3) and case[5] == case[7] == (1, 1) and case[6][0] == case[6][1] and case[8] == 1
         )
-        algorithm = rng.choice([native.DIRECT, native.TILES, *[native.WINOGRAD_2] * square3])
+        algorithm = rng.choice(
+            [native.DIRECT, native.TILES, native.TILES_BF16, *[native.WINOGRAD_2] * square3]
+        )
         y = convolve(x, weight, window, tail, algorithm, threads=rng.randint(1, 4))
         assert torch.equal(y.double(), oracle.conv2d(x, weight, tail, window).value), (case, algorithm)

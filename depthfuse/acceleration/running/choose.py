@@ -32,6 +32,7 @@ from depthfuse.acceleration.running.implementations import (
     images_are_independent,
     least_ms,
 )
+from depthfuse.acceleration.running.native_engine import DTYPES as NATIVE_DTYPES
 from depthfuse.acceleration.running.native_engine import compile_plan as compile_natively
 from depthfuse.acceleration.running.native_engine import exact_algorithm
 from depthfuse.acceleration.running.onednn_graph import compile_plan as compile_for_onednn
@@ -122,8 +123,8 @@ def _choose_by_measurement(
     plain: Execution,
 ) -> Executor:
     """By measurement, or by what was measured before."""
-    on_cpu, suits = plan.device.type == "cpu", _suits_engines(plan)
-    engines = engines if suits and not plain.exact else ()
+    on_cpu, suits = plan.device.type == "cpu", _suits_native(plan)
+    engines = engines if _suits_engines(plan) and not plain.exact else ()
     question = {
         "plan": fingerprint(plan.module),
         "inputs": [[list(x.shape), str(x.dtype)] for x in call.tensors],
@@ -201,10 +202,15 @@ def _graphs(plan: Plan, call: Call) -> GraphCache | None:
     return GraphCache(plan.module, batchwise)
 
 
-def _suits_engines(plan: Plan) -> bool:
-    """Whether an engine may run the plan at all: elsewhere nobody should wait for ours to be built."""
-    on_cpu = plan.device.type == "cpu" and plan.dtype is torch.float32
+def _suits_native(plan: Plan) -> bool:
+    """Whether our engine may run the plan at all: elsewhere nobody should wait for it to be built."""
+    on_cpu = plan.device.type == "cpu" and plan.dtype in NATIVE_DTYPES
     return on_cpu and plan.form is not None and not plan.writes_inputs
+
+
+def _suits_engines(plan: Plan) -> bool:
+    """Whether another engine may."""
+    return _suits_native(plan) and plan.dtype is torch.float32
 
 
 def _compiled(name: str, plain: Executor, call: Call, exported: Exported) -> Executor | str:
@@ -219,10 +225,12 @@ def _compiled(name: str, plain: Executor, call: Call, exported: Exported) -> Exe
     if name == ONEDNN:  # whose layout suits a few images at a time
         chunk, part = plain.execution.chunk, plain.execution.part(call)
         run = compile_for_onednn(plan.module, part.tensors)
+    elif name == NATIVE:
+        if not _suits_native(plan):
+            return f"the plan is of {plan.dtype} on {plan.device.type}"
+        run = compile_natively(plan.module, call.tensors, exact_algorithm if plain.execution.exact else None)
     elif not _suits_engines(plan):
         return "the plan is not for float32 on a CPU"
-    elif name == NATIVE:
-        run = compile_natively(plan.module, call.tensors, exact_algorithm if plain.execution.exact else None)
     else:
         run, threads = compile_plan(name, exported), torch.get_num_threads()
     if run is None:  # it has said why
@@ -239,6 +247,9 @@ def _compiled(name: str, plain: Executor, call: Call, exported: Exported) -> Exe
     )
     alone = replace(plain, eager=None, execution=replace(plain.execution, eager=None))
     given, wanted = (flatten(run(call), once=True)[0] for run in (replace(compiled, eager=None), alone))
+    if any(_dtype(g) != _dtype(w) for g, w in zip(given, wanted, strict=True)):
+        logger.info("the outputs of %s would be of another dtype: it is not used", name)
+        return "its outputs would be of another dtype"
     if any(_stride(g) != _stride(w) for g, w in zip(given, wanted, strict=True)):
         logger.info("the outputs of %s would lie otherwise in memory: it is not used", name)
         return "its outputs would lie otherwise in memory"
@@ -294,6 +305,10 @@ def _looks_like(candidate: nn.Module, model: nn.Module, call: Call) -> bool:
             logger.info("the model does not run in channels_last: %s", error)
             return False
     return all(_stride(g) == _stride(e) for g, e in zip(*outputs, strict=True))
+
+
+def _dtype(x: object) -> torch.dtype | None:
+    return x.dtype if isinstance(x, torch.Tensor) else None
 
 
 def _stride(x: object) -> tuple[int, ...] | None:

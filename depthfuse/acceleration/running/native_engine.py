@@ -1,6 +1,8 @@
 """Run a whole plan through the native engine (csrc/cpu), for one input shape on a CPU.
 
-A graph with an operation that the engine does not have runs as before.
+A graph with an operation that the engine does not have runs as before. One of bfloat16 or float16 is computed in
+float32, which errs less; where the processor has tiles, the factors of bfloat16's products are rounded to it, as
+anywhere else.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from depthfuse.native.plan import Builder, NativePlan, Node
 
 logger = logging.getLogger(__name__)
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of plans that the engine runs
 WINOGRAD = (native.WINOGRAD_2, native.WINOGRAD_4)
 _WORTH_MEASURING = 2_000_000  # multiply-adds, some 50 us
 # A layer's weights are in no core's cache when its turn comes. So several are measured, with together as many weights.
@@ -55,19 +58,29 @@ def compiled(
     """As `compile_plan`; raises Unsupported, Missing or ValueError, with the reason, where the engine has none."""
     if not isinstance(graph, fx.GraphModule):
         raise Unsupported("a plan that is no single graph")
-    if any(x.dtype is not torch.float32 for x in inputs):
-        raise Unsupported("inputs that are not float32")
-    lowering = Lowering(graph, algorithms or fastest_algorithm)
+    dtypes = {x.dtype for x in inputs}
+    if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+        raise Unsupported(f"inputs of {', '.join(sorted(map(str, dtypes)))}")
+    (dtype,) = dtypes
+    if algorithms is None:
+        algorithms = fastest_of_bfloat16 if dtype is torch.bfloat16 else fastest_algorithm
+    lowering = Lowering(graph, algorithms)
     shapes, single = lowering.lower(inputs)
-    return _Compiled(lowering.builder.build(), shapes, single)
+    return _Compiled(lowering.builder.build(), shapes, single, dtype)
 
 
 def fastest_algorithm(
-    shape: Sequence[int], filters: int, numbers: Sequence[int], *, exact: bool = False
+    shape: Sequence[int],
+    filters: int,
+    numbers: Sequence[int],
+    *,
+    exact: bool = False,
+    tiles: int = native.TILES,
 ) -> int:
     """Of the ways to compute a convolution without groups, the one that takes least time here, now or once before.
 
-    A small one is computed directly: to measure it would take longer than it ever will. exact: without Winograd.
+    A small one is computed directly: to measure it would take longer than it ever will. exact: without Winograd. tiles:
+    which of the two ways to use them.
     """
     *sizes, height, width, down, right = numbers
     candidates = [native.DIRECT]
@@ -77,8 +90,8 @@ def fastest_algorithm(
     kernel, stride = sizes[:2], sizes[2:]
     size = Window(tuple(stride), (height, width), (down, right)).output_size((h, w), kernel)
     pixels = n * math.prod(size)
-    if isa() == "amx" and pixels >= _ENOUGH_PIXELS:
-        candidates.append(native.TILES)
+    if isa() == "amx" and (pixels >= _ENOUGH_PIXELS or tiles == native.TILES_BF16):
+        candidates.append(tiles)
     if len(candidates) == 1 or pixels * c * filters * math.prod(kernel) < _WORTH_MEASURING:
         return native.DIRECT
     cache = MeasuredCache.of(torch.device("cpu"), sources=("csrc", "native"))
@@ -118,6 +131,11 @@ def exact_algorithm(shape: Sequence[int], filters: int, numbers: Sequence[int]) 
     return fastest_algorithm(shape, filters, numbers, exact=True)
 
 
+def fastest_of_bfloat16(shape: Sequence[int], filters: int, numbers: Sequence[int]) -> int:
+    """As `fastest_algorithm`, where factors are bfloat16, or may be rounded to it."""
+    return fastest_algorithm(shape, filters, numbers, tiles=native.TILES_BF16)
+
+
 @dataclass(frozen=True, eq=False)
 class _Compiled:
     """Runs a native plan on tensors as PyTorch sees them."""
@@ -125,8 +143,10 @@ class _Compiled:
     plan: NativePlan
     shapes: list[tuple[int, ...]]
     single: bool
+    dtype: torch.dtype  # of inputs and outputs
 
     def __call__(self, *inputs: Tensor) -> Any:
-        outputs = [torch.empty(shape) for shape in self.shapes]
-        self.plan.run([x.contiguous() for x in inputs], outputs)
+        outputs = [torch.empty(shape, dtype=torch.float32) for shape in self.shapes]
+        self.plan.run([x.to(torch.float32).contiguous() for x in inputs], outputs)
+        outputs = [y.to(self.dtype) for y in outputs]
         return outputs[0] if self.single else tuple(outputs)

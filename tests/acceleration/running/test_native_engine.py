@@ -62,6 +62,35 @@ def test_whole_nets(name):
         assert torch.equal(run(x.to(memory_format=torch.channels_last)), run(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NETS)
+def test_whole_nets_of_half_precision(name, dtype):
+    """Never further from the model in float64 than PyTorch in that dtype, and its dtype comes out."""
+    model, x = net(name)
+    model, x = model.to(dtype), x.to(dtype)
+    fast = accelerate(model, x, tune="off")
+    with torch.no_grad():
+        wanted = copy.deepcopy(model).double()(x.double())
+        eager = model(x)
+    run = compile_plan(fast.plan, (x,))
+    assert run is not None
+    y = run(x)
+    assert y.dtype is dtype
+    assert relative_error(y, wanted) <= max(1.1 * relative_error(eager, wanted), 2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_default_in_half_precision(always, dtype):
+    model, x = small()
+    model, x = model.to(dtype), x.to(dtype)
+    fast = accelerate(model, x)
+    assert fast.report().executor.startswith("native engine for [2, 3, 12, 12]")
+    with torch.no_grad():
+        wanted = copy.deepcopy(model).double()(x.double())
+        assert fast(x).dtype is dtype
+        assert relative_error(fast(x), wanted) < 4 * torch.finfo(dtype).eps
+
+
 def small():
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -78,7 +78,7 @@ def test_error_bound_with_each_activation(case, act):
 
 
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("case", ["3x3", "3x3_s2", "1x1", "1x1_tokens", "one_of_all"])
+@pytest.mark.parametrize("case", ["3x3", "3x3_s2", "1x1", "1x1_tokens", "1x1_deep"])
 def test_rounded_factors_and_nothing_else(case, act):
     """Sums, bias, residual and activation are of float32: the bound is that of factors that were rounded before."""
     x, weight, tail, window = operands(DENSE[case], integers=False)

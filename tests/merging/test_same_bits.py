@@ -95,7 +95,7 @@ def bits_of(net):
     """{"blocks": what `find_blocks` gives, "merged": {candidate: hash of the model with it wherever it can be}}."""
     model, side = NETS[net]().eval(), SIDE.get(net, 33)
     infos = find_blocks(model)
-    supernet = fill(Supernet(model)).eval()
+    supernet = fill(Supernet(fill(model))).eval()  # candidates may look at the weights when they are made
     options = supernet.options()
     merged = {}
     for candidate in dict.fromkeys(c for names in options.values() for c in names):

@@ -184,6 +184,8 @@ BECOMES = {
     "ffn": "MergedTransformerBlock",
     "attention": "MergedMlpBlock",
     "linear": "MergedLinear",
+    "idle": "MergedIdle",
+    "no_act": "MergedIdle",
 }
 
 

@@ -110,7 +110,7 @@ def main() -> None:
         x = torch.randn(1, *input_size(model))
         failed: dict[str, str] = {}
         with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-            files = {runtime: Path(folder) / f"net{RUNTIMES[runtime].suffix}" for runtime in here}
+            files = {runtime: Path(folder) / f"{runtime}{RUNTIMES[runtime].suffix}" for runtime in here}
             with ProcessPoolExecutor(args.threads, context) as pool:
                 jobs = {each: pool.submit(write, name, variant, each, files[each]) for each in here}
             for runtime, job in jobs.items():

@@ -76,7 +76,7 @@ def compiler() -> str:
 def compile_engine(target: Path) -> None:
     """Compile the engine into `target`, with its objects beside it. Raises Missing."""
     by = compiler()
-    logger.warning("building the native CPU engine, once: about half a minute of %s", by)
+    logger.warning("building the native CPU engine, once: a minute or two of %s", by)
     sources = sorted(SOURCES.glob("*.cc"))
     objects = [target.with_name(f"{source.stem}.o") for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

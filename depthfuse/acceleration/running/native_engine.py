@@ -1,8 +1,7 @@
 """Run a whole plan through the native engine (csrc/cpu), for one input shape on a CPU.
 
 A graph with an operation that the engine does not have runs as before. One of bfloat16 or float16 is computed in
-float32, which errs less; where the processor has tiles, the factors of bfloat16's products are rounded to it, as
-anywhere else.
+float32; where the processor has tiles, the factors of bfloat16's products are rounded to it, as anywhere else.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def test_whole_nets(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NETS)
 def test_whole_nets_of_half_precision(name, dtype):
-    """Never further from the model in float64 than PyTorch in that dtype, and its dtype comes out."""
+    """As near to the model in float64 as PyTorch in that dtype is, and its dtype comes out."""
     model, x = net(name)
     model, x = model.to(dtype), x.to(dtype)
     fast = accelerate(model, x, tune="off")

@@ -145,7 +145,9 @@ def _priors(layer: nn.Conv2d | nn.Linear, scale: Tensor, sums: Sums) -> list[Ten
 
 
 def _linear_range(act: nn.Module) -> tuple[float, float]:
-    """(low, high): where act(z) is z, infinite where it has no such end. (0, 0) where it is nowhere."""
+    """(low, high): where act(z) is z; high is infinite where it has no upper end, and low where it is everywhere so.
+    (0, 0) where it is nowhere.
+    """
     z = torch.arange(-8.0, 64.01, 0.25, dtype=torch.float64)
     good = ((act(z.clone()) - z).abs() <= 1e-9 * z.abs().clamp_min(1.0)).tolist()
     best = start = 0
@@ -158,7 +160,9 @@ def _linear_range(act: nn.Module) -> tuple[float, float]:
     if length < 2:
         return 0.0, 0.0
     high = float(z[best + length - 1])
-    return -float("inf") if best == 0 else float(z[best]), float("inf") if high == float(z[-1]) else high
+    if length == len(good):
+        return -float("inf"), float("inf")
+    return float(z[best]), float("inf") if high == float(z[-1]) else high
 
 
 def _targets(act: nn.Module, wanted: Sequence[Call], axis: int, alone: bool) -> tuple[list[Tensor], Tensor]:

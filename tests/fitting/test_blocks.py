@@ -20,7 +20,16 @@ from depthfuse.merging.merged_blocks import (
     WithNones,
 )
 
-ACTS = [nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.Identity]
+ACTS = [
+    nn.ReLU,
+    nn.ReLU6,
+    nn.GELU,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.LeakyReLU,
+    nn.Identity,
+    lambda: nn.Hardtanh(-9.0, 9.0),
+]
 
 
 def images(count=4, channels=4, size=9, seed=0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -322,12 +323,15 @@ def _write_in_8_bits(
                 f"{runtime.title} cannot run {subject.name()} in 8 bits: {reason_of(error)}; export it in float"
             ) from error
 
-    def load(model: bytes) -> Run:
+    def load(model: bytes, path: Path) -> Run:
         run = tried(lambda: runtime.run(save(model, "", path)[0]))
         return lambda *inputs: tried(run, *inputs)
 
     in_float = onnx_file(program, subject, "")
-    rounded, quantisation = quantise(in_float, subject, samples, load, equalised, runtime.uniform)
+    # In a file of its own: a runtime may read weights from it as long as it runs.
+    in_full = load(in_float, path.with_stem("in_float"))
+    tries = functools.partial(load, path=path)
+    rounded, quantisation = quantise(in_float, in_full, subject, samples, tries, equalised, runtime.uniform)
     facts = {**facts, "precision": INT8, "quantisation": quantisation.document()}
     document = json.dumps(facts)
     return save(with_facts(rounded, document), document, path), facts, quantisation

@@ -49,6 +49,16 @@ class Samples:
         """What a file reaches on the images held out, in percent."""
         return evaluate(_AsModule(run), self.held_out, task=self.task).top1
 
+    def compare(self, run: Run, reference: Run) -> tuple[float, float]:
+        """What a file reaches, in percent, and the squared error of its outputs over the squares of another's.
+
+        The error is infinite where it is no number.
+        """
+        compared = _Compared(run, reference)
+        score = evaluate(compared, self.held_out, task=self.task).top1
+        error = compared.error / compared.squares if compared.squares > 0 else math.nan
+        return score, error if math.isfinite(error) else math.inf
+
 
 class _AsModule(nn.Module):
     """A file in its runtime as a net on the CPU."""
@@ -60,6 +70,21 @@ class _AsModule(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self._run(images)[0]
+
+
+class _Compared(_AsModule):
+    """The same, which sums up by how much its outputs differ from another file's."""
+
+    def __init__(self, run: Run, reference: Run) -> None:
+        super().__init__(run)
+        self._reference = reference
+        self.error = self.squares = 0.0
+
+    def forward(self, images: Tensor) -> Tensor:
+        output, exact = super().forward(images), self._reference(images)[0].double()
+        self.error += float((output.double() - exact).square().sum())
+        self.squares += float(exact.square().sum())
+        return output
 
 
 def samples_of(

@@ -14,9 +14,9 @@ from torch import nn
 from depthfuse import export
 from depthfuse.data import DataConfig, bundle_of_tensors
 from depthfuse.errors import ExportError
-from depthfuse.exporting import RUNTIMES
+from depthfuse.exporting import RUNTIMES, quantising
 from depthfuse.exporting.calibration import samples_of
-from depthfuse.exporting.quantising import LARGEST, PACKAGES
+from depthfuse.exporting.quantising import LARGEST, PACKAGES, RANGES, quantise
 from depthfuse.exporting.runtimes import absent
 from depthfuse.exporting.sensitivity import layers_of, sensitivities
 from depthfuse.exporting.subject import subject_of
@@ -213,6 +213,55 @@ def test_targets_and_bundles_are_scored_by_the_task(tmp_path):
     bundle = bundle_of_tensors(config, list("abcde"), (pixels, y), (pixels[:8], y[:8]), std=1 / 14)
     told = written(model, tmp_path / "net.onnx", calibration=bundle).quantisation
     assert told.metric == "top-1" and 30 <= told.images <= 50
+
+
+@pytest.mark.parametrize("better", RANGES)
+def test_where_scores_are_equal_the_outputs_decide(better, monkeypatch):
+    """300 images hardly tell apart what differs by half a point on 3,000."""
+    monkeypatch.setattr(quantising, "rounded", lambda *args, ranges, **settings: ranges.encode())
+    monkeypatch.setattr(quantising, "_RANKED_BY", 2)
+    model = net()
+
+    def load(name):
+        off = 1e-3 if name.decode() == better else 2e-3
+        return lambda x: (model(x) * (1 + off),)
+
+    with torch.no_grad():
+        subject = subject_of(model, some_images(2), None, "batch", True)
+        samples = samples_of(some_images(), subject, 60, None, None)
+        chosen, told = quantise(b"", lambda x: (model(x),), subject, samples, load, 0, False)
+    assert (chosen.decode(), told.ranges) == (better, better)
+    assert told.score == told.float_score == 100.0
+
+
+def test_of_several_files_one_that_loses_too_much_is_not_kept(monkeypatch):
+    """Though its outputs err less: the budget is in points."""
+    monkeypatch.setattr(quantising, "rounded", lambda *args, ranges, **settings: ranges.encode())
+    model = net()
+
+    def load(name):
+        if name.decode() == LARGEST:  # all outputs far off, and all answers right
+            return lambda x: (model(x) * 3,)
+        return lambda x: (model(x).roll(1, 1),)
+
+    with torch.no_grad():
+        subject = subject_of(model, some_images(2), None, "batch", True)
+        samples = samples_of(some_images(), subject, 60, None, None)
+        errors = [samples.compare(load(each.encode()), lambda x: (model(x),)) for each in RANGES]
+        _, told = quantise(b"", lambda x: (model(x),), subject, samples, load, 0, False)
+    assert [score for score, _ in errors] == [100.0, 0.0] and errors[0][1] > errors[1][1]
+    assert told.ranges == LARGEST
+
+
+def test_outputs_that_are_no_numbers_err_without_end():
+    model = net()
+    with torch.no_grad():
+        subject = subject_of(model, some_images(2), None, "batch", True)
+        samples = samples_of(some_images(), subject, 60, None, None)
+        for wrong in (float("nan"), float("inf")):
+            _, error = samples.compare(lambda x, by=wrong: (model(x) * by,), lambda x: (model(x),))
+            assert error == float("inf")
+        assert samples.compare(lambda x: (model(x),), lambda x: (model(x),)) == (100.0, 0.0)
 
 
 def test_a_fixed_batch(tmp_path):

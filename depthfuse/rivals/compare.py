@@ -65,7 +65,7 @@ class Comparison:
     """One output folder: OUT/latency.json, OUT/seed0/..., OUT/results.csv, OUT/report.md and .html."""
 
     def __init__(self, config: CompareConfig):
-        check_methods(config.methods)
+        check_methods(config.methods, config.controls)
         if config.task != CLASSIFICATION.name:
             raise ConfigError(f"methods are compared on {CLASSIFICATION.name} only, not on {config.task}")
         if has_no_classes(config.data):
@@ -73,8 +73,7 @@ class Comparison:
                 f"methods are compared on images with classes, and those in {config.data.data} have none"
             )
         self.config = config
-        controls = [name for name, method in METHODS.items() if method.control]
-        self.methods = list(dict.fromkeys([*config.methods, *controls]))
+        self.methods = list(dict.fromkeys([*config.methods, *config.controls]))
         self.searches = {text: parse_budget(config.search, text) for text in config.budgets}
         self.dir = config.out
 

@@ -167,7 +167,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method. control: no rival but a yardstick, in every table. budget_free: the same at any budget."""
+    """A registered method. control: no rival but a yardstick. budget_free: the same at any budget."""
 
     name: str
     text: str
@@ -191,11 +191,13 @@ def method(
     return add
 
 
-def check_methods(names: tuple[str, ...]) -> None:
-    """Raise MethodError for an unknown name; the message lists the known."""
-    unknown = [name for name in names if name not in METHODS]
-    if unknown:
-        raise MethodError(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")
+def check_methods(names: tuple[str, ...], controls: tuple[str, ...]) -> None:
+    """Raise MethodError for an unknown name, or for a control that is none; the message lists the known."""
+    known_controls = [name for name, method in METHODS.items() if method.control]
+    for kind, given, known in (("method", names, list(METHODS)), ("control", controls, known_controls)):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise MethodError(f"unknown {kind} {unknown[0]!r}; known: {', '.join(known)}")
 
 
 @method("updp")

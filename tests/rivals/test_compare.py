@@ -87,11 +87,17 @@ def test_a_budget_that_a_method_cannot_reach_is_said_and_stops_nobody(finished, 
     (tmp_path / "latency.json").write_bytes((finished.out / "latency.json").read_bytes())
     search = dataclasses.replace(finished.search, exclude=("layer1.1=drop", "layer2.1=drop"))
     config = dataclasses.replace(
-        finished, search=search, out=tmp_path, methods=("updp", "drop"), seeds=(0,), budgets=("macs=0.95",)
+        finished,
+        search=search,
+        out=tmp_path,
+        methods=("updp", "drop"),
+        controls=("longer",),
+        seeds=(0,),
+        budgets=("macs=0.95",),
     )
     compare(config)
     results = load_json(tmp_path / "results.json")
-    assert {t["method"] for t in results["trials"]} == {"updp", "longer", "scratch"}
+    assert {t["method"] for t in results["trials"]} == {"updp", "longer"}
     (missing,) = results["unreachable"]
     assert missing["method"] == "drop" and "fastest reachable" in missing["unreachable"]
     assert "| macs=0.95 | drop | out of reach |" in (tmp_path / "report.md").read_text()
@@ -179,6 +185,8 @@ def test_bad_input_is_named(tmp_path):
             parse_budget(SearchConfig(), text)
     assert parse_budget(SearchConfig(blocks=3), "speedup=1.5") == SearchConfig(speedup=1.5)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(MethodError, match="unknown control 'updp'; known: longer, scratch"):
+        compare(dataclasses.replace(CONFIG, controls=("updp",)))
 
 
 def test_the_smallest_ratio_within_a_limit():

@@ -24,6 +24,7 @@ _PACKAGES = (
     "onnxruntime",
     "openvino",
     "executorch",
+    "zentorch",
 )
 # Each op, and whether a CPU has fused ops of oneDNN for it.
 _OPS = {

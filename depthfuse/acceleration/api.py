@@ -77,9 +77,10 @@ def accelerate(
             those of the example, in a third of the time: the model itself runs the first call of other ones.
         engines: whose engines besides ours are candidates for the whole of a float32 model on a CPU, where
             `tune="measure"` compares them: "auto" OpenVINO and ONNX Runtime where they are installed (with onnxscript;
-            some seconds more, once), "own" none, or names out of "openvino", "onnxruntime" and "torch.compile", which
-            takes a minute. What wins runs calls of the example's shapes, with as many threads.
-            An engine asked for by name that does not run the model, or is not tried, is a warning with the reason.
+            some seconds more, once), "own" none, or names out of "openvino", "onnxruntime", "executorch",
+            "torch.compile" and "zentorch" (AMD's, for EPYC), of which the last two take a minute. What wins
+            runs calls of the example's shapes, with as many threads. An engine asked for by name that does not run the
+            model, or is not tried, is a warning with the reason.
         exact: True rules out Winograd's algorithm, whose rounding errors are some times those of a sum, and with it
             engines that are not ours, whose algorithms are their own affair.
 

@@ -168,7 +168,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     name = f"{facts['cpu']['name']} {facts['cpu']['capability']}"
     if device.type == "cuda":
         name = facts["gpus"][device.index or 0]["name"]
-    packages = ("torch", "timm", "triton", "onnxruntime", "openvino", "executorch")
+    packages = ("torch", "timm", "triton", "onnxruntime", "openvino", "executorch", "zentorch")
     return {"device": name, "threads": torch.get_num_threads(), "input_layout": "NCHW"} | {
         package: facts["versions"][package] or "" for package in packages
     }

@@ -7,6 +7,7 @@ they are installed: ONNX Runtime and OpenVINO go through torch.onnx.export, whic
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,11 +44,12 @@ def _replayed(model: nn.Module, x: Tensor) -> Call:
     return capture(_eager_channels_last(model, x), (x,))
 
 
-def _compiled(model: nn.Module, x: Tensor) -> Call:
+def _compiled(model: nn.Module, x: Tensor, backend: str = "inductor") -> Call:
     from torch._inductor import config
 
     torch._dynamo.reset()
-    compiled = torch.compile(copy.deepcopy(model), mode="max-autotune" if x.is_cuda else None)
+    mode = "max-autotune" if x.is_cuda else None
+    compiled = torch.compile(copy.deepcopy(model), mode=mode, backend=backend)
 
     def run(x: Tensor) -> Tensor:
         # Another grad mode than at the first call would compile again, and then without freezing.
@@ -79,6 +81,12 @@ def _executorch(model: nn.Module, x: Tensor) -> Call:
     return lambda x: run(x)[0]
 
 
+def _zentorch(model: nn.Module, x: Tensor) -> Call:
+    """AMD's plug-in for its EPYC processors: a backend of torch.compile, which is there once it is imported."""
+    importlib.import_module("zentorch")
+    return _compiled(model, x, "zentorch")
+
+
 @dataclass(frozen=True)
 class Engine:
     """make: from a model and an example input to what runs it. packages: what it needs. dtypes: None for all."""
@@ -98,6 +106,7 @@ ENGINES: dict[str, Engine] = {
     "onnxruntime": Engine(_onnxruntime, ("onnxruntime", "onnxscript"), (torch.float32,), on_gpu=False),
     "executorch": Engine(_executorch, ("executorch",), (torch.float32,), on_gpu=False),
     "openvino": Engine(_openvino, ("openvino", "onnxscript"), (torch.float32, torch.bfloat16), on_gpu=False),
+    "zentorch": Engine(_zentorch, ("zentorch",), (torch.float32, torch.bfloat16), on_gpu=False),
 }
 
 

@@ -51,9 +51,9 @@ class AccelerateArguments:
     tune: Literal["measure", "heuristic", "off"] = "measure"
     """How implementations are chosen: by measuring them here, by what usually is best, or not at all. A file that was
     tuned on a machine like this one keeps its choice."""
-    engines: tuple[Literal["auto", "own", "openvino", "onnxruntime", "executorch", "torch.compile"], ...] = (
-        "auto",
-    )
+    engines: tuple[
+        Literal["auto", "own", "openvino", "onnxruntime", "executorch", "torch.compile", "zentorch"], ...
+    ] = ("auto",)
     """Whose engines besides ours are measured for the whole model on a CPU: auto (OpenVINO and ONNX Runtime where they
     are installed), own (none), or names."""
     verify: Literal["outputs", "blocks", "off"] | None = None

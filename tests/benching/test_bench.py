@@ -175,7 +175,7 @@ def test_openvino_runs_bfloat16_by_a_hint_on_a_float32_graph(monkeypatch, dtype)
     assert model[0].weight.dtype == dtype
 
 
-@pytest.mark.parametrize("name", ["executorch", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", ["executorch", "onnxruntime", "openvino", "zentorch"])
 def test_engines_compute_the_same(name):
     if not available([name], torch.float32, CPU):
         pytest.skip(f"{name} or what it needs is not installed")

@@ -6,6 +6,7 @@ The engine is given the plan's graph, weights folded, in the form that it reads 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -51,10 +52,10 @@ def _executorch(exported: Exported, threads: int) -> Run:
     return executorch(executorch_of(program), threads)
 
 
-def _torch_compile(exported: Exported) -> Run:
+def _torch_compile(exported: Exported, backend: str = "inductor") -> Run:
     from torch._inductor import config
 
-    compiled = torch.compile(exported.program.module(), dynamic=False)
+    compiled = torch.compile(exported.program.module(), dynamic=False, backend=backend)
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         # Another grad mode than at the first call would compile again, and then without freezing.
@@ -64,6 +65,12 @@ def _torch_compile(exported: Exported) -> Run:
     with config.patch(freezing=True):
         run(*exported.inputs)
     return run
+
+
+def _zentorch(exported: Exported) -> Run:
+    """AMD's plug-in for its EPYC processors: a backend of torch.compile, which is there once it is imported."""
+    importlib.import_module("zentorch")
+    return _torch_compile(exported, "zentorch")
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,7 @@ OTHER_ENGINES: dict[str, OtherEngine] = {
     ),
     "executorch": OtherEngine(_executorch, ("executorch",), quick=False),
     "torch.compile": OtherEngine(lambda exported, threads: _torch_compile(exported), quick=False),
+    "zentorch": OtherEngine(lambda exported, threads: _zentorch(exported), ("zentorch",), quick=False),
 }
 
 

@@ -33,7 +33,7 @@ demo: venv native ## prune, merge and accelerate a CNN and a ViT on the embedded
 	$(BIN)/depthfuse demo --out runs/demo
 
 test: venv native ## run the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: venv ## check style and formatting
 	$(BIN)/ruff check .

@@ -28,14 +28,13 @@ from depthfuse.data import has_no_classes
 from depthfuse.errors import BudgetError, ConfigError
 from depthfuse.measuring.counting import count_macs, count_parameters
 from depthfuse.measuring.timing import Timing, time_interleaved
-from depthfuse.merging.merge import load_merged
 from depthfuse.merging.supernet import Supernet
 from depthfuse.rivals import compare_page, compare_report
 from depthfuse.rivals.channels import prune_channels, ratio_within
 from depthfuse.rivals.methods import METHODS, Trial, check_methods
 from depthfuse.runs.run import Run
-from depthfuse.runs.weights import load_strictly
-from depthfuse.searching.space import SearchSpace, check_one_budget
+from depthfuse.runs.weights import load, load_strictly
+from depthfuse.searching.space import Choices, SearchSpace, check_one_budget
 from depthfuse.spec import SubnetSpec
 from depthfuse.tasks import CLASSIFICATION
 from depthfuse.training.evaluation import evaluate
@@ -184,7 +183,9 @@ class Comparison:
                     save_json(folder / "trial.json", unreachable)
                     continue
                 score = evaluate(net, run.data.val_loader())
-                save_tensors(folder / "weights.safetensors", net.state_dict(), {"model": run.source.name})
+                if choices:
+                    _describe(run, choices, folder)
+                save_tensors(_weights(folder, choices), net.state_dict(), {"model": run.source.name})
                 document = {
                     "method": name,
                     "budget": text,
@@ -217,8 +218,8 @@ class Comparison:
         for other in self.searches:
             done, folder = self._folder(seed, other, name), self._folder(seed, text, name)
             if (done / "trial.json").exists():
-                copy_file(done / "weights.safetensors", folder / "weights.safetensors")
                 trial = load_json(done / "trial.json", compare_report.TRIAL)
+                copy_file(_weights(done, trial["choices"]), _weights(folder, trial["choices"]))
                 save_json(folder / "trial.json", {**trial, "budget": text})
                 return True
         return False
@@ -287,16 +288,28 @@ class Comparison:
 
     def _rebuild(self, run: Run, trial: Mapping[str, Any]) -> nn.Module:
         folder = self._folder(trial["seed"], trial["budget"], trial["method"])
+        if trial["choices"]:
+            return load(folder)
         if trial["choices"] is None:
             seed_run = self._seed_run(trial["seed"])  # which channels go depends on the baseline's weights
             net = prune_channels(seed_run.baseline(), run.size, trial["channel_ratio"])
-        elif trial["choices"]:
-            spec = SubnetSpec.from_mapping(run.source, trial["choices"])
-            return load_merged(spec, load_tensors(folder / "weights.safetensors")[0], folder)
         else:
             net = run.build()
-        load_strictly(net, load_tensors(folder / "weights.safetensors")[0], folder)
+        path = _weights(folder, trial["choices"])
+        load_strictly(net, load_tensors(path)[0], path)
         return net
+
+
+def _describe(run: Run, choices: Choices, folder: Path) -> None:
+    """What `load`, `accelerate` and `export` read in the folder of a run, beside the weights."""
+    for name in ("config.yaml", "feeding.json"):
+        copy_file(run.dir / name, folder / name)
+    SubnetSpec.from_mapping(run.source, choices).save(folder / "subnet.json")
+
+
+def _weights(folder: Path, choices: Choices | None) -> Path:
+    """A net whose blocks are pruned has its weights where a run has them."""
+    return folder / ("merged.safetensors" if choices else "weights.safetensors")
 
 
 def _time(nets: Mapping[str, nn.Module], x: torch.Tensor, rounds: int) -> dict[str, Timing]:

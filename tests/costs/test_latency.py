@@ -193,7 +193,7 @@ def test_foreign_tables_are_refused_by_name(clock):
 @pytest.mark.parametrize("family", ["resnet", "vit"])
 def test_predictions_repeat_and_follow_the_device(family):
     supernet, size = small(family)
-    devices = ("mi100", "mi210", "mi300x") if family == "vit" else ("mi100",)  # each plans every variant anew
+    devices = ("mi100", "mi300x") if family == "vit" else ("mi100",)  # each plans every variant anew
     tables = {device: predict_latencies(supernet, size, device, torch.float16, 32) for device in devices}
     wholes = [table.whole for table in tables.values()]
     assert wholes == sorted(wholes, reverse=True) and len(set(wholes)) == len(wholes) and wholes[-1] > 0

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from merged_twins import every_candidate_merges_exactly, the_path_begins_at_the_original
 from nets import randomise_norms
+from on_request import on_request
 from torch import nn
 
 from depthfuse import Supernet, _torchvision, merge
@@ -189,7 +190,17 @@ BECOMES = {
 }
 
 
-@pytest.mark.parametrize("name", [*OWN, *TORCHVISION])
+# Their kinds are tested on smaller nets, too: RegNet has groups, Hugging Face's ViT the same blocks.
+LARGE = ("resnext50_32x4d", "vit_b_32")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=on_request("half a minute") if name in LARGE else ())
+        for name in (*OWN, *TORCHVISION)
+    ],
+)
 def test_every_candidate_merges_exactly(name):
     """`merge` compares each block, border and interior, and the output in float64."""
     model, blocks = model_of(name)

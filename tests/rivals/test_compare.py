@@ -9,6 +9,7 @@ import torch
 from fake_clock import Clock
 
 import depthfuse.rivals.compare as compare_module
+from depthfuse import load
 from depthfuse.checkpoint import load_json
 from depthfuse.config import (
     CompareConfig,
@@ -26,6 +27,8 @@ from depthfuse.rivals.channels import prune_channels, ratio_within
 from depthfuse.rivals.compare import compare, parse_budget
 from depthfuse.rivals.compare_report import summarise, table_rows
 from depthfuse.rivals.methods import METHODS
+from depthfuse.runs.reopening import reopen
+from depthfuse.training.evaluation import evaluate
 
 CONFIG = CompareConfig(
     model="resnet18",
@@ -81,6 +84,14 @@ def test_every_method_keeps_the_budget_and_is_reported(finished):
     assert all(cell in page for row in table_rows(results) for cell in row)
     assert (finished.out / "comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert not list(finished.out.rglob("*.state"))
+
+
+def test_a_trial_is_a_folder_to_load(finished):
+    folder = finished.out / "seed1" / "macs-0.95" / "drop"
+    trial = load_json(folder / "trial.json")
+    data = compare_module.Comparison(finished)._seed_run(1).data
+    assert trial["choices"] and evaluate(load(folder), data.val_loader()).top1 == trial["top1"]
+    assert reopen(folder)[0].num_classes == data.num_classes
 
 
 def test_a_budget_that_a_method_cannot_reach_is_said_and_stops_nobody(finished, tmp_path):
@@ -145,8 +156,8 @@ def test_what_no_budget_changes_is_trained_once(finished, tmp_path, monkeypatch)
     counted = dataclasses.replace(METHODS["longer"], run=lambda trial: trained.append(1) or true_run(trial))
     monkeypatch.setitem(compare_module.METHODS, "longer", counted)
     budgets = ("macs=0.95", "macs=0.9")
-    config = dataclasses.replace(finished, out=tmp_path, methods=("updp",), seeds=(0,), budgets=budgets)
-    compare(config)
+    changes = {"methods": ("updp",), "controls": ("longer",), "seeds": (0,), "budgets": budgets}
+    compare(dataclasses.replace(finished, out=tmp_path, **changes))
     rows = [t for t in load_json(tmp_path / "results.json")["trials"] if t["method"] == "longer"]
     assert len(trained) == 1 and [row.pop("budget") for row in rows] == list(budgets)
     assert rows[0] == rows[1]
@@ -154,7 +165,8 @@ def test_what_no_budget_changes_is_trained_once(finished, tmp_path, monkeypatch)
 
 def test_what_was_predicted_for_another_device_is_told_from_what_was_measured(finished, tmp_path):
     latency = dataclasses.replace(finished.latency, device="mi100")
-    compare(dataclasses.replace(finished, out=tmp_path, latency=latency, methods=("updp",), seeds=(0,)))
+    changes = {"latency": latency, "methods": ("updp",), "controls": (), "seeds": (0,)}
+    compare(dataclasses.replace(finished, out=tmp_path, **changes))
     results = load_json(tmp_path / "results.json")
     assert results["conditions"]["device"] == device_name(torch.device("cpu"))
     assert not results["conditions"]["predicted"] and results["chosen_by"]["device"] == "MI100"
@@ -166,7 +178,7 @@ def test_what_was_predicted_for_another_device_is_told_from_what_was_measured(fi
 
 def test_seeds_may_be_trained_apart(finished, tmp_path):
     (tmp_path / "latency.json").write_bytes((finished.out / "latency.json").read_bytes())
-    config = dataclasses.replace(finished, out=tmp_path, methods=("updp",))
+    config = dataclasses.replace(finished, out=tmp_path, methods=("updp",), controls=())
     for seed in (1, 0):
         compare(dataclasses.replace(config, seeds=(seed,)), "train")
     compare(config)

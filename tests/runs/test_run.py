@@ -43,7 +43,9 @@ def test_it_leaves_what_it_promises(finished):
     assert len(spec.choices) == 2 and spec.source.name == "resnet18"
     rows = {row["net"]: row for row in load_json(finished / "results.json")["rows"]}
     assert set(rows) == {"baseline", "baseline accelerated", "pruned", "merged", "merged accelerated"}
-    assert rows["merged"]["top1"] == rows["pruned"]["top1"] == rows["merged accelerated"]["top1"]
+    # of 2,000 images one may have two classes that are equal but for rounding
+    top1 = [rows[name]["top1"] for name in ("merged", "pruned", "merged accelerated")]
+    assert max(top1) - min(top1) <= 0.05 + 1e-6
     assert rows["baseline"]["top1"] == rows["baseline accelerated"]["top1"]
     assert all(row["latency_ms"] > 0 for row in rows.values())
     report = (finished / "report.md").read_text()

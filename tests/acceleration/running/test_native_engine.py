@@ -65,18 +65,26 @@ def test_whole_nets(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NETS)
 def test_whole_nets_of_half_precision(name, dtype):
-    """As near to the model in float64 as PyTorch in that dtype is, and its dtype comes out."""
+    """As near to the model in float64 as PyTorch in that dtype is, and its dtype comes out.
+
+    Over many images: of a single one the largest error is chance, between 0.1 and 2 times that of PyTorch.
+    """
     model, x = net(name)
-    model, x = model.to(dtype), x.to(dtype)
-    fast = accelerate(model, x, tune="off")
+    model, x = model.to(dtype), torch.randn(12, *x.shape[1:]).to(dtype)
+    pairs = x.split(2)
+    fast = accelerate(model, pairs[0], tune="off")
     with torch.no_grad():
         wanted = copy.deepcopy(model).double()(x.double())
-        eager = model(x)
-    run = compile_plan(fast.plan, (x,))
+        eager = torch.cat([model(pair) for pair in pairs])
+    run = compile_plan(fast.plan, (pairs[0],))
     assert run is not None
-    y = run(x)
+    y = torch.cat([run(pair) for pair in pairs])
     assert y.dtype is dtype
-    assert relative_error(y, wanted) <= max(1.1 * relative_error(eager, wanted), 2 * torch.finfo(dtype).eps)
+
+    def squared_error(outputs):
+        return (outputs.double() - wanted).square().sum()
+
+    assert 0 < squared_error(y) < 1.2 * squared_error(eager)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -49,7 +49,7 @@ enum df_act : int32_t {
 enum df_resize : int32_t { DF_NEAREST = 0, DF_BILINEAR = 1, DF_BILINEAR_CORNERS = 2 };
 
 // DF_TILES: by AMX, as exact as DF_DIRECT, which runs where there are no tiles, more than one group, or weights above 3e38.
-// DF_TILES_BF16: the same with factors rounded to bfloat16 first.
+// DF_TILES_BF16: the same with factors rounded to bfloat16 first, also by AVX-512's products of bfloat16.
 enum df_algorithm : int32_t { DF_DIRECT = 0, DF_WINOGRAD2 = 2, DF_WINOGRAD4 = 4, DF_TILES = 16, DF_TILES_BF16 = 17 };
 
 // y = scale * act(op(x) + bias + residual) + shift. Offsets count floats in the plan's weights; -1: there is none.
@@ -66,7 +66,7 @@ struct df_node {
 };
 
 DF_API int32_t df_abi_version();
-// "amx" (AVX-512, and tiles), "avx512", "avx2" or "baseline": the widest that this processor and DEPTHFUSE_ISA allow.
+// "amx" (AVX-512, and tiles), "avx512_bf16", "avx512", "avx2" or "baseline": the widest that this processor and DEPTHFUSE_ISA allow.
 DF_API const char* df_isa();
 // nullptr where the plan is refused; `error` then says why. The weights are copied, as the kernels read them.
 DF_API void* df_plan_create(const df_tensor* tensors, int32_t tensor_count, const df_node* nodes, int32_t node_count,

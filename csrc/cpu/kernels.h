@@ -118,6 +118,6 @@ struct Kernels {
 };
 
 extern const Kernels kBaseline, kAvx2, kAvx512;
-extern const TileKernels* const kTiles;  // nullptr where the compiler does not know them
+extern const TileKernels *const kTiles, *const kPairs;  // of AMX and of AVX-512; nullptr where the compiler knows none
 
 }  // namespace depthfuse

@@ -45,12 +45,18 @@ void zero_border(const Tensor& t, float* base) {
 }
 
 #if defined(__x86_64__)
+// AVX512-BF16
+bool multiplies_bfloat16() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 5 & 1;
+}
+
 // Whether this processor multiplies tiles of bfloat16, and the system lets this process have their registers.
 bool may_use_tiles() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   const bool tiles = d >> 24 & 1, products = d >> 22 & 1;
-  if (!tiles || !products || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;  // AVX512-BF16
+  if (!tiles || !products || !multiplies_bfloat16()) return false;
 #if defined(__linux__)
   constexpr long kAskFor = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: of the process, once
   return syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
@@ -72,10 +78,15 @@ const Kernels& kernels() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
     const bool narrower = limit == "avx2" || limit == "baseline";
-    if (avx512 && !narrower && limit != "avx512" && kTiles && may_use_tiles()) {
+    if (avx512 && !narrower && limit != "avx512" && limit != "avx512_bf16" && kTiles && may_use_tiles()) {
       static Kernels with_tiles = kAvx512;
       with_tiles.name = "amx", with_tiles.tiles = kTiles;
       return with_tiles;
+    }
+    if (avx512 && !narrower && limit != "avx512" && kPairs && multiplies_bfloat16()) {
+      static Kernels with_pairs = kAvx512;
+      with_pairs.name = "avx512_bf16", with_pairs.tiles = kPairs;
+      return with_pairs;
     }
     if (avx512 && !narrower) return kAvx512;
     if (avx2 && limit != "baseline") return kAvx2;

@@ -2,8 +2,8 @@
 
 It is plain C at the border, so one binary serves every version of PyTorch. It comes with the package, or is built at
 first use, once, into the user's cache (`building.py`). Where neither works there is no engine, and nothing else
-changes. `DEPTHFUSE_NATIVE=0` does without it; `DEPTHFUSE_ISA=avx512` does without tiles, `avx2` and `baseline` with
-narrower vectors.
+changes. `DEPTHFUSE_NATIVE=0` does without it; `DEPTHFUSE_ISA=avx512_bf16` does without tiles, `avx512` without any
+products of bfloat16, `avx2` and `baseline` with narrower vectors.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def why_missing() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set that runs: "amx" (AVX-512, and tiles), "avx512", "avx2" or "baseline". Raises Missing."""
+    """The instruction set that runs: "amx" (AVX-512, and tiles), "avx512_bf16" (products of bfloat16 without tiles),
+    "avx512", "avx2" or "baseline". Raises Missing.
+    """
     return library().df_isa().decode()
 
 

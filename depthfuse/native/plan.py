@@ -50,6 +50,8 @@ ACTIVATIONS = (
 )
 NEAREST, BILINEAR, BILINEAR_CORNERS = range(3)
 DIRECT, WINOGRAD_2, WINOGRAD_4, TILES, TILES_BF16 = 0, 2, 4, 16, 17
+# Which products of bfloat16 an instruction set has; another computes directly what asks for them.
+BY_TILES = {"amx": (TILES, TILES_BF16), "avx512_bf16": (TILES_BF16,)}
 _GROUPS = 8  # where a convolution's are, among its numbers
 _ERROR_BYTES = 256
 

@@ -1,4 +1,7 @@
-"""Products by tiles of bfloat16, for any shape, window, tail and value: as exact as float32, or of rounded factors."""
+"""Products of bfloat16, for any shape, window, tail and value: as exact as float32, or of rounded factors.
+
+The former need AMX's tiles; the latter AVX-512's products of bfloat16 compute, too.
+"""
 
 import os
 import subprocess
@@ -17,10 +20,19 @@ from depthfuse.native.plan import Builder, Node
 from depthfuse.selftest import oracle
 from depthfuse.selftest.oracle import ACT, assert_within
 
+HERE = native.BY_TILES.get(isa(), ()) if why_missing() is None else ()
 pytestmark = [
     needs_engine,
-    pytest.mark.skipif(why_missing() is None and isa() != "amx", reason="this processor has no tiles"),
+    pytest.mark.skipif(not HERE, reason="this processor has no products of bfloat16"),
 ]
+needs_tiles = pytest.mark.skipif(native.TILES not in HERE, reason="this processor has no tiles")
+both = pytest.mark.parametrize(
+    "algorithm",
+    [
+        pytest.param(native.TILES, id="whole", marks=needs_tiles),
+        pytest.param(native.TILES_BF16, id="rounded"),
+    ],
+)
 
 POINT = Window((1, 1), (0, 0), (1, 1))
 # As in test_convolution; these fill more than a band of memory, a panel, or a tile.
@@ -37,7 +49,7 @@ LARGE = {
 DENSE = {name: case for name, case in (CASES | LARGE).items() if case[8] == 1}
 
 
-@pytest.mark.parametrize("algorithm", [native.TILES, native.TILES_BF16], ids=["whole", "rounded"])
+@both
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("case", DENSE.values(), ids=DENSE)
 def test_exact_on_integers(case, threads, algorithm):
@@ -46,6 +58,7 @@ def test_exact_on_integers(case, threads, algorithm):
     assert torch.equal(y.double(), oracle.conv2d(x, weight, tail, window).value)
 
 
+@needs_tiles
 @pytest.mark.parametrize("case", DENSE.values(), ids=DENSE)
 def test_exact_on_integers_of_24_bits(case):
     """Every bit of a float32 counts: a sum of one product of 23 bits by a power of two, in each channel's place."""
@@ -68,6 +81,7 @@ def test_exact_on_integers_of_24_bits(case):
     assert torch.equal(convolve(x, weight, window, Tail(), native.TILES).double(), wanted)
 
 
+@needs_tiles
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("case", ["3x3", "3x3_s2", "1x1", "1x1_tokens", "one_of_all"])
 def test_error_bound_with_each_activation(case, act):
@@ -90,6 +104,7 @@ def test_rounded_factors_and_nothing_else(case, act):
     assert (y - whole).abs().max() > 1e-4 * whole.abs().max()  # they were
 
 
+@needs_tiles
 def test_errs_no_more_than_float32():
     """Root mean square of the error, of many sums of 512 products with factors of very different sizes."""
     generator = torch.Generator().manual_seed(0)
@@ -120,18 +135,18 @@ def test_values_that_have_no_parts(value):
             torch.testing.assert_close(rounded, wanted, rtol=2**-8, atol=1e-5, equal_nan=True)
 
 
+@both
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3.4e38])
-def test_weights_that_have_no_parts_are_multiplied_as_float32(value):
+def test_weights_that_have_no_parts_are_multiplied_as_float32(value, algorithm):
     x, weight, _, window = operands(DENSE["1x1"], integers=True)
     weight[3, 5] = value
     x[:, 5] *= 0.125
-    got, wanted = (
-        convolve(x, weight, window, Tail(), algorithm) for algorithm in (native.TILES, native.DIRECT)
-    )
+    got, wanted = (convolve(x, weight, window, Tail(), each) for each in (algorithm, native.DIRECT))
     assert torch.equal(got.nan_to_num(7.0), wanted.nan_to_num(7.0))
     assert not (wanted.abs() < 1e30).all()  # the weight was seen
 
 
+@needs_tiles
 def test_small_values_lose_digits_below_1e33_only():
     x, weight = torch.rand(1, 64, 8, 8) + 0.5, torch.rand(32, 64, 1, 1) + 0.5
     for scale, error in ((1e-30, 1e-6), (1e-36, 2**-8)):  # below, the high parts alone
@@ -139,13 +154,14 @@ def test_small_values_lose_digits_below_1e33_only():
         torch.testing.assert_close(y / scale, F.conv2d(x, weight), rtol=error, atol=0.0)
 
 
-def test_what_lies_outside_the_image_is_zero_even_where_memory_was_used_before():
+@both
+def test_what_lies_outside_the_image_is_zero_even_where_memory_was_used_before(algorithm):
     x, weight, _, window = operands(DENSE["3x3"], integers=True)
     wanted = F.conv2d(x.double(), weight.double(), None, *window[:3])
     nan = torch.full_like(x, float("nan"))
     for _ in range(2):
-        assert convolve(nan, weight, window, Tail(), native.TILES).isnan().all()
-        assert torch.equal(convolve(x, weight, window, Tail(), native.TILES).double(), wanted)
+        assert convolve(nan, weight, window, Tail(), algorithm).isnan().all()
+        assert torch.equal(convolve(x, weight, window, Tail(), algorithm).double(), wanted)
 
 
 @pytest.mark.parametrize("act", ["relu6", "silu"])
@@ -188,16 +204,18 @@ def test_inverted_residuals_in_strips(stride, act):
             assert (given - y).abs().max() < (1e-5 if i != 1 else 2e-2) * y.abs().max()
 
 
-def test_many_threads_at_once_use_tiles_of_their_own():
+@both
+def test_many_threads_at_once_use_tiles_of_their_own(algorithm):
     from concurrent.futures import ThreadPoolExecutor
 
     x, weight, _, window = operands(LARGE["3x3_bands"], integers=True)
     wanted = F.conv2d(x.double(), weight.double(), None, *window[:3])
     with ThreadPoolExecutor(4) as pool:
-        for y in pool.map(lambda _: convolve(x, weight, window, Tail(), native.TILES, threads=2), range(12)):
+        for y in pool.map(lambda _: convolve(x, weight, window, Tail(), algorithm, threads=2), range(12)):
             assert torch.equal(y.double(), wanted)
 
 
+@needs_tiles
 def test_tiles_of_others_do_not_disturb():
     """oneDNN uses tiles in bfloat16, too, with another configuration."""
     x, weight, _, window = operands(DENSE["1x1"], integers=True)
@@ -217,15 +235,16 @@ from depthfuse.kernels.arguments import Tail, Window
 from depthfuse.native import plan as native
 from depthfuse.native.library import isa
 x, weight = torch.arange(2.0 * 64 * 81).view(2, 64, 9, 9) % 7, torch.arange(48.0 * 64).view(48, 64, 1, 1) % 5
-y = convolve(x, weight, Window((1, 1), (0, 0), (1, 1)), Tail(), native.TILES)
+y = convolve(x, weight, Window((1, 1), (0, 0), (1, 1)), Tail(), {algorithm})
 print(isa(), torch.equal(y.double(), torch.nn.functional.conv2d(x.double(), weight.double())))
 """
 
 
-@pytest.mark.parametrize("asked", ["avx512", "avx2"])
-def test_a_plan_with_tiles_runs_where_there_are_none(asked):
+@both
+@pytest.mark.parametrize("asked", ["avx512_bf16", "avx512", "avx2"])
+def test_a_plan_with_tiles_runs_where_there_are_none(asked, algorithm):
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(paths=sys.path)],
+        [sys.executable, "-c", SCRIPT.format(paths=sys.path, algorithm=algorithm)],
         env=os.environ | {"DEPTHFUSE_ISA": asked},
         capture_output=True,
         text=True,
@@ -234,6 +253,7 @@ def test_a_plan_with_tiles_runs_where_there_are_none(asked):
     assert done.stdout.split() == [asked, "True"]
 
 
+@needs_tiles
 def test_the_candidate_is_measured_and_kept(monkeypatch, tmp_path):
     from depthfuse.acceleration.running import native_engine
 

@@ -1,7 +1,7 @@
 """Run a whole plan through the native engine (csrc/cpu), for one input shape on a CPU.
 
 A graph with an operation that the engine does not have runs as before. One of bfloat16 or float16 is computed in
-float32; where the processor has tiles, the factors of bfloat16's products are rounded to it, as anywhere else.
+float32; where the processor multiplies bfloat16, the factors of such products are rounded to it, as anywhere else.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def fastest_algorithm(
     kernel, stride = sizes[:2], sizes[2:]
     size = Window(tuple(stride), (height, width), (down, right)).output_size((h, w), kernel)
     pixels = n * math.prod(size)
-    if isa() == "amx" and (pixels >= _ENOUGH_PIXELS or tiles == native.TILES_BF16):
+    if tiles in native.BY_TILES.get(isa(), ()) and (pixels >= _ENOUGH_PIXELS or tiles == native.TILES_BF16):
         candidates.append(tiles)
     if len(candidates) == 1 or pixels * c * filters * math.prod(kernel) < _WORTH_MEASURING:
         return native.DIRECT

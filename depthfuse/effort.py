@@ -7,10 +7,14 @@ from typing import Any
 # The integer programme scores the fewest subnets, and the loss tells them apart on few images.
 _QUICK_SEARCH = {"strategy": "milp", "metric": "loss"}
 
+# Fitted blocks start near the original ones. The learning rate of a training from scratch, 1e-3, took from a pretrained
+# net all that fitting had kept of it: benchmarks/results/studies.md.
+_GENTLE = {"epochs": 6, "lr": 2e-4}
+
 # {effort: entries of `PruneConfig`, as `depthfuse.config.from_dict` takes them}
 EFFORTS: dict[str, dict[str, Any]] = {
     "quick": {"start": "fit", "train": False, "search": _QUICK_SEARCH},
-    "normal": {"start": "fit", "search": _QUICK_SEARCH, "finetune": {"epochs": 6}},
+    "normal": {"start": "fit", "search": _QUICK_SEARCH, "finetune": _GENTLE},
     "thorough": {"search": {"metric": "loss"}, "finetune": {"epochs": 30}},
 }
 ABOUT = {

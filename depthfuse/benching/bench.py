@@ -175,10 +175,11 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def write_csv(rows: Sequence[Row], path: Path, machine: dict[str, Any]) -> None:
-    """Rows of equal keys, with the machine's facts on each."""
+    """Rows, with the machine's facts on each; empty where a row lacks what others have."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    columns = dict.fromkeys(name for row in (*rows, machine) for name in row)
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*rows[0], *machine])
+        writer = csv.DictWriter(file, fieldnames=list(columns), restval="")
         writer.writeheader()
         writer.writerows({**row, **machine} for row in rows)
 

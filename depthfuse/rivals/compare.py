@@ -302,7 +302,7 @@ class Comparison:
 
 def _describe(run: Run, choices: Choices, folder: Path) -> None:
     """What `load`, `accelerate` and `export` read in the folder of a run, beside the weights."""
-    for name in ("config.yaml", "feeding.json"):
+    for name in ("config.yaml", "feeding.json", "latency.json"):
         copy_file(run.dir / name, folder / name)
     SubnetSpec.from_mapping(run.source, choices).save(folder / "subnet.json")
 

@@ -205,6 +205,16 @@ def test_operations_tell_what_each_costs():
     assert "roofline_%" in str(report)
 
 
+def test_a_table_grows_by_a_column(tmp_path):
+    """Rows of an earlier version know fewer packages."""
+    path = tmp_path / "table.csv"
+    write_csv([{"model": "a"}, {"model": "b", "new": 2}], path, {"torch": "3"})
+    assert list(csv.DictReader(path.open())) == [
+        {"model": "a", "new": "", "torch": "3"},
+        {"model": "b", "new": "2", "torch": "3"},
+    ]
+
+
 def test_tables_and_plots(tmp_path):
     facts = {"device": "abacus", "threads": 2}
     first = compare(small_net(), "small", image(1), ["eager"], rounds=2, round_ms=0.1)

@@ -11,6 +11,7 @@ from fake_clock import Clock
 import depthfuse.rivals.compare as compare_module
 from depthfuse import load
 from depthfuse.checkpoint import load_json
+from depthfuse.cli import main
 from depthfuse.config import (
     CompareConfig,
     FinetuneConfig,
@@ -92,6 +93,8 @@ def test_a_trial_is_a_folder_to_load(finished):
     data = compare_module.Comparison(finished)._seed_run(1).data
     assert trial["choices"] and evaluate(load(folder), data.val_loader()).top1 == trial["top1"]
     assert reopen(folder)[0].num_classes == data.num_classes
+    path = finished.out / "exported.pt2"
+    assert main(["export", str(folder), "--to", "torch", "--out", str(path)]) == 0 and path.exists()
 
 
 def test_a_budget_that_a_method_cannot_reach_is_said_and_stops_nobody(finished, tmp_path):

@@ -10,20 +10,10 @@
 
 #include "abi.h"
 
-// Past this line only, as in kernels_avx512.cc, whose vectors and tails these are.
+// Past this line only, as in kernels_avx512.cc.
 #pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,avx512bf16,avx2,fma,amx-tile,amx-bf16")
-#define VECTOR 16
-#define ROWS 14
-#define COLUMNS 2
-#include "kernels.inc"
-#include "tiles.inc"
-
-namespace depthfuse {
-namespace {
-constexpr TileKernels kKernels = {tile_conv, tile_scratch, tile_weights};
-}
-extern const TileKernels* const kTiles = &kKernels;
-}  // namespace depthfuse
+#define TILE_KERNELS kTiles
+#include "tile_kernels.inc"
 #else
 namespace depthfuse {
 extern const TileKernels* const kTiles = nullptr;

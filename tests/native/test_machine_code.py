@@ -54,9 +54,8 @@ def test_no_product_keeps_its_sums_in_memory():
             > least
         )
     of_bfloat16 = [loop for loop in found if any(name == "vdpbf16ps" for name, _ in loop)]
-    assert (
-        len(of_bfloat16) >= 8 or "vdpbf16ps" not in text
-    )  # one for each number of rows, where the compiler knows it
+    if "vdpbf16ps" in text:  # the compiler knows it: a loop for each number of rows
+        assert len(of_bfloat16) >= 8
     assert [spills(loop) for loop in products + of_bfloat16 if spills(loop)] == []
 
 

@@ -72,8 +72,9 @@ def restored_logger():
 def short_rounds():
     """Candidates are tried and timed as for users, but each for a moment: no test depends on which one wins."""
     from depthfuse.acceleration.running import choose
+    from depthfuse.measuring import timing
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choose, "_ROUND_MS", 0.2)
-        patch.setattr(choose, "_SETTLE_MS", 0.2)
+        patch.setattr(timing, "_SETTLE_MS", 0.2)
         yield

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+_SETTLE_MS = 10.0
+
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """First quartile, median, third quartile; a single value is all three."""
@@ -55,7 +57,7 @@ def time_interleaved(
     warmup: int = 3,
     *,
     device: torch.device,
-    settle_ms: float = 0.0,
+    settle_ms: float | None = None,
 ) -> dict[str, Timing]:
     """Time each call once a round, in turn, each repeated until a round lasts `min_round_ms`.
 
@@ -65,9 +67,12 @@ def time_interleaved(
     Args:
         device: where the calls compute. A GPU is synchronised around each round, as a call only launches its work;
             which is why there is no default: without the right one the launches alone would be timed.
-        settle_ms: for how long each turn's calls go untimed, on a CPU. Threads of OpenMP spin for some 5 ms after
-            their work and keep the cores from a call that has threads of its own.
+        settle_ms: for how long each turn's calls go untimed. Threads of OpenMP spin for some 5 ms after their work and
+            keep the cores from a call that has threads of its own, as the native engine's, which then seems to take
+            up to twice its time. None: 10 on a CPU where there are several calls; 0 where all run on the same threads.
     """
+    if settle_ms is None:
+        settle_ms = _SETTLE_MS if device.type == "cpu" and len(calls) > 1 else 0.0
 
     def sync() -> None:
         if device.type == "cuda":

@@ -59,14 +59,19 @@ def test_rounds_are_interleaved(events):
     ]  # warm-up and estimate; then untimed and timed in each turn
 
 
-def test_a_turn_starts_with_calls_that_are_not_timed_until_others_threads_sleep(events):
+def test_a_turn_starts_with_calls_that_are_not_timed_until_others_threads_sleep(events, monkeypatch):
     def slow():
         events.append("slow")
         timing.time.perf_counter()  # takes a second
 
-    time_interleaved({"slow": slow, "other": lambda: None}, rounds=1, warmup=1, device=CPU, settle_ms=3500.0)
+    monkeypatch.setattr(timing, "_SETTLE_MS", 3500.0)
+    time_interleaved({"slow": slow, "other": lambda: None}, rounds=1, warmup=1, device=CPU)
     # One to warm up, one to count the repeats, one, two (of two seconds) until 3.5 s have passed, and the timed one.
     assert events.count("slow") == 1 + 1 + 1 + 2 + 1
+    for calls, settle_ms in (({"slow": slow, "other": lambda: None}, 0.0), ({"slow": slow}, None)):
+        events.clear()
+        time_interleaved(calls, rounds=1, warmup=1, device=CPU, settle_ms=settle_ms)
+        assert events.count("slow") == 1 + 1 + 1 + 1
 
 
 def test_ratios_go_round_by_round():

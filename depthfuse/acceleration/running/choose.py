@@ -50,7 +50,6 @@ ACCELERATED = "accelerated"
 _ROUNDS, _ROUNDS_IF_CLOSE = 5, 15
 _CLOSE = 1.1  # within this ratio a few rounds decide by chance
 _ROUND_MS = 20.0
-_SETTLE_MS = 10.0  # between PyTorch's threads and the native engine's
 
 Finish = Callable[[Executor], Callable[..., object]]
 
@@ -172,7 +171,7 @@ def _fastest(plain: Executor, call: Call, engines: Sequence[str], exported: Expo
     if len(candidates) == 1:
         return plain
     runs = {name: functools.partial(each, call) for name, each in candidates.items()}
-    latency_ms = least_ms(runs, settle_ms=_SETTLE_MS)
+    latency_ms = least_ms(runs, settle_ms=None)
     order = [name for name in (NATIVE, OP_BY_OP, *engines) if name in candidates]
     best = order[0]
     for name in order[1:]:
@@ -277,7 +276,7 @@ def _compare(
         ):
             continue
         runs[name] = functools.partial(candidate, *args, **kwargs)
-    settle_ms = _SETTLE_MS if execution.compiled in (NATIVE, *OTHER_ENGINES) else 0.0
+    settle_ms = None if execution.compiled in (NATIVE, *OTHER_ENGINES) else 0.0
 
     def judged_by(rounds: int) -> Execution:
         timings = time_interleaved(runs, rounds, _ROUND_MS, warmup=1, device=plan.device, settle_ms=settle_ms)

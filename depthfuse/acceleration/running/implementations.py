@@ -183,11 +183,11 @@ def clearly_faster(name: Hashable, usual: Hashable, latency_ms: dict) -> bool:
 
 
 def least_ms(
-    runs: Mapping[Any, Callable[[], object]], rounds: int = _ROUNDS, settle_ms: float = 0.0
+    runs: Mapping[Any, Callable[[], object]], rounds: int = _ROUNDS, settle_ms: float | None = 0.0
 ) -> dict[Any, float]:
     """The least time in ms of each of `runs` on a CPU, in turns: {name: ms}. Disturbances only add to it.
 
-    settle_ms: as of `time_interleaved`, for runs by different threads.
+    settle_ms: as of `time_interleaved`; None for runs by different threads.
     """
     on = torch.device("cpu")
     timings = time_interleaved(runs, rounds, _ROUND_MS, warmup=1, device=on, settle_ms=settle_ms)

@@ -5,16 +5,17 @@
     python -m benchmarks.gfx908 models --out benchmarks/results/gfx908_models.csv
     python -m benchmarks.gfx908 units --networks resnet34 --out benchmarks/results/gfx908_units.csv
     python -m benchmarks.gfx908 times --networks resnet34 --out benchmarks/results/gfx908_times.csv
-    python -m benchmarks.gfx908 compare earlier_times.csv times.csv --out benchmarks/results/gfx908_tiles.md
+    python -m benchmarks.gfx908 tiles --networks resnet34 --dtypes fp16 --out benchmarks/results/gfx908_tiles.csv
+    python -m benchmarks.gfx908 compare earlier_times.csv times.csv --out benchmarks/results/gfx908_gains.md
     python -m benchmarks.gfx908 validation --out benchmarks/results/gfx908_validation.csv
     python -m benchmarks.gfx908 planted --out benchmarks/results/gfx908_planted.csv
 
 `operators` runs every operator, whole, at the shapes of `depthfuse self-test` (`--small`: at the smallest of them);
 `networks` the launches of real networks at batch 1, a few workgroups of each; `models` whole networks at small images;
-`units` counts for which unit of the card the code has most to do; `times` simulates how long it takes; `compare` puts
-two tables of `times` side by side, `validation` such times beside published ones; `planted` breaks compiled kernels on
-purpose. Beside each CSV a summary of the same name with `.md`. Rows of another Triton version, network or dtype that
-the CSV has stay there. Exit status 1 where something is wrong.
+`units` counts for which unit of the card the code has most to do; `times` simulates how long it takes, `tiles` at
+which tile it takes least; `compare` puts two tables of `times` side by side, `validation` such times beside published
+ones; `planted` breaks compiled kernels on purpose. Beside each CSV a summary of the same name with `.md`. Rows of
+another Triton version, network or dtype that the CSV has stay there. Exit status 1 where something is wrong.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.gfx908 import models, networks, operators, planted, tables, times, units, validation
+from benchmarks.gfx908 import models, networks, operators, planted, tables, tiles, times, units, validation
 from benchmarks.kernels.cases import DepthwiseCase
 from benchmarks.kernels.registry import BATCHES, NETWORKS
 from depthfuse.kernels.launch import INTERPRETED
@@ -81,7 +82,7 @@ def _replace(path: Path, text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("operators", "networks", "models", "units", "times", "validation", "planted"):
+    for name in ("operators", "networks", "models", "units", "times", "tiles", "validation", "planted"):
         command = commands.add_parser(name)
         command.add_argument("--out", type=Path, help="CSV to write")
         if name == "validation":
@@ -94,10 +95,14 @@ def main() -> int:
             command.add_argument("--blocks", nargs="+", choices=models.BLOCKS, default=list(models.BLOCKS))
             continue
         command.add_argument("--ops", nargs="+", choices=(*OPS, DepthwiseCase.op), help="only these")
-        if name in ("networks", "units", "times"):
+        if name in ("networks", "units", "times", "tiles"):
             command.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
             command.add_argument(
-                "--batches", nargs="+", type=int, default=list(BATCHES), help="of `units` and `times`"
+                "--batches",
+                nargs="+",
+                type=int,
+                default=list(BATCHES),
+                help="of `units`, `times` and `tiles`",
             )
             continue
         command.add_argument("--cases", nargs="+", help="only those of these names, such as 3x3")
@@ -119,8 +124,12 @@ def main() -> int:
     if options.command == "validation":
         collect(validation.rows(), options.out, ("what",), tables.validation)
         return 0
-    if options.command in ("units", "times"):
-        kind, summary = (units, tables.units) if options.command == "units" else (times, tables.times)
+    if options.command in ("units", "times", "tiles"):
+        kind, summary = {
+            "units": (units, tables.units),
+            "times": (times, tables.times),
+            "tiles": (tiles, tables.tiles),
+        }[options.command]
         rows = kind.rows(options.networks, options.batches, options.ops, options.dtypes)
         collect(rows, options.out, ("triton", "network", "batch", "op", "dtype"), summary)
         return 0

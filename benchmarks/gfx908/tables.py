@@ -133,6 +133,29 @@ def times(rows: list[dict]) -> str:
     )
 
 
+def tiles(rows: list[dict]) -> str:
+    """For each launch the heuristic's tile and the fastest, the worst choices first."""
+    body = []
+    for key in dict.fromkeys((r["network"], r["batch"], r["op"], r["dtype"], r["shape"]) for r in rows):
+        mine = [r for r in rows if (r["network"], r["batch"], r["op"], r["dtype"], r["shape"]) == key]
+        best = min(mine, key=lambda row: float(row["simulated_us"]))
+        for chosen in (row for row in mine if row["chosen"] == "True"):
+            slower = float(chosen["simulated_us"]) / float(best["simulated_us"])
+            named = [
+                f"{r['block_m']}x{r['block_n']}x{r['block_k']}, {r['num_warps']} waves, {r['splits']} parts"
+                for r in (chosen, best)
+            ]
+            figures = chosen["simulated_us"], best["simulated_us"], best["share"], round(slower, 2)
+            body.append((*key[:4], key[4], *named, *figures))
+    body.sort(key=lambda row: -row[-1])
+    head = ("network", "batch", "op", "dtype", "shape", "heuristic's tile", "fastest tile")
+    return (
+        "*Simulated* (benchmarks/gfx908/cycles.py): no MI100 has been timed. The heuristic's tile and the\n"
+        "fastest of those that were tried:\n\n"
+        + _table((*head, "us", "fastest, us", "its share of the roofline", "ratio"), body)
+    )
+
+
 def compared(before: list[dict], after: list[dict]) -> str:
     """Networks and launches of two tables of `times`, of those that both have."""
     key = ("network", "batch", "op", "dtype", "shape")

@@ -29,7 +29,15 @@ from depthfuse.measured_cache import MeasuredCache
 
 _UNITS = DEVICES["gfx908"].compute_units
 _ROUNDS = 3  # that are simulated before the rest is taken in proportion
-_AROUND = ("__main__", "models", "planted", "tables", "units", "validation")  # modules that decide no time
+_AROUND = (
+    "__main__",
+    "models",
+    "planted",
+    "tables",
+    "tiles",
+    "units",
+    "validation",
+)  # modules that decide no time
 _APART = 1 << 40  # lines between the tensors of one round's workgroups and the next's
 
 Workgroup = list[list[Event]]
@@ -129,15 +137,25 @@ def simulated_us(found: NetworkCase) -> tuple[float, ComputeUnit]:
     return clocks / CLOCK_MHZ, unit
 
 
-def row_of(found: NetworkCase, cache: MeasuredCache) -> Row:
-    """Simulate the last launch of a case, or take from the cache what was simulated before."""
-    launch = found.launch()
-    question = {"simulated": key_of(launch, TARGET), "shape": found.case.shape(), "op": found.case.op}
+def simulated(found: NetworkCase, cache: MeasuredCache) -> dict[str, float]:
+    """`simulated_us` of a case's last launch and `ComputeUnit.shares`; from the cache where they are known."""
+    question = {
+        "simulated": key_of(found.launch(), TARGET),
+        "shape": found.case.shape(),
+        "op": found.case.op,
+    }
     answer = cache.get(question)
     if answer is None:
         time_us, unit = simulated_us(found)
         answer = {"simulated_us": round(time_us, 2), **unit.shares()}
         cache.put(question, answer)
+    return answer
+
+
+def row_of(found: NetworkCase, cache: MeasuredCache) -> Row:
+    """Simulate the last launch of a case."""
+    launch = found.launch()
+    answer = simulated(found, cache)
     least_us = found.roofline_us()
     return Row(
         **found.facts(),

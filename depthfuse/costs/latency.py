@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from depthfuse.acceleration import accelerate
+from depthfuse.checkpoint import load_json, save_json
 from depthfuse.config import DTYPES, LatencyConfig
 from depthfuse.costs.prediction import predict_latencies, predicted_conditions
 from depthfuse.costs.table import CostTable
@@ -173,6 +174,35 @@ def _read(cache: Path, conditions: dict[str, Any]) -> CostTable | None:
         return table
     log.info("the latency table %s was measured under other conditions: measuring again", cache)
     return None
+
+
+def subnets_ms(
+    supernet: Supernet, input_size: Size, config: LatencyConfig, table: CostTable, known: Path
+) -> Callable[[dict[str, str]], float] | None:
+    """{block path: candidate} -> latency of that subnet as a whole, in milliseconds: the table's whole, times the ratio
+    of the two timed side by side.
+
+    Args:
+        known: JSON file of what was measured before, which is not measured again.
+
+    Returns None where the table is not of this machine and these settings.
+    """
+    if config.device != "here" or table.differing(conditions_of(supernet, input_size, config)):
+        return None
+
+    def measure_ms(choices: dict[str, str]) -> float:
+        found = load_json(known, dict[str, float]) if known.exists() else {}
+        key = ",".join(f"{path}={name}" for path, name in sorted(choices.items()))
+        if key not in found:
+            net = kept_copy(supernet)
+            x = _images(net, input_size, config.batch_size)
+            whole = _call(merged_model(net, {}), x, config)
+            ratio, _ = _ratio(whole, merged_model(net, choices), x, config, _noise_in(table, table.whole))
+            found[key] = table.whole * ratio
+            save_json(known, found)
+        return found[key]
+
+    return measure_ms
 
 
 def check_prediction(

@@ -19,6 +19,7 @@ from torch import nn
 
 from depthfuse.checkpoint import load_json, load_tensors, save_json, save_tensors
 from depthfuse.config import TrainConfig
+from depthfuse.costs.latency import subnets_ms
 from depthfuse.costs.table import CostTable
 from depthfuse.data import DataBundle
 from depthfuse.data.bundle import Batches
@@ -133,6 +134,13 @@ class Trial:
                 seed=config.seed,
                 journal=journal,
                 settle=settle,
+                measure_ms=subnets_ms(
+                    supernet,
+                    self.run.size,
+                    config.latency,
+                    self.latency,
+                    self.folder.parent / "subnets_ms.json",
+                ),
             )
             assert result.spec is not None
             seconds = time.monotonic() - started

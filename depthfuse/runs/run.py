@@ -35,7 +35,7 @@ from depthfuse.config import (
     to_yaml,
 )
 from depthfuse.costs.counting import count_costs
-from depthfuse.costs.latency import conditions_of, make_latencies
+from depthfuse.costs.latency import conditions_of, make_latencies, subnets_ms
 from depthfuse.costs.table import CostTable
 from depthfuse.data import DataBundle, has_no_classes, open_data
 from depthfuse.data.opening import check_fits
@@ -314,6 +314,9 @@ class Run:
             journal=journal,
             settle=None if fitted is None else fitted.settle,
             task=self.task,
+            measure_ms=subnets_ms(
+                supernet, self.size, self.config.latency, latency, self.dir / "subnets_ms.json"
+            ),
         )
         save_text(self.dir / "front.csv", front_csv(result, latency, self.task))
         drawn = figures.front(result, latency, self.source.name, self.task.metric)

@@ -8,6 +8,7 @@ steps from the journal and goes on to the same answer.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import io
 import logging
@@ -24,6 +25,7 @@ from depthfuse.merging.supernet import Supernet
 from depthfuse.searching.choosing import choose, unpruned
 from depthfuse.searching.intervals import Paired, points_lost, wilson
 from depthfuse.searching.journal import Journal
+from depthfuse.searching.refining import find_measured
 from depthfuse.searching.scoring import Scorer, SubnetScore, value_of
 from depthfuse.searching.space import Choices, SearchSpace
 from depthfuse.searching.strategies import find_strategy, pareto
@@ -73,6 +75,7 @@ def search(
     judge: Callable[[Choices], Score] | None = None,
     settle: Callable[[], None] | None = None,
     task: Task = CLASSIFICATION,
+    measure_ms: Callable[[Choices], float] | None = None,
 ) -> SearchResult:
     """The best subnet found within the budget of `config`, and the front.
 
@@ -81,6 +84,8 @@ def search(
     Args:
         latency: decides which merges pay, and is the cost axis of the front.
         costs: in the unit of the budget, where that is not milliseconds or blocks.
+        measure_ms: latency of a subnet as a whole, on the machine that `latency` was measured on. With it a budget in
+            milliseconds, or a speed-up, holds for that, see `refining.py`; without, for the table's sums.
         settle: what is done with the batch norms of the chosen subnet, in the place of re-calibration.
         journal: with it, an interrupted search goes on where it was.
 
@@ -99,7 +104,7 @@ def search(
     settle = settle or functools.partial(calibrate, supernet, data, config.calibration_images)
     scorer = Scorer(supernet, data, settle, task, wanted) if judge is None else None
 
-    def measure(choices: Choices) -> tuple[SubnetScore, Paired | None]:
+    def judged(choices: Choices) -> tuple[SubnetScore, Paired | None]:
         return scorer(choices) if scorer is not None else (SubnetScore(*judge(choices)), None)
 
     with progress("search", total=strategy.count(space, config)) as bar:
@@ -107,18 +112,29 @@ def search(
         def score(choices: Choices) -> float:
             known = book.get(choices)
             if known is None or (wanted and known.divergence is None):  # scored by another metric before
-                known, pair = measure(choices)
+                known, pair = judged(choices)
                 book.add(choices, known, pair)
                 bar.advance(**{task.key: known.top1})
             return value(known)
 
         if config.strategy != "pick":
             score({})  # what all others are compared with
-        strategy.run(space, score, config, random.Random(seed))
-    axis = latency or costs
+        axis = latency or costs
+
+        def find(space: SearchSpace) -> Choices:
+            strategy.run(space, score, config, random.Random(seed))
+            return choose(space, list(book.rows.values()), value, axis) if space.unit is not None else {}
+
+        def find_within(sum_ms: float) -> Choices:
+            within = dataclasses.replace(config, speedup=None, budget_ms=sum_ms)
+            return find(SearchSpace(supernet.options(), within, latency, latency))
+
+        if measure_ms is None or space.unit != "ms" or latency is None:
+            best = find(space)
+        else:
+            best = find_measured(find_within, latency, space.limit, measure_ms)
     spec = None
     if space.unit is not None:
-        best = choose(space, list(book.rows.values()), value, axis)
         supernet.set_choices(best)
         spec = supernet.spec()
         log.info(

@@ -6,6 +6,7 @@ import random
 
 import pytest
 from nets import build
+from synthetic_searches import additive_judge, make_table
 
 from depthfuse import SubnetSpec, Supernet
 from depthfuse.config import SearchConfig
@@ -14,7 +15,6 @@ from depthfuse.errors import BudgetError, CostError
 from depthfuse.searching.search import front_csv, search
 from depthfuse.searching.space import SearchSpace
 from depthfuse.searching.strategies import STRATEGIES, best_additive, importances, pareto
-from depthfuse.training.evaluation import Score
 
 SETTINGS = {"population": 40, "parents": 10, "generations": 12, "mutation": 0.15}
 SEARCHING = sorted(set(STRATEGIES) - {"pick"})
@@ -27,25 +27,6 @@ def supernet():
 
 def synthetic_options(blocks, candidates=4):
     return {f"b{i}": [f"c{j}" for j in range(candidates)] for i in range(blocks)}
-
-
-def make_table(options, seed=0, losing=False):
-    """Every candidate saves something, unless `losing`."""
-    rng = random.Random(seed)
-    low = -0.3 if losing else 0.4
-    saved = {p: {n: rng.uniform(low, 1.0) for n in names} for p, names in options.items()}
-    return CostTable({"model": "synthetic"}, "ms", 1.2 * len(options), saved)
-
-
-def additive_judge(options, seed=1):
-    rng = random.Random(seed)
-    loss = {(p, n): rng.uniform(0, 3) for p, names in options.items() for n in names}
-
-    def judge(choices):
-        lost = sum(loss[p, n] for p, n in choices.items())
-        return Score(90.0 - lost, lost)
-
-    return judge
 
 
 def brute_force(space, judge, level):

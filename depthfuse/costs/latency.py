@@ -47,6 +47,7 @@ _ATTEMPTS = 3  # of a measurement that is noisy, each in twice the rounds of the
 _WHOLE_WITHIN = (
     0.05  # standard error of the whole model's latency, relatively: only budgets in ms depend on it
 )
+_WHOLE_ROUNDS = 3  # times the rounds, for a subnet that was found: of several the luckiest may be taken
 _SUMS_WITHIN = 0.1  # how far below its measured latency the sums may put the subnet of all best candidates
 
 
@@ -196,8 +197,9 @@ def subnets_ms(
         if key not in found:
             net = kept_copy(supernet)
             x = _images(net, input_size, config.batch_size)
-            whole = _call(merged_model(net, {}), x, config)
-            ratio, _ = _ratio(whole, merged_model(net, choices), x, config, _noise_in(table, table.whole))
+            longer = dataclasses.replace(config, rounds=_WHOLE_ROUNDS * config.rounds)
+            whole = _call(merged_model(net, {}), x, longer)
+            ratio, _ = _ratio(whole, merged_model(net, choices), x, longer, _noise_in(table, table.whole))
             found[key] = table.whole * ratio
             save_json(known, found)
         return found[key]

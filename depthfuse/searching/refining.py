@@ -12,16 +12,15 @@ from collections.abc import Callable
 
 from depthfuse.costs.table import CostTable
 from depthfuse.errors import BudgetError
-from depthfuse.searching.space import Choices
+from depthfuse.searching.space import TOLERANCE, Choices
 from depthfuse.searching.strategies import key_of
 
 log = logging.getLogger(__name__)
 
-_ATTEMPTS = 4
-_ABOVE, _BELOW = (
-    0.01,
-    0.03,
-)  # how far from the budget a measured latency may lie, relatively: noise, and too fast
+_ATTEMPTS = 6
+_BELOW = (
+    0.03  # how far below the budget a measured latency may lie, relatively: pruned more than was asked for
+)
 
 
 def find_measured(
@@ -29,18 +28,20 @@ def find_measured(
     table: CostTable,
     limit_ms: float,
     measure_ms: Callable[[Choices], float],
+    value: Callable[[Choices], float],
 ) -> Choices:
-    """The subnet whose measured latency comes nearest to `limit_ms` from below; the fastest where none does.
+    """Of the subnets found whose measured latency is within `limit_ms` the best; the fastest where none is.
 
     Args:
         find: budget in milliseconds, as sums of `table` count them -> the best subnet within it. Raises BudgetError
             where there is none.
-        measure_ms: latency of a subnet, as a whole.
+        measure_ms: latency of a subnet, as a whole. value: what makes a subnet the best: more is better.
 
     Raises BudgetError where the first search does.
     """
     tried: dict[str, tuple[float, Choices]] = {}
     sum_ms = limit_ms
+    met_ms, missed_ms = 0.0, table.whole  # a sum whose subnet was within the budget, and one that was beyond
     for attempt in range(_ATTEMPTS):
         try:
             choices = find(sum_ms)
@@ -52,12 +53,18 @@ def find_measured(
             break
         latency_ms, promised_ms = measure_ms(choices), table.cost(choices)
         tried[key_of(choices)] = latency_ms, choices
-        if (1 - _BELOW) * limit_ms <= latency_ms <= (1 + _ABOVE) * limit_ms:
+        if (1 - _BELOW) * limit_ms <= latency_ms <= (1 + TOLERANCE) * limit_ms:
             break
         saved_ms, promised_saving_ms = table.whole - latency_ms, table.whole - promised_ms
         if saved_ms <= 0 or promised_saving_ms <= 0:
             break
+        if latency_ms <= (1 + TOLERANCE) * limit_ms:
+            met_ms = max(met_ms, sum_ms)
+        else:
+            missed_ms = min(missed_ms, promised_ms)
         sum_ms = table.whole - (table.whole - limit_ms) * promised_saving_ms / saved_ms
+        if not met_ms < sum_ms < missed_ms:  # another subnet errs in another way
+            sum_ms = (met_ms + missed_ms) / 2
         log.info(
             "the subnet that was found takes %.4g ms; by the sum of what its blocks save it would take %.4g, and at "
             "most %.4g are asked for: the search runs again, for a sum of %.4g",
@@ -66,7 +73,5 @@ def find_measured(
             limit_ms,
             sum_ms,
         )
-    within = [row for row in tried.values() if row[0] <= (1 + _ABOVE) * limit_ms]
-    return (
-        max(within, key=lambda row: row[0])[1] if within else min(tried.values(), key=lambda row: row[0])[1]
-    )
+    within = [choices for latency_ms, choices in tried.values() if latency_ms <= (1 + TOLERANCE) * limit_ms]
+    return max(within, key=value) if within else min(tried.values(), key=lambda row: row[0])[1]

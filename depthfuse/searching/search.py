@@ -132,7 +132,9 @@ def search(
         if measure_ms is None or space.unit != "ms" or latency is None:
             best = find(space)
         else:
-            best = find_measured(find_within, latency, space.limit, measure_ms)
+            best = find_measured(
+                find_within, latency, space.limit, measure_ms, lambda choices: value(book.get(choices))
+            )
     spec = None
     if space.unit is not None:
         supernet.set_choices(best)

@@ -44,7 +44,7 @@ def test_sums_that_err_are_mended(supernet, times, budget):
         return table.whole - times * (table.whole - table.cost(choices))
 
     choices, asked = found_by(supernet, table, true_ms, **budget)
-    assert true_ms(choices) <= 1.01 * limit_ms
+    assert true_ms(choices) <= 1.000001 * limit_ms
     # the best of all, by truth: a table that is right finds the same without measuring
     right = make_table(supernet.options())
     for names in right.saved.values():
@@ -53,7 +53,7 @@ def test_sums_that_err_are_mended(supernet, times, budget):
     config = SearchConfig(**budget)
     best = search(supernet, None, config, right, judge=additive_judge(supernet.options())).spec
     assert choices == dict(best.mapping())
-    assert len(asked) <= 4
+    assert len(asked) <= 6
     if times == 1.0:
         assert len({str(sorted(c.items())) for c in asked}) == len(asked) <= 2
 
@@ -100,15 +100,19 @@ def prefix_within(sum_ms):
     raise BudgetError("nothing meets it")
 
 
+def unpruned(choices):
+    return -len(choices)
+
+
 def test_a_first_search_that_fails_says_so():
     with pytest.raises(BudgetError, match="nothing meets it"):
-        find_measured(prefix_within, TABLE, 0.0, lambda choices: 1.0)
+        find_measured(prefix_within, TABLE, 0.0, lambda choices: 1.0, len)
 
 
 def test_what_cannot_be_reached_ends_with_the_fastest(supernet):
     """Merges that in truth save next to nothing: the corrected sum is beyond the space, and what was found is kept."""
     limit_ms = TABLE.whole / 1.2
-    assert find_measured(prefix_within, TABLE, limit_ms, lambda c: TABLE.whole - 0.01 * len(c)) == (
+    assert find_measured(prefix_within, TABLE, limit_ms, lambda c: TABLE.whole - 0.01 * len(c), unpruned) == (
         prefix_within(limit_ms)
     )
 
@@ -116,14 +120,14 @@ def test_what_cannot_be_reached_ends_with_the_fastest(supernet):
 @pytest.mark.parametrize("latency", [1.0, 1.1])
 def test_merges_that_lose_end_the_search(latency):
     limit_ms = TABLE.whole / 1.2
-    found = find_measured(prefix_within, TABLE, limit_ms, lambda c: latency * TABLE.whole)
+    found = find_measured(prefix_within, TABLE, limit_ms, lambda c: latency * TABLE.whole, unpruned)
     assert found == prefix_within(limit_ms)
 
 
 def test_of_those_within_the_budget_the_least_pruned_is_taken():
     limit_ms = TABLE.whole / 1.8
     true = lambda c: TABLE.whole - 1.5 * (TABLE.whole - TABLE.cost(c))  # noqa: E731
-    found = find_measured(prefix_within, TABLE, limit_ms, true)
-    assert true(found) <= 1.01 * limit_ms
-    assert true(dict(list(found.items())[:-1])) > 1.01 * limit_ms
+    found = find_measured(prefix_within, TABLE, limit_ms, true, unpruned)
+    assert true(found) <= 1.000001 * limit_ms
+    assert true(dict(list(found.items())[:-1])) > 1.000001 * limit_ms
     assert len(found) < len(prefix_within(limit_ms))

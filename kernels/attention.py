@@ -120,7 +120,7 @@ def attention_kernel(
 
     out = y + batch * tokens * (HEADS * HEAD_DIM) + head * HEAD_DIM
     offset = (query * (HEADS * HEAD_DIM))[:, None] + d[None, :]
-    result = acc / total[:, None]
+    result = acc * (1.0 / total)[:, None]  # one division a row
     tl.store(out + offset, result.to(y.dtype.element_ty), mask=(query < tokens)[:, None] & d_mask)
 
 

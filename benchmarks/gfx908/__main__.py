@@ -6,6 +6,8 @@
     python -m benchmarks.gfx908 units --networks resnet34 --out benchmarks/results/gfx908_units.csv
     python -m benchmarks.gfx908 times --networks resnet34 --out benchmarks/results/gfx908_times.csv
     python -m benchmarks.gfx908 tiles --networks resnet34 --dtypes fp16 --out benchmarks/results/gfx908_tiles.csv
+    python -m benchmarks.gfx908 fit benchmarks/results/gfx908_tiles.csv
+    python -m benchmarks.gfx908 ship benchmarks/results/gfx908_times.csv benchmarks/results/gfx908_tiles.csv
     python -m benchmarks.gfx908 compare earlier_times.csv times.csv --out benchmarks/results/gfx908_gains.md
     python -m benchmarks.gfx908 validation --out benchmarks/results/gfx908_validation.csv
     python -m benchmarks.gfx908 planted --out benchmarks/results/gfx908_planted.csv
@@ -13,9 +15,10 @@
 `operators` runs every operator, whole, at the shapes of `depthfuse self-test` (`--small`: at the smallest of them);
 `networks` the launches of real networks at batch 1, a few workgroups of each; `models` whole networks at small images;
 `units` counts for which unit of the card the code has most to do; `times` simulates how long it takes, `tiles` at
-which tile it takes least; `compare` puts two tables of `times` side by side, `validation` such times beside published
-ones; `planted` breaks compiled kernels on purpose. Beside each CSV a summary of the same name with `.md`. Rows of
-another Triton version, network or dtype that the CSV has stay there. Exit status 1 where something is wrong.
+which tile it takes least, `fit` fits the choice of tiles to that, and `ship` hands both to the package; `compare` puts
+two tables of `times` side by side, `validation` such times beside published ones; `planted` breaks compiled kernels on
+purpose. Beside each CSV a summary of the same name with `.md`. Rows of another Triton version, network or dtype that
+the CSV has stay there. Exit status 1 where something is wrong.
 """
 
 from __future__ import annotations
@@ -25,35 +28,57 @@ import csv
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.gfx908 import models, networks, operators, planted, tables, tiles, times, units, validation
+from benchmarks.gfx908 import (
+    fitting,
+    models,
+    networks,
+    operators,
+    planted,
+    shipping,
+    tables,
+    tiles,
+    times,
+    units,
+    validation,
+)
 from benchmarks.kernels.cases import DepthwiseCase
 from benchmarks.kernels.registry import BATCHES, NETWORKS
 from depthfuse.kernels.launch import INTERPRETED
 from depthfuse.selftest.cases import CASES, OPS, Case
 
+_WRITE_EVERY_S = 5.0
 _CASE = ("triton", "op", "case", "dtype")
 
 
 def collect(rows: Iterable, out: Path | None, keys: tuple[str, ...], summary) -> list[dict]:
     """Print each row as it comes; write them, with those of `out` that have other `keys`, and a summary.
 
-    Written after each row: what a stopped run has done is there.
+    Written every few seconds and at the end: what a stopped run has done is there.
     """
     new: list[dict] = []
-    before: list[dict] = []
-    if out and out.exists():
-        before = _read(out)
-    for row in rows:
-        new.append({name: str(value) for name, value in dataclasses.asdict(row).items()})
-        print(" ".join(value for value in new[-1].values() if value), flush=True)
-        if out:
-            done = {tuple(row[key] for key in keys) for row in new}
-            table = [row for row in before if tuple(row[key] for key in keys) not in done] + new
-            _write(out, table)
-            _replace(out.with_suffix(".md"), summary(table))
+    before = _read(out) if out and out.exists() else []
+    written_s = time.monotonic()
+
+    def write() -> None:
+        done = {tuple(row[key] for key in keys) for row in new}
+        table = [row for row in before if tuple(row[key] for key in keys) not in done] + new
+        _write(out, table)
+        _replace(out.with_suffix(".md"), summary(table))
+
+    try:
+        for row in rows:
+            new.append({name: str(value) for name, value in dataclasses.asdict(row).items()})
+            print(" ".join(value for value in new[-1].values() if value), flush=True)
+            if out and time.monotonic() - written_s > _WRITE_EVERY_S:
+                write()
+                written_s = time.monotonic()
+    finally:
+        if out and new:
+            write()
     print(summary(new))
     return new
 
@@ -112,7 +137,20 @@ def main() -> int:
     command = commands.add_parser("compare")
     command.add_argument("tables", nargs=2, type=Path, help="CSVs of `times`: before, after")
     command.add_argument("--out", type=Path, required=True, help="Markdown to write")
+    command = commands.add_parser("fit")
+    command.add_argument("table", type=Path, help="CSV of `tiles`")
+    command.add_argument("--steps", type=int, default=3000, help="random steps, of some 10 ms")
+    command.add_argument("--seed", type=int, default=0)
+    command = commands.add_parser("ship")
+    command.add_argument("times", type=Path, help="CSV of `times`, for predictions")
+    command.add_argument("tiles", type=Path, help="CSV of `tiles`, for the configurations of its launches")
     options = parser.parse_args()
+    if options.command == "ship":
+        print(shipping.ship(_read(options.times), _read(options.tiles)))
+        return 0
+    if options.command == "fit":
+        print(fitting.report(options.table, options.steps, options.seed))
+        return 0
     if options.command == "compare":
         _replace(options.out, tables.compared(*map(_read, options.tables)))
         return 0

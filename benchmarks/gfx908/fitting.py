@@ -17,10 +17,11 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from depthfuse.kernels.conv2d import FLAT_BELOW
-from depthfuse.kernels.device.gfx908 import Costs, Product, Tile, clocks
+from depthfuse.kernels.device.gfx908 import COSTS, TILES, Costs, Product, Tile, clocks
 
 _MACS, _ITEMSIZE = 512, 2  # float16
 _PACE = (0.75, 1.33)
+_BAD = 1.1
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,21 @@ def read(path: Path, batches: Iterable[str] | None = None) -> Shapes:
     shapes: Shapes = defaultdict(list)
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            product = _product(row)
+            product = _product(row) if row["op"] in ("conv2d", "linear") else None
             if product is None or row["dtype"] != "fp16" or (batches and row["batch"] not in batches):
                 continue
-            tile = tuple(int(row[name]) for name in ("block_m", "block_n", "block_k", "num_warps"))
+            config = fields_of(row["config"])
+            tile = tuple(config[name] for name in ("block_m", "block_n", "block_k", "num_warps"))
             weight = int(row["plain"]) + int(row["merged"])
             time_us = float(row["simulated_us"])
-            measured = Measured(tile, int(row["splits"]), time_us, weight, row["chosen"] == "True")
+            measured = Measured(tile, config["splits"], time_us, weight, row["chosen"] == "True")
             shapes[product, row["shape"]].append(measured)
     return {key: found for key, found in shapes.items() if len(found) > 2}
+
+
+def fields_of(config: str) -> dict[str, int]:
+    """Of a configuration as `tiles.Row` has it."""
+    return {name: int(value) for name, value in (part.split("=") for part in config.split())}
 
 
 def _product(row: dict[str, str]) -> Product | None:
@@ -110,8 +117,27 @@ def fit(
         if rng.random() < 0.5:
             index = rng.randrange(len(tried))
             pace = min(max(tried[index].pace * math.exp(rng.gauss(0, 0.08)), _PACE[0]), _PACE[1])
-            tried[index] = replace(tried[index], pace=round(pace, 3))
+            resident = max(1, tried[index].resident + rng.choice((-1, 0, 0, 1)))
+            tried[index] = replace(tried[index], pace=round(pace, 3), resident=resident)
         found = quality(shapes, tuple(tried), tried_costs)
         if found.value() < best.value():
             tiles, costs, best = tuple(tried), tried_costs, found
     return tiles, costs, best
+
+
+def report(path: Path, steps: int, seed: int) -> str:
+    """Fit to a CSV of `tiles`; the constants in words to copy, and what they pick badly."""
+    shapes = read(path)
+    before = quality(shapes, TILES, COSTS)
+    tiles, costs, after = fit(shapes, TILES, COSTS, steps, seed)
+    lines = [f"{len(shapes)} shapes", f"before: {before}", f"after:  {after}", f"{costs}", *map(str, tiles)]
+    by_size = {(t.block_m, t.block_n, t.block_k, t.num_warps): t for t in tiles}
+    for (product, shape), found in shapes.items():
+        mine = [m for m in found if m.tile in by_size]
+        picked = min(mine, key=lambda m: clocks(product, by_size[m.tile], m.splits, costs))
+        least = min(found, key=lambda m: m.simulated_us)
+        ratio = picked.simulated_us / least.simulated_us
+        if ratio > _BAD:
+            tiles_named = f"{picked.tile} in {picked.splits}, not {least.tile} in {least.splits}"
+            lines.append(f"{ratio:.2f} times the fastest: {tiles_named}: {shape}")
+    return "\n".join(lines)

@@ -141,19 +141,26 @@ def tiles(rows: list[dict]) -> str:
         best = min(mine, key=lambda row: float(row["simulated_us"]))
         for chosen in (row for row in mine if row["chosen"] == "True"):
             slower = float(chosen["simulated_us"]) / float(best["simulated_us"])
-            named = [
-                f"{r['block_m']}x{r['block_n']}x{r['block_k']}, {r['num_warps']} waves, {r['splits']} parts"
-                for r in (chosen, best)
-            ]
+            named = [_config(row["config"]) for row in (chosen, best)]
             figures = chosen["simulated_us"], best["simulated_us"], best["share"], round(slower, 2)
             body.append((*key[:4], key[4], *named, *figures))
     body.sort(key=lambda row: -row[-1])
-    head = ("network", "batch", "op", "dtype", "shape", "heuristic's tile", "fastest tile")
+    head = ("network", "batch", "op", "dtype", "shape", "the heuristic's", "fastest")
     return (
-        "*Simulated* (benchmarks/gfx908/cycles.py): no MI100 has been timed. The heuristic's tile and the\n"
+        "*Simulated* (benchmarks/gfx908/cycles.py): no MI100 has been timed. The heuristic's configuration and the\n"
         "fastest of those that were tried:\n\n"
         + _table((*head, "us", "fastest, us", "its share of the roofline", "ratio"), body)
     )
+
+
+def _config(text: str) -> str:
+    """The sizes of a configuration, and what is not usual in it."""
+    fields = dict(part.split("=") for part in text.split())
+    sizes = "x".join(
+        value for name, value in fields.items() if name.startswith(("block", "patch", "interleave"))
+    )
+    parts = f", {fields['splits']} parts" if fields.get("splits", "1") != "1" else ""
+    return f"{sizes}, {fields['num_warps']} waves{parts}"
 
 
 def compared(before: list[dict], after: list[dict]) -> str:

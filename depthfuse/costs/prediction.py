@@ -1,7 +1,8 @@
-"""A latency table for a GPU that is not there: the roofline's time of each operation, plus its launch.
+"""A latency table for a GPU that is not there: the time of each operation, plus its launch.
 
-A lower bound, not a measurement: no kernel reaches its roofline, and small ones less than large ones. The plan is the
-one of the plain backend, which fuses no whole blocks as Triton's kernels on a GPU do.
+The time is the roofline's, a lower bound: no kernel reaches it, and small ones less than large ones. For the MI100 it
+is divided by the share of it that kernels of that size reach in a simulation (`simulated.py`). Neither is a
+measurement. The plan is the one of the plain backend, which fuses no whole blocks as Triton's kernels on a GPU do.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from depthfuse.acceleration import accelerate
 from depthfuse.acceleration.checking.profile import Counts, count_operations
 from depthfuse.acceleration.planning.program import Call
+from depthfuse.costs.simulated import launches, share_of_roofline
 from depthfuse.costs.table import CostTable
 from depthfuse.devices import OPTIONS, Device, Peaks
 from depthfuse.errors import CostError
@@ -46,13 +48,12 @@ def predict_latencies(
     Raises CostError for an unknown device, or a dtype whose peak is not known.
     """
     conditions = predicted_conditions(supernet.source, input_size, device, dtype, batch_size)
-    peaks = _peaks(device, dtype)
     net = kept_copy(supernet).cpu().float()
     x = torch.zeros(1, *input_size)
     variants = variants_of(net, x)
 
     def predict_ms(choices: dict[str, str]) -> float:
-        return _sum_ms(merged_model(net, choices), x, peaks, dtype.itemsize, batch_size)
+        return _sum_ms(merged_model(net, choices), x, device, dtype, batch_size)
 
     with progress("predicted latency table", total=len(variants) + 1) as bar:
         whole_ms = predict_ms({})
@@ -72,7 +73,7 @@ def predict_model_ms(
 ) -> float:
     """The same for one model of any making. Raises CostError like `predict_latencies`."""
     x = torch.zeros(1, *input_size)
-    return _sum_ms(model.cpu().float().eval(), x, _peaks(device, dtype), dtype.itemsize, batch_size)
+    return _sum_ms(model.cpu().float().eval(), x, device, dtype, batch_size)
 
 
 def predicted_conditions(
@@ -90,7 +91,7 @@ def predicted_conditions(
         "model": source.name,
         "model_kwargs": json.loads(json.dumps(source.kwargs)),
         "predicted": True,
-        "source": f"roofline, {_peaks(device, dtype).source}, and {LAUNCH_US:g} us assumed for each operation",
+        "source": f"{_how(device, dtype)}, and {LAUNCH_US:g} us assumed for each operation",
     }
 
 
@@ -109,6 +110,13 @@ def _peaks(device: str, dtype: torch.dtype) -> Peaks:
     return peaks
 
 
+def _how(device: str, dtype: torch.dtype) -> str:
+    """Where the times of operations come from, in words."""
+    source = f"roofline, {_peaks(device, dtype).source}"
+    simulated = launches(_target(device).arch, dtype)
+    return f"simulated shares of the {source}" if simulated else source
+
+
 def _counts(model: nn.Module, x: Tensor) -> list[Counts]:
     """Of the operations that a plan for `x` is made of."""
     fast = accelerate(model, x, backend="reference", verify=False, tune="off", dynamic=False)
@@ -121,16 +129,18 @@ def _counts(model: nn.Module, x: Tensor) -> list[Counts]:
     return [count for _, count in counts]
 
 
-def _sum_ms(model: nn.Module, x: Tensor, peaks: Peaks, width_bytes: int, batch_size: int) -> float:
-    """The roofline of `model` on a batch like the one image x, operation by operation, in a dtype of `width_bytes`."""
+def _sum_ms(model: nn.Module, x: Tensor, device: str, dtype: torch.dtype, batch_size: int) -> float:
+    """Predicted for `model` in `dtype` on a batch like the one image x, operation by operation."""
+    peaks, simulated = _peaks(device, dtype), launches(_target(device).arch, dtype)
     one = _counts(model, x)
     # Arithmetic and bytes are straight lines in the batch size: two points give them for any.
     two = _counts(model, torch.cat([x, x])) if batch_size > 1 else one
     total_ms = 0.0
     for first, second in zip(one, two, strict=True):
         more = batch_size - 1
-        macs = first.macs + more * (second.macs - first.macs)
+        flops = 2 * (first.macs + more * (second.macs - first.macs))
         bytes_moved = first.bytes_moved + more * (second.bytes_moved - first.bytes_moved)
-        scaled_bytes = bytes_moved * width_bytes / x.element_size()
-        total_ms += peaks.least_ms(2 * macs, scaled_bytes, first.matrix) + LAUNCH_US / 1e3
+        bytes_moved *= dtype.itemsize / x.element_size()
+        share = share_of_roofline(simulated, flops, bytes_moved, first.matrix) or 1.0
+        total_ms += peaks.least_ms(flops, bytes_moved, first.matrix) / share + LAUNCH_US / 1e3
     return total_ms

@@ -114,8 +114,9 @@ def write_tile(
 @triton.jit
 def normalize(x, channel_mask, CHANNELS: tl.constexpr, EPS: tl.constexpr):
     """LayerNorm without its affine, over the columns of float32 [ROWS, COLUMNS] that `channel_mask` [COLUMNS] keeps."""
+    SHARE: tl.constexpr = 1.0 / CHANNELS  # a division takes ten instructions on AMD
     kept = channel_mask[None, :]
-    mean = tl.sum(tl.where(kept, x, 0.0), axis=1)[:, None] / CHANNELS
+    mean = tl.sum(tl.where(kept, x, 0.0), axis=1)[:, None] * SHARE
     centred = tl.where(kept, x - mean, 0.0)
-    variance = tl.sum(centred * centred, axis=1)[:, None] / CHANNELS
+    variance = tl.sum(centred * centred, axis=1)[:, None] * SHARE
     return centred * tl.rsqrt(variance + EPS)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from depthfuse.kernels.device import gfx908
 from depthfuse.kernels.launch import IN_FLIGHT, REORDERED, Target, ceil_div, compiler_options
 
 
@@ -64,9 +65,6 @@ _HIP_TILES = (
     (32, 64, 64, 2),
     (32, 32, 64, 1),
 )
-# There the accumulators are a register file of their own, and steps of 32 over 128 columns are unrolled in pairs that
-# copy it back and forth.
-_GFX908_TILES = tuple((m, n, 64 if n == 128 else k, warps) for m, n, k, warps in _HIP_TILES)
 # A 64 x 32 tile on 4 warps spills: the compiler aims at more programs than the registers hold.
 _SM80_TILES = (
     (128, 128, 64, 8),
@@ -113,7 +111,7 @@ def _macs_per_clock(dtype: torch.dtype, target: Target) -> int:
 
 def _tiles(dtype: torch.dtype, target: Target) -> tuple[tuple[int, int, int, int], ...]:
     if target.backend == "hip":
-        return _GFX908_TILES if target.arch == "gfx908" else _HIP_TILES
+        return _HIP_TILES
     if dtype is torch.float32:
         return _CUDA_FMA_TILES
     return tuple(
@@ -135,7 +133,8 @@ def gemm_config(
     """The tile that a small model of one compute unit expects to finish first.
 
     Time = rounds of tiles over the compute units x time of a tile; the latter is bound by products, loads or latency.
-    It trades the large tile's reuse against the rounds that a small grid leaves half empty.
+    It trades the large tile's reuse against the rounds that a small grid leaves half empty. On the MI100 products of
+    16-bit types go by a model of their own, `gfx908.py`.
 
     Args:
         m, n, k: rows, columns and depth of one group's product.
@@ -145,6 +144,12 @@ def gemm_config(
     if target.backend == "interpreter":
         return GemmConfig(64, 32, 64)  # few programs and steps: each costs milliseconds there
     macs = _macs_per_clock(dtype, target)
+    # There the accumulators are a register file of their own, and in loops of 16-bit products the compiler copies them
+    # for matrix instructions of 16 rows; for those of 32 it does not.
+    if target.arch == "gfx908" and dtype.itemsize == 2:
+        tile, splits = gfx908.fastest(gfx908.Product(m, n, k, taps, groups, macs, dtype.itemsize))
+        sizes = tile.block_m, tile.block_n, tile.block_k
+        return GemmConfig(*sizes, 8, tile.num_warps, 2, splits, nonkdim=32, kpack=2, overlap=REORDERED)
 
     def clocks(choice: tuple[tuple[int, int, int, int], int]) -> float:
         tile, splits = choice
@@ -165,19 +170,14 @@ def gemm_config(
     block_m, block_n, _, num_warps = tile
     block_k = _block_k(k, tile, dtype)
     if target.backend == "hip":
-        nonkdim = 32 if block_m * block_n >= 64 * 64 or _only_wide_products(dtype, target) else 16
+        # In small tiles of float32 on gfx908 matrix instructions of 32 rows leave no registers for a second wave; of
+        # other cards' nothing speaks against those of 16.
+        nonkdim = 32 if block_m * block_n >= 64 * 64 else 16
         kpack = 2 if dtype.itemsize == 2 else 1
         return GemmConfig(block_m, block_n, block_k, 8, num_warps, 2, splits, nonkdim, kpack, REORDERED)
     # A single step has nothing to load ahead, and its addresses are many.
     num_stages = _MOST_STAGES if dtype.itemsize == 2 and taps * ceil_div(k, block_k) > 1 else 2
     return GemmConfig(block_m, block_n, block_k, 8, num_warps, num_stages, splits)
-
-
-def _only_wide_products(dtype: torch.dtype, target: Target) -> bool:
-    """Whether matrix instructions of 16 rows copy accumulators in the loop, which those of 32 do not: on gfx908, of
-    16-bit types. Of float32 those of 32 leave no registers for a second wave.
-    """
-    return target.arch == "gfx908" and dtype.itemsize == 2
 
 
 def _block_k(k: int, tile: tuple[int, int, int, int], dtype: torch.dtype) -> int:

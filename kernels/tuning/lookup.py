@@ -1,9 +1,9 @@
 """Launch configurations that were measured, which go before the heuristics.
 
-`tuned` looks a launch up in the user's cache, then in `configs/<architecture>.json` (measured on a known card and
-shipped with the package), and else takes what the heuristic, the caller's `config_for`, has picked. Nothing is measured
-here; that is `measure.py`, which sees through a `Session` what a call looks up and tries other configurations in its
-place. In Triton's interpreter there is always the one configuration of the heuristic.
+`tuned` looks a launch up in the user's cache, then in `configs/<architecture>.json` (shipped with the package: measured
+on a known card, or, of the MI100, simulated), and else takes what the heuristic, the caller's `config_for`, has picked.
+Nothing is measured here; that is `measure.py`, which sees through a `Session` what a call looks up and tries other
+configurations in its place. In Triton's interpreter there is always the one configuration of the heuristic.
 
 DEPTHFUSE_TUNE=0 ignores all measurements.
 """
@@ -68,11 +68,13 @@ class Entry:
     Attributes:
         config: fields of the configuration that won; None where it was the heuristic's.
         latency_us, heuristic_us: time of the winner and of the heuristic's choice.
+        simulated: whether these times are of a simulation. They choose where nothing was measured, no more.
     """
 
     config: dict[str, int] | None
     latency_us: float
     heuristic_us: float
+    simulated: bool = False
 
 
 @dataclass
@@ -127,7 +129,9 @@ def tuned(op: str, heuristic: Any, x: torch.Tensor, target: Target, **shape: int
 
 
 def known(request: Request) -> Entry | None:
-    """What was measured for the request: by this user on this device, or on a card that the package knows."""
+    """What was measured for the request: by this user on this device, or on a card that the package knows; or what was
+    simulated for such a card.
+    """
     if request not in _known:
         entry = None
         if enabled():
@@ -159,14 +163,15 @@ def parse(config_type: type, values: Any) -> Any:
 def entry_of(values: Any) -> Entry | None:
     """An entry from JSON; None where it is not one."""
     try:
-        return Entry(values["config"], float(values["latency_us"]), float(values["heuristic_us"]))
+        times_us = float(values["latency_us"]), float(values["heuristic_us"])
+        return Entry(values["config"], *times_us, bool(values.get("simulated", False)))
     except (KeyError, TypeError, ValueError):
         return None
 
 
 @functools.cache
 def packaged(arch: str) -> dict[str, Entry]:
-    """Request key -> entry, of the measurements that the package brings for `arch`; none for most."""
+    """Request key -> entry, of the measurements (or simulations) that the package brings for `arch`; none for most."""
     path = PACKAGED / f"{arch}.json"
     if not path.exists():
         return {}

@@ -9,11 +9,12 @@ this by itself, `python -m benchmarks.kernels.tune` does.
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import triton
 
-from depthfuse.kernels.tuning.lookup import Entry, Request, known, remember, session
+from depthfuse.kernels.tuning.lookup import Entry, Request, known, parse, remember, session
 from depthfuse.kernels.tuning.space import candidates
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,19 @@ def agrees(result: torch.Tensor, reference: torch.Tensor) -> bool:
     eps = torch.finfo(reference.dtype).eps
     difference = (result.double() - reference.double()).square().mean().sqrt()
     return bool(difference <= 2 * eps * reference.double().square().mean().sqrt())  # NaN does not agree
+
+
+def measured(request: Request) -> Entry | None:
+    """What is known of a request, unless it is from a simulation."""
+    entry = known(request)
+    return None if entry is None or entry.simulated else entry
+
+
+def to_measure(request: Request) -> list[Any]:
+    """Configurations to try beside the heuristic's: what a simulation found fastest, then the candidates."""
+    entry = known(request)
+    first = parse(request.config_type, entry.config) if entry is not None and entry.simulated else None
+    return list(dict.fromkeys([*([] if first is None else [first]), *candidates(request)]))
 
 
 def tune(
@@ -53,7 +67,7 @@ def tune(
         reference = call()
         entries = {}
         for request in list(watch.seen):
-            entry = None if again else known(request)
+            entry = None if again else measured(request)
             if entry is None:
                 entry = _measure(call, request, reference, watch.forced, timer)
                 remember(request, entry)
@@ -70,7 +84,7 @@ def compile_candidates(call: Callable[[], torch.Tensor]) -> None:
     with session() as watch:
         call()
         for request in list(watch.seen):
-            for config in [] if known(request) else candidates(request):
+            for config in [] if measured(request) else to_measure(request):
                 watch.forced[request] = config
                 try:
                     call()
@@ -89,7 +103,7 @@ def _measure(
     forced[request] = None  # the heuristic
     heuristic_us = timer(call)
     best_us, best = heuristic_us / LEAST_GAIN, None
-    for config in candidates(request):
+    for config in to_measure(request):
         forced[request] = config
         # The memory that the next result gets holds none of the last, which a lazy candidate would leave as its own.
         torch.full_like(reference, float("nan"))

@@ -218,12 +218,12 @@ def test_a_prediction_counts_any_batch_exactly(monkeypatch):
     supernet, size = small("mobilenet")
     whole = merged_model(kept_copy(supernet), {})
     fast = accelerate(whole, torch.zeros(1, *size), backend="reference", verify=False, tune="off")
-    peaks = DEVICES["gfx908"].peaks(torch.float16)
+    peaks = DEVICES["sm_90"].peaks(torch.float16)
     counts = [count for _, count in count_operations(fast.made, Call.of((torch.zeros(5, *size),), {}))]
     wanted = sum(
         peaks.least_ms(2 * c.macs, c.bytes_moved / 2, c.matrix) + prediction.LAUNCH_US / 1e3 for c in counts
     )
-    predicted = prediction._sum_ms(whole, torch.zeros(1, *size), peaks, 2, 5)
+    predicted = prediction._sum_ms(whole, torch.zeros(1, *size), "h100", torch.float16, 5)
     assert predicted == pytest.approx(wanted, rel=1e-12)
     assert sum(c.macs for c in counts) == 5 * count_macs(whole, size)
 

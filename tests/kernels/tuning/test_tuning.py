@@ -53,6 +53,7 @@ def forget(monkeypatch):
 CONFIG = GemmConfig(64, 32, 32, 8, 2, 3)
 HEURISTIC = GemmConfig(64, 64, 64, 8, 4, 3)  # what `config_for` would pick
 ENTRY = Entry(asdict(CONFIG), 5.0, 7.0)
+FAR = GemmConfig(32, 256, 16, 1, 1, 1, 8)  # no candidate
 
 
 def test_the_heuristic_decides_what_was_never_measured_and_in_the_interpreter():
@@ -112,6 +113,21 @@ def test_packaged_tables_serve_where_the_user_measured_nothing(monkeypatch):
     assert look_up() == own
 
 
+def test_simulations_choose_only_where_nothing_was_measured():
+    """And a measurement tries what they chose, however far it is from the heuristic's choice."""
+    tuning.PACKAGED.mkdir()
+    entry = asdict(Entry(asdict(FAR), 1.0, 7.0, simulated=True))
+    (tuning.PACKAGED / "sm_90.json").write_text(json.dumps({"configs": {request().key(): entry}}))
+    assert look_up() == FAR and tuning.known(request()).simulated
+    assert FAR not in space.candidates(request())
+    operator = Operator(lambda config: 5.0 if config == FAR else 10.0)
+    found = tuner.tune(operator, timer=operator.timer)[request()]
+    assert found == Entry(asdict(FAR), 5.0, 10.0) and not found.simulated
+    operator = Operator(lambda config: 20.0 if config == FAR else 10.0)
+    assert tuner.tune(operator, timer=operator.timer, again=True)[request()].config is None
+    assert look_up() == HEURISTIC
+
+
 def test_measurements_can_be_ignored(monkeypatch):
     remember(request(), ENTRY)
     monkeypatch.setenv("DEPTHFUSE_TUNE", "0")
@@ -153,7 +169,7 @@ def test_the_fastest_that_runs_and_is_right_is_kept(monkeypatch):
     operator = Operator(lambda config: times.get(config, 10.0), {wrong}, {failing})
     entries = tuner.tune(operator, timer=operator.timer)
     assert [entry.config for entry in entries.values()] == [asdict(best), None]
-    assert astuple(entries[request()])[1:] == (5.0, 10.0)
+    assert astuple(entries[request()])[1:3] == (5.0, 10.0)
     forget(monkeypatch)
     assert look_up() == best
     calls = operator.calls

@@ -24,7 +24,7 @@ def sample(found: NetworkCase, count: int, watcher: object) -> int:
         count: of tiles; of a tile whose sum is split, all parts run. Fewer, where few images have fewer.
     """
     launch, plans = found.launch(), []
-    images = _images(found, launch.grid[0], count)
+    images = _images(found, launch, count)
     few = found.small[images]
     with stand_in(TARGET, plans.append), poisoned():
         few.ours(**operands_of(few, DTYPES[found.dtype]))
@@ -40,13 +40,19 @@ def sample(found: NetworkCase, count: int, watcher: object) -> int:
     return len(programs)
 
 
-def _images(found: NetworkCase, programs: int, count: int) -> int:
+def _images(found: NetworkCase, launch: Launch, count: int) -> int:
     """So many that `count` programs are as far apart as those that one compute unit has at once, which are dealt out to
     all units in turn: neighbours would share more lines of the first cache. At least, as many as can be held: rows past
-    the end of a tile read the last one again, which costs less than rows of their own.
+    the end of a tile read the last one again, which costs less than rows of their own. And as many as that the same
+    kernel runs: the batch may choose it.
     """
-    largest = min(found.small)
-    for images, case in found.small.items():
+    alike = {
+        images: case
+        for images, case in found.small.items()
+        if case.launches(DTYPES[found.dtype], TARGET)[-1].kernel is launch.kernel
+    }
+    programs, largest = launch.grid[0], min(alike)
+    for images, case in alike.items():
         if images > largest and case.elements_moved() > _MOST_ELEMENTS:
             break
         largest = images

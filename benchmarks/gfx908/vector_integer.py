@@ -173,6 +173,9 @@ _U32: dict[str, Callable[..., np.ndarray]] = {
     "v_mad_legacy_u16": _halves(lambda a, b, c: a * b + c),
     "v_lshlrev_b16": _halves(lambda a, b: b << (a & np.uint32(15))),
     "v_lshrrev_b16": _halves(lambda a, b: b >> (a & np.uint32(15))),
+    "v_ashrrev_i16": _halves(
+        lambda a, b: b.astype(np.int16).astype(np.int32) >> (a & np.uint32(15)).astype(np.int32)
+    ),
     "v_min_u16": _halves(np.minimum),
     "v_max_u16": _halves(np.maximum),
 }

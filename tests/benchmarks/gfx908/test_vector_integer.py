@@ -94,6 +94,7 @@ REFERENCES = {
     "v_mad_legacy_u16": lambda a, b, c: (a * b + c) % 2**16,
     "v_lshlrev_b16": lambda a, b: (b << (a & 15)) % 2**16,
     "v_lshrrev_b16": lambda a, b: (b % 2**16) >> (a & 15),
+    "v_ashrrev_i16": lambda a, b: (((b % 2**16) ^ 2**15) - 2**15 >> (a & 15)) % 2**16,
     "v_min_u16": lambda a, b: min(a % 2**16, b % 2**16),
     "v_max_u16": lambda a, b: max(a % 2**16, b % 2**16),
 }

@@ -191,12 +191,19 @@ def config_for(
         # The stem: its pixels are loaded element by element, and only the 16 x 16 matrix instruction then reads its
         # operands from LDS in more than 16 bits at a time.
         block_n, num_warps = (32, 4) if out_channels <= 32 else (64, 8)
+        if (
+            target.arch == "gfx908" and dtype.itemsize == 2
+        ):  # as simulated: benchmarks/results/gfx908_gains.md
+            num_warps = 4
         return GemmConfig(128, block_n, 32, num_warps=num_warps, nonkdim=16, kpack=2, overlap=REORDERED)
     if channels >= FLAT_BELOW:
         return gemm_config(pixels, out_channels, channels, groups, dtype, target, taps)
     config = gemm_config(pixels, out_channels, taps * channels, groups, dtype, target)
+    if target.arch == "gfx908" and dtype.itemsize == 2:  # likewise
+        block_n = 32 if out_channels <= 32 else 64 if out_channels <= 64 else 128
+        return replace(config, block_m=64, block_n=block_n, block_k=32, num_warps=4, nonkdim=16)
     if target.backend == "hip":
-        # As below, with 64 a step they leave room for one wave only; and fewer rows come out of LDS 16 bits at a time.
+        # As above, with 64 a step they leave room for one wave only; and fewer rows come out of LDS 16 bits at a time.
         rows = {} if config.block_m >= 64 else {"block_m": 64, "num_warps": 4}
         return replace(config, block_k=32, nonkdim=16, **rows)
     if target.backend == "cuda" and config.block_m * config.block_n >= 128 * 64:

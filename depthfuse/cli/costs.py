@@ -39,7 +39,7 @@ class LatencyArguments:
     batch: int = 1
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     device: LatencyDevice = "here"
-    """Measured here, or predicted by a roofline for another device."""
+    """Measured here, or predicted for another device: by a roofline, for mi100 by simulated shares of it."""
     input_size: tuple[int, int, int] | None = None
     """Channels, height, width; default the model's own."""
     rounds: int = 15

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from benchmarks.gfx908 import blocks
 from benchmarks.gfx908.operators import RIGHT
 
 
@@ -126,6 +127,8 @@ def times(rows: list[dict]) -> str:
         "*Simulated* (benchmarks/gfx908/cycles.py): no MI100 has been timed. Sums over the layers of whole networks,\n"
         "an operator a launch, launches costing nothing:\n\n"
         + _totals(rows, "simulated_us")
+        + "\nHow many blocks must be merged, those first that save most:\n\n"
+        + blocks.table(rows)
         + "\n"
         + _table(head, body)
         + "\nThe launches that are farthest from the roofline, with the share of the time in which units are busy:\n\n"

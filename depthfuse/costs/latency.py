@@ -36,6 +36,7 @@ from depthfuse.measuring.timing import quartiles, time_interleaved
 from depthfuse.merging.supernet import Supernet
 from depthfuse.merging.variants import kept_copy, merged_model, variants_of
 from depthfuse.spec import KEEP
+from depthfuse.untrusted import Positive
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def subnets_ms(
     of the two timed side by side.
 
     Args:
-        known: JSON file of what was measured before, which is not measured again.
+        known: JSON file of what was measured before under the table's conditions, and is not measured again.
 
     Returns None where the table is not of this machine and these settings.
     """
@@ -192,17 +193,20 @@ def subnets_ms(
         return None
 
     def measure_ms(choices: dict[str, str]) -> float:
-        found = load_json(known, dict[str, float]) if known.exists() else {}
+        ratios: dict[str, float] = {}
+        if known.exists():
+            before = load_json(known, {"conditions": dict[str, Any], "ratios": dict[str, Positive]})
+            ratios = before["ratios"] if before["conditions"] == table.conditions else {}
         key = ",".join(f"{path}={name}" for path, name in sorted(choices.items()))
-        if key not in found:
+        if key not in ratios:
             net = kept_copy(supernet)
             x = _images(net, input_size, config.batch_size)
             longer = dataclasses.replace(config, rounds=_WHOLE_ROUNDS * config.rounds)
             whole = _call(merged_model(net, {}), x, longer)
-            ratio, _ = _ratio(whole, merged_model(net, choices), x, longer, _noise_in(table, table.whole))
-            found[key] = table.whole * ratio
-            save_json(known, found)
-        return found[key]
+            subnet = merged_model(net, choices)
+            ratios[key], _ = _ratio(whole, subnet, x, longer, _noise_in(table, table.whole))
+            save_json(known, {"conditions": table.conditions, "ratios": ratios})
+        return table.whole * ratios[key]
 
     return measure_ms
 

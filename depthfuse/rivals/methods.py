@@ -139,7 +139,7 @@ class Trial:
                     self.run.size,
                     config.latency,
                     self.latency,
-                    self.folder.parent / "subnets_ms.json",
+                    self.folder.parent / "subnets.json",
                 ),
             )
             assert result.spec is not None

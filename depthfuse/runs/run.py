@@ -315,7 +315,7 @@ class Run:
             settle=None if fitted is None else fitted.settle,
             task=self.task,
             measure_ms=subnets_ms(
-                supernet, self.size, self.config.latency, latency, self.dir / "subnets_ms.json"
+                supernet, self.size, self.config.latency, latency, self.dir / "subnets.json"
             ),
         )
         save_text(self.dir / "front.csv", front_csv(result, latency, self.task))

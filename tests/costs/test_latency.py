@@ -27,6 +27,7 @@ from depthfuse.costs.latency import (
     make_latencies,
     measure_latencies,
     relative_errors,
+    subnets_ms,
 )
 from depthfuse.costs.prediction import predict_latencies
 from depthfuse.costs.table import CostTable
@@ -360,3 +361,29 @@ def test_a_real_measurement(tmp_path):
     table.check_plausible("the table")
     assert 0 < table.floor <= table.whole and table.cost(table.best()) > 0.89 * table.floor
     assert all(set(table.spread[path]) == set(names) for path, names in table.saved.items())
+
+
+def test_whole_subnets_are_measured_once(clock, tmp_path):
+    """By the table's measure; of this machine alone; and anew where the table is of another one."""
+    supernet, size = small("resnet")
+    table, known = measure_latencies(supernet, size, CONFIG), tmp_path / "subnets.json"
+    choices = dict(list(table.best().items())[:2])
+    measure_ms = subnets_ms(supernet, size, CONFIG, table, known)
+    measured = measure_ms(choices)
+    assert measured == pytest.approx(clock_ms(supernet, choices), rel=1e-6)
+    before = known.read_bytes()
+    assert measure_ms(choices) == measured and known.read_bytes() == before
+    assert subnets_ms(supernet, size, CONFIG, table, known)(choices) == measured
+    twice = dataclasses.replace(
+        table, conditions=table.conditions | {"model": "another"}, whole=2 * table.whole
+    )
+    assert subnets_ms(supernet, size, CONFIG, twice, known)(choices) == pytest.approx(2 * measured, rel=1e-6)
+    assert known.read_bytes() != before
+    elsewhere = dataclasses.replace(table, conditions=table.conditions | {"device": "another"})
+    assert subnets_ms(supernet, size, CONFIG, elsewhere, known) is None
+    assert subnets_ms(supernet, size, LatencyConfig(device="mi100"), table, known) is None
+
+
+def clock_ms(supernet, choices):
+    """What the fake clock takes for a subnet: its parameters."""
+    return count_parameters(merged_model(kept_copy(supernet), choices))

@@ -139,7 +139,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         if path.suffix in (".py", ".json") or path.name == "py.typed"
     }
     # rglob does not follow the symlinks
-    source |= {f"depthfuse/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
+    for suffix in ("py", "json"):
+        source |= {f"depthfuse/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob(f"*.{suffix}")}
     source |= {f"depthfuse/{path.relative_to(ROOT)}" for path in (ROOT / "csrc").glob("*pu/*")}
     data = {f"depthfuse/data/fashion_mnist/{name}" for name in ("subset.xz", "LICENSE", "README.md")}
     assert names == source | data

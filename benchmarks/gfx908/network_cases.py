@@ -19,6 +19,25 @@ _FEW_IMAGES = (1, 8, 32, 128)
 
 
 @dataclass(frozen=True)
+class LaunchRow:
+    """What each row of a table says of its launch.
+
+    Attributes:
+        plain, merged: how many layers of the network are this operator, as it comes and with every block merged, where
+            no block runs in one launch.
+    """
+
+    triton: str
+    network: str
+    batch: int
+    op: str
+    dtype: str
+    shape: str
+    plain: int
+    merged: int
+
+
+@dataclass(frozen=True)
 class NetworkCase:
     """An operator of a network, in a dtype. small: images -> the same for so many, fewest first; layers: that it is,
     see `unique_cases`.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.gfx908.launches import TARGET
-from benchmarks.gfx908.network_cases import NetworkCase, cases_of
+from benchmarks.gfx908.network_cases import LaunchRow, NetworkCase, cases_of
 from benchmarks.gfx908.times import cache_of_times, simulated
 from benchmarks.kernels.resources import Resources, resources_of
 from depthfuse.kernels.conv2d import FLAT_BELOW
@@ -29,7 +29,7 @@ _SPLITS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(LaunchRow):
     """One launch in one configuration.
 
     Attributes:
@@ -37,14 +37,6 @@ class Row:
         chosen: whether it is the heuristic's. The others are as in `times.Row`.
     """
 
-    triton: str
-    network: str
-    batch: int
-    op: str
-    dtype: str
-    shape: str
-    plain: int
-    merged: int
     request: str
     config: str
     chosen: bool

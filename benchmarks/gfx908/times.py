@@ -18,7 +18,7 @@ import triton
 from benchmarks.gfx908.busy import CLOCK_MHZ
 from benchmarks.gfx908.cycles import ComputeUnit, Parameters
 from benchmarks.gfx908.launches import TARGET, program_of
-from benchmarks.gfx908.network_cases import NetworkCase, cases_of
+from benchmarks.gfx908.network_cases import LaunchRow, NetworkCase, cases_of
 from benchmarks.gfx908.sampling import sample
 from benchmarks.gfx908.trace import Event, Trace
 from benchmarks.kernels.prove import tile_of
@@ -44,26 +44,17 @@ Workgroup = list[list[Event]]
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(LaunchRow):
     """One launch of a network.
 
     Attributes:
-        plain, merged: see units.py.
         resident: workgroups that a compute unit has at once.
         kind: "matrix" or "vector": which units do the arithmetic. flops, bytes_moved: what the roofline is made of.
         simulated_us, roofline_us: of the whole launch. share: the second of the first.
         vector, matrix, lds, cache: the share of the time in which each unit is busy.
     """
 
-    triton: str
-    network: str
-    batch: int
-    op: str
-    dtype: str
-    shape: str
     tile: str
-    plain: int
-    merged: int
     workgroups: int
     resident: int
     kind: str

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.gfx908.busy import CLOCK_MHZ, UNITS, Busy
 from benchmarks.gfx908.launches import TARGET, program_of
-from benchmarks.gfx908.network_cases import NetworkCase, cases_of
+from benchmarks.gfx908.network_cases import LaunchRow, NetworkCase, cases_of
 from benchmarks.gfx908.sampling import sample
 from benchmarks.kernels.prove import tile_of
 from benchmarks.kernels.resources import key_of
@@ -25,12 +25,10 @@ _DEVICE = DEVICES["gfx908"]
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(LaunchRow):
     """One launch of a network.
 
     Attributes:
-        plain, merged: how many layers of the network are this operator, as it comes and with every block merged, where
-            no block runs in one launch.
         executed: instructions of one workgroup, all its waves.
         vector, matrix, scalar, lds, cache: clocks that each unit is busy with one workgroup, the waves spread evenly
             over the four SIMDs.
@@ -41,15 +39,7 @@ class Row:
         share: roofline_us of bound_us.
     """
 
-    triton: str
-    network: str
-    batch: int
-    op: str
-    dtype: str
-    shape: str
     tile: str
-    plain: int
-    merged: int
     workgroups: int
     waves: int
     executed: int

@@ -126,7 +126,10 @@ def test_merges_that_lose_end_the_search(latency):
 
 def test_of_those_within_the_budget_the_least_pruned_is_taken():
     limit_ms = TABLE.whole / 1.8
-    true = lambda c: TABLE.whole - 1.5 * (TABLE.whole - TABLE.cost(c))  # noqa: E731
+
+    def true(choices):
+        return TABLE.whole - 1.5 * (TABLE.whole - TABLE.cost(choices))
+
     found = find_measured(prefix_within, TABLE, limit_ms, true, unpruned)
     assert true(found) <= 1.000001 * limit_ms
     assert true(dict(list(found.items())[:-1])) > 1.000001 * limit_ms

@@ -108,7 +108,10 @@ def test_a_launch_takes_it(monkeypatch):
     weight = torch.empty(sizes["out_channels"], sizes["channels"], 3, 3, dtype=torch.float16, device="meta")
     y = empty_image((x.shape[0], sizes["out_channels"], side, side), x)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    plan = lambda: conv2d.plan(x, weight, NO_TAIL, y, Window(padding=(1, 1)), config=None, target=MI100)  # noqa: E731
+
+    def plan():
+        return conv2d.plan(x, weight, NO_TAIL, y, Window(padding=(1, 1)), config=None, target=MI100)
+
     arguments = plan().arguments
     assert [arguments[f"BLOCK_{axis}"] for axis in "MNK"] == [entry.config[f"block_{axis}"] for axis in "mnk"]
     usual = conv2d.config_for(sizes["pixels"], x.shape[1], y.shape[1], 9, 1, torch.float16, MI100)

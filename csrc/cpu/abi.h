@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 
-constexpr int32_t kAbiVersion = 5;
+constexpr int32_t kAbiVersion = 6;
 
 #define DF_API __attribute__((visibility("default")))
 
@@ -75,6 +75,8 @@ DF_API void* df_plan_create(const df_tensor* tensors, int32_t tensor_count, cons
 // second caller waits. `milliseconds`, where it is not nullptr, is given what each node took.
 DF_API void df_plan_run(void* plan, const float* const* inputs, float* const* outputs, int32_t threads,
                         double* milliseconds);
+// 1 where all values lie in (-limit, limit), which NaN does not, else 0.
+DF_API int32_t df_all_within(const float* values, int64_t count, float limit);
 // Bytes of the plan's own memory: what lies between its nodes, and the packed weights.
 DF_API int64_t df_plan_bytes(const void* plan);
 DF_API void df_plan_destroy(void* plan);

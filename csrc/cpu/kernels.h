@@ -95,6 +95,10 @@ struct Kernels {
   const TileKernels* tiles;  // nullptr where there are none
   // Output rows [first, last) of n * h.
   void (*depthwise)(const DepthwiseTask&, int first, int last);
+  // Whether all values lie in (-limit, limit): NaN does not.
+  bool (*all_within)(const float* values, int64_t count, float limit);
+  // Three planes' values, pixel by pixel.
+  void (*weave_planes)(const float* first, const float* second, const float* third, float* pixels, int count);
   void (*max_pool)(const View& x, const View& y, const Window&, int first, int last);
   // Divided by how many pixels lie under the window, or, where `padded`, under it and in the padding.
   void (*average_pool)(const View& x, const View& y, const Window&, bool padded, int first, int last);

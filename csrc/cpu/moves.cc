@@ -86,6 +86,11 @@ void Plan::add_planes(const df_node& node, int index) {
     parallel_for(pieces, run.threads, [&](int piece, int) {
       for (int row = cut(rows, pieces, piece); row < cut(rows, pieces, piece + 1); ++row) {
         const int n = row / from.h, p = row % from.h;
+        if (reading && from.c == 3 && to.pixel == 3) {
+          const float* image = from.data + int64_t(n) * 3 * plane + int64_t(p) * from.w;
+          kernels().weave_planes(image, image + plane, image + 2 * plane, to.data + n * to.image + p * to.row, from.w);
+          continue;
+        }
         for (int c = 0; c < from.c; ++c) {
           const int64_t at = (int64_t(n) * from.c + c) * plane + int64_t(p) * from.w;
           if (reading)

@@ -259,6 +259,10 @@ void df_plan_run(void* plan, const float* const* inputs, float* const* outputs, 
   static_cast<depthfuse::Plan*>(plan)->run(inputs, outputs, threads, milliseconds);
 }
 
+int32_t df_all_within(const float* values, int64_t count, float limit) {
+  return depthfuse::kernels().all_within(values, count, limit);
+}
+
 int64_t df_plan_bytes(const void* plan) { return static_cast<const depthfuse::Plan*>(plan)->bytes(); }
 
 void df_plan_destroy(void* plan) { delete static_cast<depthfuse::Plan*>(plan); }

@@ -142,6 +142,7 @@ int Plan::add_strips(const df_node* nodes, int index, int count) {
   const int rows = tensor(project.y).shape.n * tensor(project.y).shape.h;
   s.strip = 1;
   while (s.strip < rows && s.rows_under(s.strip + 1) * row <= std::max(kStripFloats, 2 * w.kernel_h * row)) ++s.strip;
+  if (s.strip < rows) s.strip = std::max(1, s.strip & ~1);  // rows are filtered in pairs
   for (int between : {depthwise.y, expands ? depthwise.x : depthwise.y}) forget(between);
   for (int i = index; i < at + 1; ++i) steps_.push_back({[](Run&) {}, -1});  // all of them run with the last
   const int x = expands ? s.expand.x : s.depthwise.x, y = project.y, residual = s.project.residual;
@@ -149,7 +150,8 @@ int Plan::add_strips(const df_node* nodes, int index, int count) {
   steps_.push_back({[=](Run& run) {
     const View from = run.view(x), to = run.view(y), added = residual == -1 ? View{} : run.view(residual);
     const int threads = run.threads;
-    const int pieces = even(std::max(std::min(threads, rows / 2), std::min(4 * threads, rows / kLeastRows)), threads);
+    const int pieces =
+        threads == 1 ? 1 : even(std::max(std::min(threads, rows / 2), std::min(4 * threads, rows / kLeastRows)), threads);
     parallel_for(pieces, threads, [&](int piece, int) {
       s.run(from, to, added, cut(rows, pieces, piece), cut(rows, pieces, piece + 1));
     });

@@ -164,6 +164,11 @@ class AcceleratedModel(nn.Module):
         """As the model. Raises TypeError, ValueError or AccelerationError for a call that cannot be made here; the
         model's own errors come out as they are.
         """
+        if len(args) == 1 and not kwargs and not torch.compiler.is_dynamo_compiling():
+            shortcut = self._executor.shortcut
+            output = None if shortcut is None else shortcut(args[0])
+            if output is not None:
+                return output
         call = self._call(args, kwargs)
         if torch.compiler.is_dynamo_compiling() or _are_traced(call):
             with torch.no_grad():

@@ -16,7 +16,7 @@ from pathlib import Path
 from depthfuse.measured_cache import cache_folder
 from depthfuse.native.building import BUILT, NAME, Missing, compile_engine, compiler, digest, made
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 
 class TensorSpec(ctypes.Structure):
@@ -67,6 +67,8 @@ def _loaded() -> ctypes.CDLL | str:
     ]  # fmt: skip
     loaded.df_plan_run.restype = None
     loaded.df_plan_run.argtypes = [pointer, pointer, pointer, ctypes.c_int32, pointer]
+    loaded.df_all_within.restype = ctypes.c_int32
+    loaded.df_all_within.argtypes = [pointer, ctypes.c_int64, ctypes.c_float]
     loaded.df_plan_bytes.restype = ctypes.c_int64
     loaded.df_plan_bytes.argtypes = [pointer]
     loaded.df_plan_destroy.restype = None

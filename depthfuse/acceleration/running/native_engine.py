@@ -65,7 +65,7 @@ def compiled(
         algorithms = fastest_of_bfloat16 if dtype is torch.bfloat16 else fastest_algorithm
     lowering = Lowering(graph, algorithms)
     shapes, single = lowering.lower(inputs)
-    return _Compiled(lowering.builder.build(), shapes, single, dtype)
+    return NativeCallable(lowering.builder.build(), shapes, single, dtype)
 
 
 def fastest_algorithm(
@@ -136,7 +136,7 @@ def fastest_of_bfloat16(shape: Sequence[int], filters: int, numbers: Sequence[in
 
 
 @dataclass(frozen=True, eq=False)
-class _Compiled:
+class NativeCallable:
     """Runs a native plan on tensors as PyTorch sees them."""
 
     plan: NativePlan
@@ -145,7 +145,7 @@ class _Compiled:
     dtype: torch.dtype  # of inputs and outputs
 
     def __call__(self, *inputs: Tensor) -> Any:
-        outputs = [torch.empty(shape, dtype=torch.float32) for shape in self.shapes]
+        outputs = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in self.shapes]
         self.plan.run([x.to(torch.float32).contiguous() for x in inputs], outputs)
         outputs = [y.to(self.dtype) for y in outputs]
         return outputs[0] if self.single else tuple(outputs)

@@ -48,18 +48,30 @@ def everywhere(algorithm):
     return choose
 
 
+def squared_error(outputs, wanted):
+    return (outputs.double() - wanted).square().sum()
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_whole_nets(name):
+    """No worse than three times PyTorch's own error, six times by Winograd's F(4,3).
+
+    Over many images: of a single one the largest error is chance, between 1 and 7 times that of PyTorch.
+    """
     model, x = net(name)
-    fast = accelerate(model, x, tune="off")
+    x = torch.randn(12, *x.shape[1:])
+    pairs = x.split(2)
+    fast = accelerate(model, pairs[0], tune="off")
     with torch.no_grad():
         wanted = copy.deepcopy(model).double()(x.double())
         eager = model(x)
     for algorithm in (native.DIRECT, native.TILES, *WINOGRAD):
-        run = compile_plan(fast.plan, (x,), everywhere(algorithm))
+        run = compile_plan(fast.plan, (pairs[0],), everywhere(algorithm))
         assert run is not None
-        assert relative_error(run(x), wanted) < max(2e-6, 6 * relative_error(eager, wanted))
-        assert torch.equal(run(x.to(memory_format=torch.channels_last)), run(x))
+        times = 6 if algorithm == native.WINOGRAD_4 else 3
+        y = torch.cat([run(pair) for pair in pairs])
+        assert squared_error(y, wanted) < times**2 * squared_error(eager, wanted)
+        assert torch.equal(run(pairs[0].to(memory_format=torch.channels_last)), y[:2])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -80,11 +92,7 @@ def test_whole_nets_of_half_precision(name, dtype):
     assert run is not None
     y = torch.cat([run(pair) for pair in pairs])
     assert y.dtype is dtype
-
-    def squared_error(outputs):
-        return (outputs.double() - wanted).square().sum()
-
-    assert 0 < squared_error(y) < 1.2 * squared_error(eager)
+    assert 0 < squared_error(y, wanted) < 1.2 * squared_error(eager, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

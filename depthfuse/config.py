@@ -209,8 +209,9 @@ class CompareConfig(PruneConfig):
     )
     """Which methods."""
     controls: tuple[str, ...] = ("longer", "scratch")
-    """Beside them: longer, the baseline trained on; scratch, the subnet of updp from random weights, for all epochs and
-    the baseline's, and with a supernet to find it, which methods that fit their blocks do without."""
+    """Beside them: longer, the baseline trained on by labels; smaller-images, the baseline on images so small that it
+    meets the budget; scratch, the subnet of updp from random weights, for all epochs and the baseline's, and with a
+    supernet to find it, which methods that fit their blocks do without."""
     budgets: tuple[str, ...] = ("speedup=1.3", "speedup=1.6")
     """One entry a budget, as name=value with the names of the search's budgets: speedup=1.26, blocks=6, macs=0.7."""
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -193,4 +193,9 @@ class SubnetSpec:
         return cls.from_document(read_json(path), where=str(path))
 
 
-__all__ = ["KEEP", "BlockChoice", "ModelSource", "SubnetSpec", "allow_keywords", "allow_origin"]
+def key_of(choices: Mapping[str, str]) -> str:
+    """A text that is equal for equal subnets, {path of a block: candidate}."""
+    return ",".join(f"{path}={name}" for path, name in sorted(choices.items()))
+
+
+__all__ = ["KEEP", "BlockChoice", "ModelSource", "SubnetSpec", "allow_keywords", "allow_origin", "key_of"]

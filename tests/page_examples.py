@@ -176,6 +176,7 @@ def comparison() -> str:
             "baseline_top1": 91.0,
             "choices": CHOICES,
             "channel_ratio": None,
+            "image_size": None,
             "macs": 2e6,
             "parameters": 1000.0,
             "seconds": 36.0,

@@ -34,6 +34,7 @@ TRIAL = {
     **{
         "choices": {"layer1.0": "compact"},
         "channel_ratio": None,
+        "image_size": None,
         "macs": 2e6,
         "parameters": 1000,
         "seconds": 2.5,

@@ -35,7 +35,7 @@ from depthfuse.log import progress
 from depthfuse.measuring.timing import quartiles, time_interleaved
 from depthfuse.merging.supernet import Supernet
 from depthfuse.merging.variants import kept_copy, merged_model, variants_of
-from depthfuse.spec import KEEP
+from depthfuse.spec import KEEP, key_of
 from depthfuse.untrusted import Positive
 
 log = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def subnets_ms(
         if known.exists():
             before = load_json(known, {"conditions": dict[str, Any], "ratios": dict[str, Positive]})
             ratios = before["ratios"] if before["conditions"] == table.conditions else {}
-        key = ",".join(f"{path}={name}" for path, name in sorted(choices.items()))
+        key = key_of(choices)
         if key not in ratios:
             net = kept_copy(supernet)
             x = _images(net, input_size, config.batch_size)

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ from depthfuse.data import has_no_classes
 from depthfuse.errors import BudgetError, ConfigError
 from depthfuse.measuring.counting import count_macs, count_parameters
 from depthfuse.measuring.timing import Timing, time_interleaved
+from depthfuse.merging.model_inputs import fixed_image_size
 from depthfuse.merging.supernet import Supernet
 from depthfuse.rivals import compare_page, compare_report
 from depthfuse.rivals.channels import prune_channels, ratio_within
+from depthfuse.rivals.images import OnSmaller, size_within
 from depthfuse.rivals.methods import METHODS, Trial, check_methods
 from depthfuse.runs.run import Run
 from depthfuse.runs.weights import load, load_strictly
@@ -41,7 +43,8 @@ from depthfuse.training.evaluation import evaluate
 
 log = logging.getLogger(__name__)
 
-_RATIOS = dict[str, float | None]  # of channels.json: {budget: share of the channels to remove}
+_SCALES = dict[str, float | None]  # of channels.json and smaller-images.json: what meets each budget
+Size = tuple[int, int, int]  # (C, H, W) of images
 STEPS = ("prepare", "train", "measure")
 
 
@@ -106,21 +109,38 @@ class Comparison:
         if not path.exists():
             run = self._run(out=self.dir / "prepare")
             run.latency(Supernet(run.build())).save(path)
-        ratios_path = self.dir / "channels.json"
-        ratios = load_json(ratios_path, _RATIOS) if ratios_path.exists() else {}
-        missing = [text for text in self.searches if text not in ratios]
-        if "channels" in self.methods and missing:
+        for name, find in (("channels", self._channel_ratio), ("smaller-images", self._image_size)):
+            path = self.dir / f"{name}.json"
+            scales = load_json(path, _SCALES) if path.exists() else {}
+            missing = [text for text in self.searches if text not in scales]
+            if name not in self.methods or not missing:
+                continue
             run = self._seed_run(self.config.seeds[0])
             for text in missing:
                 try:
-                    ratios[text] = self._channel_ratio(run, text)
+                    scales[text] = find(run, text)
                 except BudgetError as error:
                     log.warning("%s: %s", text, error)
-                    ratios[text] = None
-                save_json(ratios_path, ratios)
+                    scales[text] = None
+                save_json(path, scales)
 
     def _channel_ratio(self, run: Run, text: str) -> float:
         model = run.build().to(run.device).eval()
+        cost, limit = self._cost(run, text, model)
+        return ratio_within(lambda ratio: cost(prune_channels(model, run.size, ratio), run.size), limit)
+
+    def _image_size(self, run: Run, text: str) -> int:
+        model = run.build().to(run.device).eval()
+        if fixed_image_size(model) is not None:
+            raise BudgetError(f"{self.config.model} takes images of one size only")
+        cost, limit = self._cost(run, text, model)
+        channels, size, _ = run.size
+        return size_within(lambda smaller: cost(model, (channels, smaller, smaller)), limit, size)
+
+    def _cost(
+        self, run: Run, text: str, model: nn.Module
+    ) -> tuple[Callable[[nn.Module, Size], float], float]:
+        """What a net costs for images of a size, in the unit of a budget, and how much it may."""
         costs, latency = self._tables(run, text)
         space = SearchSpace(Supernet(model).options(), self.searches[text], costs, latency)
         if (
@@ -131,30 +151,27 @@ class Comparison:
         else:
             assert space.limit is not None
             limit = space.limit
-        x = torch.randn(self.config.latency.batch_size, *run.size, device=run.device)
+        settings = self.config.latency
         # a dozen nets are tried and dropped: their implementations are chosen by rule, and not by measurement
-        options: dict[str, Any] = {
-            "backend": self.config.latency.backend,
-            "tune": "heuristic",
-            "verify": False,
-        }
-        whole = accelerate(model, x, **options)
+        options: dict[str, Any] = {"backend": settings.backend, "tune": "heuristic", "verify": False}
+        images = torch.randn(settings.batch_size, *run.size, device=run.device)
+        whole = accelerate(model, images, **options)
 
-        def cost(ratio: float) -> float:
-            pruned = prune_channels(model, run.size, ratio)
+        def cost(net: nn.Module, size: Size) -> float:
             if costs.unit == "MACs":
-                return count_macs(pruned, run.size, run.device)
+                return count_macs(net, size, run.device)
             if costs.unit == "parameters":
-                return count_parameters(pruned)
-            settings = self.config.latency
+                return count_parameters(net)
             if settings.device != "here":
-                dtype = DTYPES[settings.dtype]
-                return predict_model_ms(pruned, run.size, settings.device, dtype, settings.batch_size)
-            fast = accelerate(pruned.eval(), x, **options)
-            times = _time({"whole": whole, "pruned": fast}, x, self.config.latency.rounds)
-            return costs.whole / times["pruned"].speedup_over(times["whole"])
+                return predict_model_ms(
+                    net, size, settings.device, DTYPES[settings.dtype], settings.batch_size
+                )
+            x = torch.randn(settings.batch_size, *size, device=run.device)
+            fast = accelerate(net.eval(), x, **options)
+            times = _time({"whole": (whole, images), "net": (fast, x)}, settings.rounds)
+            return costs.whole / times["net"].speedup_over(times["whole"])
 
-        return ratio_within(cost, limit)
+        return cost, limit
 
     def _tables(self, run: Run, text: str) -> tuple[CostTable, CostTable]:
         """(costs in the unit of a budget, latency)."""
@@ -173,7 +190,8 @@ class Comparison:
                 if self._is_done(folder) or self._done_elsewhere(seed, text, name):
                     continue
                 costs, latency = self._tables(run, text)  # and sets the run's budget
-                trial = Trial(run, costs, latency, folder, self._ratio(text))
+                ratio, size = self._scale("channels", text), self._scale("smaller-images", text)
+                trial = Trial(run, costs, latency, folder, ratio, None if size is None else int(size))
                 log.info("seed %d, %s, %s", seed, text, name)
                 try:
                     net, choices = METHODS[name].run(trial)
@@ -195,6 +213,7 @@ class Comparison:
                     "baseline_top1": baseline_top1,
                     "choices": choices,
                     "channel_ratio": trial.channel_ratio if choices is None else None,
+                    "image_size": net.size if isinstance(net, OnSmaller) else None,
                     "macs": count_macs(net, run.size, run.device),
                     "parameters": count_parameters(net),
                     "seconds": trial.seconds,
@@ -227,9 +246,9 @@ class Comparison:
     def _folder(self, seed: int, text: str, name: str) -> Path:
         return self.dir / f"seed{seed}" / text.replace("=", "-") / name
 
-    def _ratio(self, text: str) -> float | None:
-        path = self.dir / "channels.json"
-        return load_json(path, _RATIOS).get(text) if path.exists() else None
+    def _scale(self, name: str, text: str) -> float | None:
+        path = self.dir / f"{name}.json"
+        return load_json(path, _SCALES).get(text) if path.exists() else None
 
     # measure
 
@@ -249,11 +268,16 @@ class Comparison:
         known: dict[str, tuple[float, float]] = {}
         whole_ms = []
         for trial in trials:
-            key = f"{trial['choices']} {trial['channel_ratio']}"  # equal architectures run equally fast
+            # equal architectures run equally fast
+            key = f"{trial['choices']} {trial['channel_ratio']} {trial['image_size']}"
             if key not in known:
                 net = self._rebuild(run, trial).to(run.device).eval()
-                fast = accelerate(net, x, backend=self.config.latency.backend)
-                times = _time({"baseline": baseline, "net": fast}, x, max(15, self.config.latency.rounds))
+                given = x
+                if isinstance(net, OnSmaller):  # its user has smaller images, and need not reduce them
+                    net, given = net.net, net.reduced(x)
+                fast = accelerate(net, given, backend=self.config.latency.backend)
+                rounds = max(15, self.config.latency.rounds)
+                times = _time({"baseline": (baseline, x), "net": (fast, given)}, rounds)
                 known[key] = times["net"].median_ms, times["net"].speedup_over(times["baseline"])
                 whole_ms.append(times["baseline"].median_ms)
             trial["latency_ms"], trial["speedup"] = known[key]
@@ -293,6 +317,8 @@ class Comparison:
         if trial["choices"] is None:
             seed_run = self._seed_run(trial["seed"])  # which channels go depends on the baseline's weights
             net = prune_channels(seed_run.baseline(), run.size, trial["channel_ratio"])
+        elif trial["image_size"] is not None:
+            net = OnSmaller(run.build(), trial["image_size"])
         else:
             net = run.build()
         path = _weights(folder, trial["choices"])
@@ -312,9 +338,11 @@ def _weights(folder: Path, choices: Choices | None) -> Path:
     return folder / ("merged.safetensors" if choices else "weights.safetensors")
 
 
-def _time(nets: Mapping[str, nn.Module], x: torch.Tensor, rounds: int) -> dict[str, Timing]:
-    calls = {name: (lambda net=net: net(x)) for name, net in nets.items()}
-    return time_interleaved(calls, rounds=rounds, device=x.device)
+def _time(calls: Mapping[str, tuple[nn.Module, torch.Tensor]], rounds: int) -> dict[str, Timing]:
+    """Of nets on their inputs, in turn."""
+    device = next(x.device for _, x in calls.values())
+    runs = {name: (lambda net=net, x=x: net(x)) for name, (net, x) in calls.items()}
+    return time_interleaved(runs, rounds=rounds, device=device)
 
 
 def compare(config: CompareConfig, until: str = "measure") -> Path:

@@ -20,6 +20,7 @@ _MARKERS = "o^Dv"  # one after another, where there are more methods than colour
 _NET = {
     "choices": dict[str, str] | None,
     "channel_ratio": float | None,
+    "image_size": int | None,
     "top1": float,
     "loss": float,
     "baseline_top1": float,
@@ -110,7 +111,7 @@ def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
 def write(directory: Path, results: Mapping[str, Any]) -> None:
     """results.csv (every trial), report.md and its figure."""
     keys = ["budget", "method", "seed", "top1", "loss", "baseline_top1", "latency_ms", "speedup", "macs"]
-    keys += ["parameters", "seconds", "channel_ratio", "choices"]
+    keys += ["parameters", "seconds", "channel_ratio", "image_size", "choices"]
     out = io.StringIO()
     writer = csv.DictWriter(out, keys, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

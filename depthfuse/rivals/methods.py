@@ -29,6 +29,7 @@ from depthfuse.fitting.fitted import with_fitted
 from depthfuse.merging.supernet import Supernet
 from depthfuse.rivals.channels import prune_channels
 from depthfuse.rivals.gates import FoldingObjective, GatedNet, TopGatesObjective
+from depthfuse.rivals.images import OnSmaller
 from depthfuse.runs.run import Run
 from depthfuse.runs.weights import load_strictly
 from depthfuse.searching.search import search
@@ -47,8 +48,9 @@ Result = tuple[nn.Module, Choices | None]
 class Trial:
     """One method on one model, seed and budget.
 
-    run: holds the baseline, the supernet and the data of this seed. channel_ratio: the share of channels to remove that
-    meets the budget. seconds: wall time that the method has used beside the baseline's.
+    run: holds the baseline, the supernet and the data of this seed. channel_ratio, image_size: the share of channels to
+    remove, and the size of images, that meet the budget; None where none does.
+    seconds: wall time that the method has used beside the baseline's.
     """
 
     run: Run
@@ -56,6 +58,7 @@ class Trial:
     latency: CostTable
     folder: Path
     channel_ratio: float | None = None
+    image_size: int | None = None
     seconds: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -161,9 +164,9 @@ class Trial:
         self.run.calibrate(subnet)
         return self.run.merged(subnet), choices
 
-    def train_plain(self, net: nn.Module, epochs: int) -> nn.Module:
-        """Train a net without switches, with the same teacher and settings as subnets."""
-        settings = dataclasses.replace(self.run.config.finetune, epochs=epochs)
+    def train_plain(self, net: nn.Module, epochs: int, **changes: Any) -> nn.Module:
+        """Train a net without switches, with the same teacher and settings (but for `changes`) as subnets."""
+        settings = dataclasses.replace(self.run.config.finetune, epochs=epochs, **changes)
         net = net.to(self.run.device)
         self.fit(TaughtObjective(net, **self.run.teaching(settings)), "finetune", settings)
         return net.eval()
@@ -380,8 +383,17 @@ def channels(trial: Trial) -> Result:
 
 @method("longer", control=True, budget_free=True)
 def longer(trial: Trial) -> Result:
-    """Control: the baseline, nothing pruned, trained on for the same epochs with the same teacher."""
-    return trial.train_plain(trial.run.baseline(), trial.total_epochs()), {}
+    """Control: the baseline, nothing pruned, trained on for the same epochs, by labels: it is its own teacher."""
+    return trial.train_plain(trial.run.baseline(), trial.total_epochs(), distill=0.0), {}
+
+
+@method("smaller-images", control=True)
+def smaller_images(trial: Trial) -> Result:
+    """Control: the baseline, nothing pruned, on images so small that it meets the budget; all epochs for training."""
+    if trial.image_size is None:
+        raise BudgetError("no smaller images meet this budget, or the model takes one size only")
+    net = OnSmaller(trial.run.baseline(), trial.image_size)
+    return trial.train_plain(net, trial.total_epochs()), {}
 
 
 @method("scratch", control=True)

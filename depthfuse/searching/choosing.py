@@ -8,7 +8,7 @@ from depthfuse.costs.table import CostTable
 from depthfuse.errors import BudgetError
 from depthfuse.searching.scoring import SubnetScore
 from depthfuse.searching.space import Choices, SearchSpace
-from depthfuse.searching.strategies import key_of
+from depthfuse.spec import key_of
 
 Row = tuple[Choices, SubnetScore]
 _OFFERS = 3

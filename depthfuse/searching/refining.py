@@ -13,7 +13,7 @@ from collections.abc import Callable
 from depthfuse.costs.table import CostTable
 from depthfuse.errors import BudgetError
 from depthfuse.searching.space import TOLERANCE, Choices
-from depthfuse.searching.strategies import key_of
+from depthfuse.spec import key_of
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,13 @@ killed search, whose scores are kept, repeats itself.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from depthfuse.config import SearchConfig
 from depthfuse.errors import BudgetError
 from depthfuse.searching.space import Choices, Level, SearchSpace
+from depthfuse.spec import key_of
 
 Judge = Callable[[Choices], float]
 Walk = Callable[[SearchSpace, Judge, SearchConfig, random.Random], None]
@@ -107,11 +108,6 @@ def _distinct(draw: Callable[[], Choices], count: int, start: list[Choices] | No
         choices = draw()
         found.setdefault(key_of(choices), choices)
     return list(found.values())
-
-
-def key_of(choices: Mapping[str, str]) -> str:
-    """Equal for equal subnets."""
-    return ",".join(f"{path}={name}" for path, name in sorted(choices.items()))
 
 
 def importances(space: SearchSpace, judge: Judge) -> Importance:

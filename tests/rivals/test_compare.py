@@ -27,10 +27,12 @@ from depthfuse.measuring.counting import count_parameters
 from depthfuse.rivals.channels import prune_channels, ratio_within
 from depthfuse.rivals.compare import compare, parse_budget
 from depthfuse.rivals.compare_report import summarise, table_rows
+from depthfuse.rivals.images import OnSmaller, size_within
 from depthfuse.rivals.methods import METHODS
 from depthfuse.runs.reopening import reopen
 from depthfuse.training.evaluation import evaluate
 
+CONTROLS = tuple(name for name, method in METHODS.items() if method.control)
 CONFIG = CompareConfig(
     model="resnet18",
     model_kwargs=("channels=(8,12,16,24)", "layers=(2,2,1,1)", "in_chans=1"),
@@ -41,6 +43,7 @@ CONFIG = CompareConfig(
     finetune=FinetuneConfig(epochs=2, warmup_epochs=0.0, lambda_share=0.5),
     latency=LatencyConfig(rounds=1),
     methods=tuple(name for name, method in METHODS.items() if not method.control),
+    controls=CONTROLS,
     budgets=("macs=0.95",),
     seeds=(0, 1),
     cpu=True,
@@ -61,7 +64,7 @@ def finished(tmp_path_factory):
 
 def test_every_method_keeps_the_budget_and_is_reported(finished):
     results = load_json(finished.out / "results.json")
-    assert len(results["trials"]) == len([*finished.methods, "longer", "scratch"]) * 2
+    assert len(results["trials"]) == len([*finished.methods, *CONTROLS]) * 2
     for trial in results["trials"]:
         whole = results["baseline"]["macs"]
         if trial["method"] == "longer":
@@ -71,6 +74,9 @@ def test_every_method_keeps_the_budget_and_is_reported(finished):
         assert trial["latency_ms"] > 0 and 0 < trial["top1"] < 100 and trial["seconds"] > 0
     by = {(t["method"], t["seed"]): t for t in results["trials"]}
     for seed in (0, 1):
+        smaller = by["smaller-images", seed]
+        assert smaller["choices"] == {} and smaller["image_size"] == 20  # of 28
+        assert smaller["parameters"] == by["longer", seed]["parameters"]
         same = [by[name, seed]["choices"] for name in ("updp", "direct", "slab", "scratch")]
         assert all(choices == same[0] for choices in same)
         assert set(by["drop", seed]["choices"].values()) == {"drop"}
@@ -80,7 +86,7 @@ def test_every_method_keeps_the_budget_and_is_reported(finished):
     rows = list(csv.DictReader((finished.out / "results.csv").open()))
     assert len(rows) == len(results["trials"])
     report = (finished.out / "report.md").read_text()
-    assert all(f"| {name} |" in report for name in [*finished.methods, "longer", "scratch", "baseline"])
+    assert all(f"| {name} |" in report for name in [*finished.methods, *CONTROLS, "baseline"])
     page = (finished.out / "report.html").read_text()
     assert all(cell in page for row in table_rows(results) for cell in row)
     assert (finished.out / "comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -119,7 +125,7 @@ def test_a_budget_that_a_method_cannot_reach_is_said_and_stops_nobody(finished, 
 
 def test_what_is_done_is_not_repeated(finished, monkeypatch):
     monkeypatch.setattr(compare_module, "METHODS", {})  # nothing may run
-    monkeypatch.setattr(compare_module, "_time", lambda nets, x, rounds: pytest.fail("measured twice"))
+    monkeypatch.setattr(compare_module, "_time", lambda calls, rounds: pytest.fail("measured twice"))
     comparison = compare_module.Comparison.__new__(compare_module.Comparison)
     vars(comparison).update(vars(compare_module.Comparison(finished)), methods=list(finished.methods))
     comparison.prepare()
@@ -200,7 +206,7 @@ def test_bad_input_is_named(tmp_path):
             parse_budget(SearchConfig(), text)
     assert parse_budget(SearchConfig(blocks=3), "speedup=1.5") == SearchConfig(speedup=1.5)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(MethodError, match="unknown control 'updp'; known: longer, scratch"):
+    with pytest.raises(MethodError, match="unknown control 'updp'; known: longer, smaller-images, scratch"):
         compare(dataclasses.replace(CONFIG, controls=("updp",)))
 
 
@@ -241,3 +247,35 @@ def test_checkpoints_of_trials_that_are_done_are_cleared(finished):
         orphan.write_bytes(b"left")
     compare(finished, "train")
     assert len(orphans) > 4 and not list(finished.out.rglob("*.state"))
+
+
+def test_the_largest_images_within_a_budget():
+    assert size_within(lambda size: size**2, 1e4, 128) == 96
+    assert size_within(lambda size: size**2, 1e9, 128) == 120
+    with pytest.raises(BudgetError, match="images of 32 pixels do not reach 100"):
+        size_within(lambda size: size**2, 100, 128)
+
+
+def test_a_net_on_smaller_images():
+    net = OnSmaller(torch.nn.Identity(), 3)
+    constant = torch.full((2, 1, 9, 9), 0.5)
+    assert torch.allclose(net(constant), torch.full((2, 1, 3, 3), 0.5))
+    ramp = torch.arange(9.0).expand(1, 1, 9, 9)
+    assert net(ramp)[0, 0, 0].tolist() == pytest.approx([1.2, 4.0, 6.8], abs=0.21)  # means, not every third
+    assert net(ramp)[0, 0, 0, 1] == 4.0
+
+
+@pytest.mark.parametrize("model", ["deit_tiny_patch16_224"])
+def test_a_model_of_one_size_has_no_smaller_images(model, tmp_path):
+    config = dataclasses.replace(
+        CONFIG,
+        model=model,
+        model_kwargs=("img_size=28", "patch_size=7", "in_chans=1", "embed_dim=24", "depth=2", "num_heads=2"),
+        out=tmp_path,
+        methods=(),
+        controls=("smaller-images",),
+        seeds=(0,),
+    )
+    comparison = compare_module.Comparison(config)
+    with pytest.raises(BudgetError, match="takes images of one size only"):
+        comparison._image_size(comparison._run(out=tmp_path / "prepare"), "macs=0.95")

@@ -17,7 +17,8 @@ from pathlib import Path
 from depthfuse.config import SearchConfig
 from depthfuse.costs.table import CostTable
 from depthfuse.searching.space import SearchSpace
-from depthfuse.searching.strategies import STRATEGIES, key_of
+from depthfuse.searching.strategies import STRATEGIES
+from depthfuse.spec import key_of
 
 
 def main() -> None:

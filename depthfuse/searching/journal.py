@@ -14,7 +14,7 @@ from depthfuse.errors import CheckpointError
 from depthfuse.searching.intervals import Paired
 from depthfuse.searching.scoring import SubnetScore
 from depthfuse.searching.space import Choices
-from depthfuse.searching.strategies import key_of
+from depthfuse.spec import key_of
 from depthfuse.untrusted import MALFORMED, conform, parse_json
 
 _SHAPE = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 
 import torch.nn.functional as F
@@ -29,11 +30,12 @@ class OnSmaller(nn.Module):
 
 
 def size_within(cost: Callable[[int], float], limit: float, whole: int) -> int:
-    """The largest size below `whole` whose cost is within the limit, a multiple of 8 pixels below it.
+    """The largest size below `whole`, by multiples of 8 pixels, whose cost is within the limit, if larger images cost more.
 
     Raises BudgetError where none of at least a quarter of `whole` is.
     """
-    for size in range(whole - _STEP, whole // 4 - 1, -_STEP):
-        if cost(size) <= limit:
-            return size
-    raise BudgetError(f"images of {whole // 4} pixels do not reach {limit:.4g}")
+    sizes = list(range(whole - _STEP, whole // 4 - 1, -_STEP))
+    found = bisect.bisect_left(sizes, True, key=lambda size: cost(size) <= limit)
+    if found == len(sizes):
+        raise BudgetError(f"images of {whole // 4} pixels do not reach {limit:.4g}")
+    return sizes[found]

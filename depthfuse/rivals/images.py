@@ -30,7 +30,7 @@ class OnSmaller(nn.Module):
 
 
 def size_within(cost: Callable[[int], float], limit: float, whole: int) -> int:
-    """The largest size below `whole`, by multiples of 8 pixels, whose cost is within the limit, if larger images cost more.
+    """The largest size a multiple of 8 pixels below `whole` whose cost is within the limit, if larger images cost more.
 
     Raises BudgetError where none of at least a quarter of `whole` is.
     """

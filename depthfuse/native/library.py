@@ -47,6 +47,14 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+def ready() -> ctypes.CDLL | None:
+    """The engine's functions, where something has asked for them before: nothing is built or loaded for this."""
+    if not _loaded.cache_info().currsize:
+        return None
+    loaded = _loaded()
+    return None if isinstance(loaded, str) else loaded
+
+
 @functools.cache
 def _loaded() -> ctypes.CDLL | str:
     """The functions, or why there are none: a compiler that fails is not asked twice."""

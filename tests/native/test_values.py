@@ -1,19 +1,21 @@
 """What is asked of an input's values before the engine runs on it, with and without the engine."""
 
+import functools
+
 import pytest
 import torch
+from native_ops import needs_engine
 
-from depthfuse.native import values
+from depthfuse.native import library, values
 from depthfuse.native.values import all_within
 
 LIMIT = 100.0
 NOT = (float("nan"), float("inf"), -float("inf"), LIMIT, -LIMIT, 1e30)
 
 
-@pytest.fixture(params=[True, False], ids=["engine", "numpy"])
+@pytest.fixture(params=[pytest.param(True, marks=needs_engine), False], ids=["engine", "numpy"])
 def engine(request, monkeypatch):
-    if not request.param:
-        monkeypatch.setattr(values, "why_missing", lambda: "switched off")
+    monkeypatch.setattr(values, "ready", library.library if request.param else lambda: None)
 
 
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 63, 64, 65, 200])
@@ -42,3 +44,12 @@ def test_only_the_tensor_s_own_values_count():
     last[1, 2, 4, 4] = float("nan")
     assert not all_within(last, LIMIT) and not all_within(last.double(), LIMIT)
     assert all_within(torch.ones(5).double(), LIMIT)
+
+
+def test_nothing_is_built_to_look(monkeypatch):
+    @functools.cache
+    def loading():
+        pytest.fail("the engine was asked for")
+
+    monkeypatch.setattr(library, "_loaded", loading)
+    assert library.ready() is None and all_within(torch.ones(5), LIMIT)

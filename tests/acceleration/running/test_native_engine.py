@@ -1,6 +1,7 @@
 """Whole nets by the native engine: what `accelerate` chooses by default, saves, and falls back from."""
 
 import copy
+import functools
 import logging
 from dataclasses import replace
 
@@ -245,7 +246,7 @@ def test_the_report_names_what_runs_each_operation(always, monkeypatch, tmp_path
     assert set(column(profiled)) == {NATIVE} and column(profiled, "op by op") == bound
 
     monkeypatch.setenv("DEPTHFUSE_NATIVE", "0")
-    monkeypatch.setattr(library, "_loaded", lambda: "it is gone")
+    monkeypatch.setattr(library, "_loaded", functools.cache(lambda: "it is gone"))
     alone = load_accelerated(tmp_path / "fast", tune="heuristic", engines="own")
     assert any("conv" in name for name in operations_of_pytorch(alone, x))
     assert column(alone.report()) == [entry.implementation for entry in alone.made.named_entries()]

@@ -98,6 +98,25 @@ def test_exact_without_an_affine(case, act):
         assert torch.equal(y.double(), oracle.conv2d(x, weight, plain, window).value)
 
 
+@pytest.mark.parametrize("act", ["none", "relu6", "gelu"])
+@pytest.mark.parametrize("filters", [16, 40])
+def test_a_large_bias_is_rounded_once(filters, act):
+    """Products added to it one by one would err some ten times as much."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 576, 7, 7, generator=generator)
+    weight = torch.randn(filters, 576, 1, 1, generator=generator) / 24
+    bias = torch.full((filters,), 4096.0)
+    y = convolve(
+        x,
+        weight,
+        Window((1, 1), (0, 0), (1, 1)),
+        Tail(bias, -bias.expand(1, 7, 7, -1).permute(0, 3, 1, 2), None, None, act),
+    )
+    wanted = ACT[act](F.conv2d(x.double(), weight.double()))
+    error = (y.double() - wanted).square().mean().sqrt()
+    assert error < 2**-12  # half of the distance between numbers next to 4096
+
+
 @pytest.mark.parametrize("filters", range(1, 67))
 def test_writes_its_own_channels_only(filters):
     """A second convolution reads all of the first one's output, and the zeros around it."""

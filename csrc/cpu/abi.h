@@ -72,7 +72,8 @@ DF_API const char* df_isa();
 DF_API void* df_plan_create(const df_tensor* tensors, int32_t tensor_count, const df_node* nodes, int32_t node_count,
                      const float* weights, int64_t weight_count, char* error, int64_t error_size);
 // Inputs and outputs by `index`; as many as the plan has, each of its tensor's size. One run of a plan at a time: a
-// second caller waits. `milliseconds`, where it is not nullptr, is given what each node took.
+// second caller waits. `milliseconds`, where it is not nullptr, is given what each node took: 0 where it ran with the next
+// one that took more.
 DF_API void df_plan_run(void* plan, const float* const* inputs, float* const* outputs, int32_t threads,
                         double* milliseconds);
 // 1 where all values lie in (-limit, limit), which NaN does not, else 0.

@@ -230,9 +230,11 @@ void Plan::run(const float* const* inputs, float* const* outputs, int threads, d
     const auto start = std::chrono::steady_clock::now();
     if (step.output >= 0 && tensors_[step.output].shape.place == DF_ARENA)
       zero_border(tensors_[step.output], arena_.data() + tensors_[step.output].offset);
-    step.run(run);
-    if (milliseconds)
-      *milliseconds++ = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+    if (step.run) step.run(run);
+    if (milliseconds) {
+      const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - start;
+      *milliseconds++ = step.run ? std::max(took.count(), 1e-6) : 0.0;
+    }
   }
 }
 

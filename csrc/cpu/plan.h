@@ -159,7 +159,7 @@ struct Depthwise {
 };
 
 struct Step {
-  std::function<void(Run&)> run;
+  std::function<void(Run&)> run;  // none: it runs with the next step that has one
   int output;  // tensor, whose border is zeroed first
 };
 

@@ -1,5 +1,6 @@
 // An inverted residual in strips: a few rows are expanded, filtered and projected before the next ones, so that the
-// expanded tensor, several times as large as what goes in and comes out, stays in a core's cache.
+// expanded tensor, several times as large as what goes in and comes out, stays in a core's cache. One of both ends may be
+// missing, as the projection where a gate of all pixels comes before it.
 #include <cstring>
 
 #include "plan.h"
@@ -38,7 +39,7 @@ void zero_row(float* row, const View& v, int columns, bool whole) {
 }
 
 struct Strips {
-  bool expands;
+  bool expands, projects;
   Conv expand;
   Depthwise depthwise;
   Conv project;
@@ -77,8 +78,9 @@ void Strips::run_image(const View& x, const View& y, const View& residual, int n
   filtered.h = some_of_y.h;
   const int64_t product_floats =
       std::max(expands ? expand.scratch_floats(x, some_of_middle, some_of_middle.h * middle.w) : 0,
-               project.scratch_floats(filtered, some_of_y, filtered.h * y.w));
-  float* for_products = scratch(product_floats + expanded_floats + strip * filtered.row + 2 * kSlack);
+               projects ? project.scratch_floats(filtered, some_of_y, filtered.h * y.w) : 0);
+  const int64_t filtered_floats = projects ? strip * filtered.row : 0;
+  float* for_products = scratch(product_floats + expanded_floats + filtered_floats + 2 * kSlack);
   float* expanded = for_products + product_floats;
   filtered.data = expanded + expanded_floats + kSlack;
   int have = 0, have_until = 0;  // input rows of the strip before, in `expanded` from its start on
@@ -109,6 +111,11 @@ void Strips::run_image(const View& x, const View& y, const View& residual, int n
       filter.x = x;
       filter.x.data += n * x.image + int64_t(start) * w.stride_h * x.row;
     }
+    if (!projects) {
+      filter.y = rows_of(y, n, start, stop);
+      kernels().depthwise(filter, 0, stop - start);
+      continue;
+    }
     filtered.h = stop - start;
     filter.y = filtered;
     kernels().depthwise(filter, 0, filtered.h);
@@ -123,30 +130,34 @@ void Strips::run_image(const View& x, const View& y, const View& residual, int n
 int Plan::add_strips(const df_node* nodes, int index, int count) {
   const bool expands = is_pointwise(nodes[index]);
   const int at = index + expands;
-  if (at + 1 >= count || nodes[at].op != DF_DEPTHWISE || !is_pointwise(nodes[at + 1])) return 0;
-  const df_node &depthwise = nodes[at], &project = nodes[at + 1];
+  if (at >= count || nodes[at].op != DF_DEPTHWISE) return 0;
+  const df_node& depthwise = nodes[at];
   // What lies between is read by the next node alone, and by that as its input.
   auto only_between = [&](const df_node& from, const df_node& to) {
     return to.x == from.y && to.x2 != from.y && from.x2 == -1 && tensor(from.y).shape.place == DF_ARENA &&
            readers_[from.y] == 1;
   };
-  if (!only_between(depthwise, project) || (expands && !only_between(nodes[index], depthwise))) return 0;
+  if (depthwise.x2 != -1 || (expands && !only_between(nodes[index], depthwise))) return 0;
+  const bool projects = at + 1 < count && is_pointwise(nodes[at + 1]) && only_between(depthwise, nodes[at + 1]);
+  const int last = at + projects, x = expands ? nodes[index].x : depthwise.x, y = nodes[last].y;
+  if ((!expands && !projects) || x == y) return 0;
   if (tensor(expands ? depthwise.x : depthwise.y).floats() < kLeastFloats) return 0;
-  Strips s{expands};
+  Strips s{expands, projects};
   if (expands) s.expand = conv_of(nodes[index], index);
   s.depthwise = depthwise_of(depthwise, at);
-  s.project = conv_of(project, at + 1);
+  if (projects) s.project = conv_of(nodes[last], last);
   s.middle = tensor(depthwise.x).view(nullptr);
   const int64_t row = s.middle.w * int64_t(s.middle.c);
   const Window& w = s.depthwise.task.window;
-  const int rows = tensor(project.y).shape.n * tensor(project.y).shape.h;
+  const int rows = tensor(y).shape.n * tensor(y).shape.h;
   s.strip = 1;
   while (s.strip < rows && s.rows_under(s.strip + 1) * row <= std::max(kStripFloats, 2 * w.kernel_h * row)) ++s.strip;
   if (s.strip < rows) s.strip = std::max(1, s.strip & ~1);  // rows are filtered in pairs
-  for (int between : {depthwise.y, expands ? depthwise.x : depthwise.y}) forget(between);
-  for (int i = index; i < at + 1; ++i) steps_.push_back({[](Run&) {}, -1});  // all of them run with the last
-  const int x = expands ? s.expand.x : s.depthwise.x, y = project.y, residual = s.project.residual;
-  last_use_[x] = std::max(last_use_[x], at + 1);
+  if (expands) forget(depthwise.x);
+  if (projects) forget(depthwise.y);
+  for (int i = index; i < last; ++i) steps_.push_back({nullptr, -1});  // all of them run with the last
+  const int residual = projects ? s.project.residual : -1;
+  last_use_[x] = std::max(last_use_[x], last);
   steps_.push_back({[=](Run& run) {
     const View from = run.view(x), to = run.view(y), added = residual == -1 ? View{} : run.view(residual);
     const int threads = run.threads;
@@ -156,7 +167,7 @@ int Plan::add_strips(const df_node* nodes, int index, int count) {
       s.run(from, to, added, cut(rows, pieces, piece), cut(rows, pieces, piece + 1));
     });
   }, y});
-  return expands ? 3 : 2;
+  return last - index + 1;
 }
 
 }  // namespace depthfuse

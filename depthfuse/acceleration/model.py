@@ -121,7 +121,10 @@ class AcceleratedModel(nn.Module):
         yield from sorted(weights, key=lambda named: named[1].dtype != self.dtype)
 
     def profile(self, *args: Any, model: nn.Module | None = None, passes: int = 10, **kwargs: Any) -> Report:
-        """The report with what each operation costs in a call; takes a few runs of the model op by op.
+        """The report with what each operation costs in a call.
+
+        Where the native engine runs the call, latencies are its own, and their sum is the call's. Elsewhere operations
+        run one by one, to be told apart.
 
         Args:
             args, kwargs: as for a call. model: what this was made from, for the latencies of its layers; None leaves
@@ -140,7 +143,8 @@ class AcceleratedModel(nn.Module):
                 f"the plan is not made for a call like {call}: its example was {self._example()}"
             )
         with one_at_a_time:
-            entries = profile_entries(self._made, self._report.entries, call, model, passes)
+            engine = self._executor.engine_for(call)
+            entries = profile_entries(self._made, self._report.entries, call, model, passes, engine)
         return replace(self._report, entries=entries)
 
     def save(self, path: str | Path) -> None:

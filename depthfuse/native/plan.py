@@ -58,7 +58,10 @@ _ERROR_BYTES = 256
 
 @dataclass
 class Node:
-    """One operation, see df_node of csrc/cpu/abi.h; tensors of weights in the place of offsets."""
+    """One operation, see df_node of csrc/cpu/abi.h; tensors of weights in the place of offsets.
+
+    names: of the graph's operations that it computes.
+    """
 
     op: int
     x: int
@@ -73,6 +76,7 @@ class Node:
     bias: Tensor | None = None
     scale: Tensor | None = None
     shift: Tensor | None = None
+    names: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -192,7 +196,9 @@ class NativePlan:
     def profile(
         self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], threads: int | None = None, runs: int = 10
     ) -> list[float]:
-        """The least time in ms that each node took in so many runs, in their order; arguments as of `run`."""
+        """The least time in ms that each node took in so many runs, in their order: 0 for one that runs with the next
+        that takes more. Arguments as of `run`.
+        """
         self.run(inputs, outputs, threads)
         times = (ctypes.c_double * self._nodes)()
         least = [math.inf] * self._nodes

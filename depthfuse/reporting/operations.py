@@ -24,6 +24,7 @@ _COLUMNS = {
     "epilogue": ("epilogue", "{}"),
     "absorbed": ("absorbed layers", "{}"),
 }
+NATIVE = "native engine"  # as `depthfuse.acceleration` calls what tells the time of each of its operations
 
 
 def by_kind(rows: Sequence[Mapping[str, Any]]) -> Element | None:
@@ -35,7 +36,8 @@ def by_kind(rows: Sequence[Mapping[str, Any]]) -> Element | None:
     for row in rows:
         if row.get("latency_ms") is None:
             continue
-        key = str(row["op"]), str(row.get("op by op") or row["implementation"])
+        runs = row["implementation"]
+        key = str(row["op"]), str(runs if runs == NATIVE else row.get("op by op") or runs)
         count, latency_ms, before_ms = sums.get(key, (0, 0.0, 0.0))
         own_before = row.get("before_ms")
         before_ms = None if own_before is None or before_ms is None else before_ms + own_before

@@ -265,6 +265,13 @@ def fit_progressive(trial: Trial) -> Result:
     return trial.finetune(net, choices, epochs=trial.total_epochs())
 
 
+@method("fit-replacing")
+def fit_replacing(trial: Trial) -> Result:
+    """As fit-progressive, but lambda is a block's chance to be the original in a step."""
+    net, choices = _fitted(trial)
+    return trial.finetune(net, choices, mixing="random", epochs=trial.total_epochs())
+
+
 @method("replacing")
 def replacing(trial: Trial) -> Result:
     """As updp, but lambda is a block's chance to be the original in a step (BERT-of-Theseus, EMNLP 2020)."""

@@ -12,9 +12,13 @@ pytestmark = needs_engine
 POINTWISE = (1, 1, 1, 1, 0, 0, 1, 1)
 
 
+NOTHING, FILTERED, ALL = range(3)
+
+
 def block(x, expands, kernel, stride, padding, dilation, residual, watched, middle=72):
-    """(plan, its outputs, what they should be in float64, floats that lie between). watched: another node reads the
-    expanded tensor, so that it has to be there.
+    """(plan, its outputs, what they should be in float64, floats that lie between).
+
+    watched: what another node reads, so that it has to be there: what was filtered, and the expanded tensor.
     """
     generator = torch.Generator().manual_seed(3)
     n, h, w, c = x.shape
@@ -54,9 +58,9 @@ def block(x, expands, kernel, stride, padding, dilation, residual, watched, midd
         )
     )
     shapes = [(n, *size, c)]
-    if watched:
+    for seen in (filtered, expanded)[:watched]:
         mean = builder.tensor((n, 1, 1, middle), native.OUTPUT)
-        builder.nodes.append(Node(native.MEAN, filtered, mean))
+        builder.nodes.append(Node(native.MEAN, seen, mean))
         shapes.append((n, 1, 1, middle))
     planned = builder.build()
     outputs = [torch.full(shape, float("nan")) for shape in shapes]
@@ -97,14 +101,19 @@ def block(x, expands, kernel, stride, padding, dilation, residual, watched, midd
 def test_strips_give_the_same_bits(shape, expands, kernel, stride, padding, dilation, residual, threads):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(4))
     window = (expands, kernel, stride, padding, dilation, residual)
-    fused, outputs, wanted, between = block(x, *window, watched=False)
-    apart, others, _, _ = block(x, *window, watched=True)
+    fused, outputs, wanted, between = block(x, *window, watched=NOTHING)
+    half, halves, _, _ = block(x, *window, watched=FILTERED)
+    apart, others, _, _ = block(x, *window, watched=ALL)
     assert apart.bytes - fused.bytes > 0.9 * 4 * between  # it is fused, or this tests nothing
     assert apart.bytes > fused.bytes
     for _ in range(2):  # scratch memory is not clean the second time
         fused.run([x], outputs, threads)
+        half.run([x], halves, threads)
         apart.run([x], others, threads)
         assert torch.equal(outputs[0], others[0])
+        assert all(map(torch.equal, halves, others))
+    times = half.profile([x], halves, runs=1)
+    assert (times[1] == 0.0) == expands  # it ran with the depthwise convolution
     error = (outputs[0] - wanted).abs().max() / wanted.abs().max()
     assert error < 1e-5
 
@@ -113,8 +122,18 @@ def test_small_blocks_are_computed_one_after_the_other():
     """They stay in the cache, and strips of them would only expand rows twice."""
     x = torch.randn(1, 14, 14, 16)
     window = (True, (3, 3), (1, 1), (1, 1), (1, 1), True)
-    fused, outputs, wanted, between = block(x, *window, watched=False)
-    apart, *_ = block(x, *window, watched=True)
+    fused, outputs, wanted, between = block(x, *window, watched=NOTHING)
+    apart, *_ = block(x, *window, watched=ALL)
     assert apart.bytes - fused.bytes < 0.5 * 4 * between
     fused.run([x], outputs)
     assert (outputs[0] - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_what_runs_in_strips_takes_its_time_at_its_last_node():
+    x = torch.randn(1, 64, 64, 16)
+    window = (True, (3, 3), (1, 1), (1, 1), (1, 1), True)
+    fused, outputs, *_ = block(x, *window, watched=NOTHING)
+    copy, expand, depthwise, project = fused.profile([x], outputs, runs=3)
+    assert expand == depthwise == 0.0 < min(copy, project)
+    apart, outputs, *_ = block(x, *window, watched=ALL)
+    assert min(apart.profile([x], outputs, runs=3)) > 0.0

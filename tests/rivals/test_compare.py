@@ -80,7 +80,7 @@ def test_every_method_keeps_the_budget_and_is_reported(finished):
         same = [by[name, seed]["choices"] for name in ("updp", "direct", "slab", "scratch")]
         assert all(choices == same[0] for choices in same)
         assert set(by["drop", seed]["choices"].values()) == {"drop"}
-        fitted = [by[name, seed] for name in ("fit", "fit-direct", "fit-progressive")]
+        fitted = [by[name, seed] for name in ("fit", "fit-direct", "fit-progressive", "fit-replacing")]
         assert all(trial["choices"] == fitted[0]["choices"] for trial in fitted)
         assert fitted[0]["seconds"] < min(trial["seconds"] for trial in fitted[1:])
     rows = list(csv.DictReader((finished.out / "results.csv").open()))

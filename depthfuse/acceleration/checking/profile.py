@@ -1,13 +1,14 @@
 """What each operation of a plan costs: latency before and after, multiply-accumulates, bytes, and the roofline's time.
 
-Operations are timed one after another as the plan runs them op by op, because only so can they be told apart: where
-oneDNN Graph or a captured graph runs the whole, the sum is not its time.
+Where the native engine runs the whole, it says what each took. Elsewhere operations are timed one after another as the
+plan runs them op by op, because only so can they be told apart: where oneDNN Graph, another project's engine or a
+captured graph runs the whole, the sum is not its time.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -20,16 +21,24 @@ from depthfuse.acceleration.planning.own import main_dtype
 from depthfuse.acceleration.planning.parts import CallByCall, Given, parts_given, programs_given
 from depthfuse.acceleration.planning.plan import Cost, Entry, Plan
 from depthfuse.acceleration.planning.program import Call, CaptureError
+from depthfuse.acceleration.running.native_engine import NativeCallable
 from depthfuse.fused.layers import FusedConv2d, plain_ops
 from depthfuse.measuring.roofline import peaks_of
 
 
 def profile_entries(
-    plan: Plan, entries: tuple[Entry, ...], call: Call, model: nn.Module | None, passes: int
+    plan: Plan,
+    entries: tuple[Entry, ...],
+    call: Call,
+    model: nn.Module | None,
+    passes: int,
+    engine: NativeCallable | None = None,
 ) -> tuple[Entry, ...]:
     """`entries` of `plan` with their costs on `call`, which is in the plan's dtypes.
 
     Args:
+        engine: what runs the whole plan for this call, if it does. Operations that it runs as one share their time as
+            their rooflines do.
         model: what the plan was made from, for the latencies before; None to leave them out.
         passes: how often everything runs; the least time of each operation counts.
 
@@ -40,10 +49,19 @@ def profile_entries(
     peaks = peaks_of(plan.device, plan.dtype)
     costs: dict[tuple[str, str], Cost] = {}
     for name, given in parts.items():
-        latency_ms = _least_latencies(given, plan.device, passes)
-        for node, (macs, bytes_moved, matrix) in _count(given).items():
-            roofline_ms = peaks.least_ms(2 * macs, bytes_moved, matrix)
-            costs[name, node] = Cost(latency_ms[node], None, macs, bytes_moved, roofline_ms)
+        shown = {entry.node for entry in entries if entry.part == name}  # views are not
+        counts = {node: count for node, count in _count(given).items() if node in shown}
+        roofline_ms = {
+            node: peaks.least_ms(2 * count.macs, count.bytes_moved, count.matrix)
+            for node, count in counts.items()
+        }
+        if engine is None:
+            latency_ms = _least_latencies(given, plan.device, passes)
+        else:
+            latency_ms = _latencies_in_engine(engine, given, roofline_ms, passes)
+        for node, count in counts.items():
+            cost = Cost(latency_ms[node], None, count.macs, count.bytes_moved, roofline_ms[node])
+            costs[name, node] = cost
     before = {} if model is None else _latencies_before(plan, model, tuple(parts), call, passes)
     profiled = []
     for entry in entries:
@@ -101,6 +119,36 @@ def _latencies_before(
             f"{type(model).__name__} takes no such input ({error}): profile takes the model that was accelerated"
         ) from error
     return {part: _least_latencies(given, plan.device, passes) for part, given in theirs.items()}
+
+
+def _latencies_in_engine(
+    engine: NativeCallable, given: Given, roofline_ms: Mapping[str, float], passes: int
+) -> dict[str, float]:
+    """For each operation the latency in ms: 0 for one that the engine has no need of. Together they are a whole run.
+
+    What runs as one shares its time. Moves that are no operation of the plan belong to what came before them, those of
+    inputs to what comes first.
+    """
+    latency_ms = dict.fromkeys(roofline_ms, 0.0)
+    together: list[str] = []
+    waiting_ms = 0.0
+
+    def share() -> None:
+        whole_ms = sum(roofline_ms[name] for name in together)
+        for name in together:
+            latency_ms[name] += waiting_ms * roofline_ms[name] / whole_ms
+
+    ended = False
+    for names, took_ms in engine.profile(given.inputs, passes):
+        counted = [name for name in names if name in roofline_ms]
+        if ended and counted:
+            share()
+            together, waiting_ms, ended = [], 0.0, False
+        together.extend(name for name in counted if name not in together)
+        waiting_ms += took_ms
+        ended = took_ms > 0.0 and bool(together)
+    share()
+    return latency_ms
 
 
 @torch.no_grad()

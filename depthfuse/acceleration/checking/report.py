@@ -57,7 +57,8 @@ class Report:
         """The entries as a table of plain values; columns that nothing was measured for are left out.
 
         implementation: what runs an operation on the example. op by op: where that is an engine, or the model itself,
-        what would run it without, as an engine's plan for other shapes, and what latency_ms is of.
+        what would run it without, as an engine's plan for other shapes. latency_ms: in the native engine where that is
+        what runs, else op by op.
         """
         rows = []
         for entry in self.entries:

@@ -25,9 +25,10 @@ Example = tuple[tuple[tuple[int, ...], torch.dtype], ...]  # shape and dtype of 
 class Cost:
     """What one operation takes on one input.
 
-    latency_ms: as it runs in the plan, op by op. before_ms: of the layers that it stands for, as the model runs them,
-    or None where the model was not given. macs: multiply-accumulates. bytes_moved: each tensor that it reads or writes
-    counted once. roofline_ms: the least time that arithmetic or memory allow.
+    latency_ms: as it runs in the plan: in the native engine, where that runs the whole (0 where it has no need of the
+    operation), else op by op. before_ms: of the layers that it stands for, as the model runs them, or None where the
+    model was not given. macs: multiply-accumulates. bytes_moved: each tensor that it reads or writes counted once.
+    roofline_ms: the least time that arithmetic or memory allow.
     """
 
     latency_ms: float
@@ -38,8 +39,8 @@ class Cost:
 
     @property
     def roofline_percent(self) -> float:
-        """How much of the roofline's speed is reached; above 100 where the data were in a cache."""
-        return 100 * self.roofline_ms / self.latency_ms
+        """How much of the roofline's speed is reached; above 100 where data were in a cache, 0 where nothing runs."""
+        return 100 * self.roofline_ms / self.latency_ms if self.latency_ms > 0.0 else 0.0
 
 
 @dataclass(frozen=True)

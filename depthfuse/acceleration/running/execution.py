@@ -179,6 +179,18 @@ class Executor:
             return None
         return Shortcut(engine.plan, torch.Size(shape), torch.Size(engine.shapes[0]), _LARGE)
 
+    def engine_for(self, call: Call) -> NativeCallable | None:
+        """The native engine's plan, where that runs the whole of such a call."""
+        engine = self.compiled
+        shapes = tuple(tuple(x.shape) for x in call.tensors)
+        if (
+            not isinstance(engine, NativeCallable)
+            or self.eager is not None
+            or not self._is_compiled_for(shapes)
+        ):
+            return None
+        return engine
+
     @torch.no_grad()
     def __call__(self, call: Call) -> Any:
         if self.eager is not None:
@@ -215,10 +227,12 @@ class Executor:
         )
 
     def _run(self, *tensors: Tensor) -> Any:
-        fits = self.compiled is not None and tuple(tuple(x.shape) for x in tensors) == self.compiled_for
-        if fits and self.compiled_threads in (None, torch.get_num_threads()):
+        if self.compiled is not None and self._is_compiled_for(tuple(tuple(x.shape) for x in tensors)):
             return self.compiled(*tensors)
         return self.plan.module(*tensors) if self.graphs is None else self.graphs(*tensors)
+
+    def _is_compiled_for(self, shapes: tuple[tuple[int, ...], ...]) -> bool:
+        return shapes == self.compiled_for and self.compiled_threads in (None, torch.get_num_threads())
 
     def _swallows_nan(self) -> bool:
         # The modules last: a plan may have hundreds, and this is asked at each call.

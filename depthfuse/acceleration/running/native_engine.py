@@ -65,7 +65,8 @@ def compiled(
         algorithms = fastest_of_bfloat16 if dtype is torch.bfloat16 else fastest_algorithm
     lowering = Lowering(graph, algorithms)
     shapes, single = lowering.lower(inputs)
-    return NativeCallable(lowering.builder.build(), shapes, single, dtype)
+    names = [tuple(node.names) for node in lowering.builder.nodes]
+    return NativeCallable(lowering.builder.build(), shapes, single, dtype, names)
 
 
 def fastest_algorithm(
@@ -137,15 +138,31 @@ def fastest_of_bfloat16(shape: Sequence[int], filters: int, numbers: Sequence[in
 
 @dataclass(frozen=True, eq=False)
 class NativeCallable:
-    """Runs a native plan on tensors as PyTorch sees them."""
+    """Runs a native plan on tensors as PyTorch sees them.
+
+    names: for each of its nodes, the graph's operations that it computes.
+    """
 
     plan: NativePlan
     shapes: list[tuple[int, ...]]
     single: bool
     dtype: torch.dtype  # of inputs and outputs
+    names: list[tuple[str, ...]]
 
     def __call__(self, *inputs: Tensor) -> Any:
-        outputs = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in self.shapes]
-        self.plan.run([x.to(torch.float32).contiguous() for x in inputs], outputs)
+        outputs = self._empty()
+        self.plan.run(_as_it_reads(inputs), outputs)
         outputs = [y.to(self.dtype) for y in outputs]
         return outputs[0] if self.single else tuple(outputs)
+
+    def profile(self, inputs: Sequence[Tensor], runs: int) -> list[tuple[tuple[str, ...], float]]:
+        """For each node its names, and the least time in ms that it took in so many runs, see `NativePlan.profile`."""
+        times = self.plan.profile(_as_it_reads(inputs), self._empty(), runs=runs)
+        return list(zip(self.names, times, strict=True))
+
+    def _empty(self) -> list[Tensor]:
+        return [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in self.shapes]
+
+
+def _as_it_reads(inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [x.to(torch.float32).contiguous() for x in inputs]

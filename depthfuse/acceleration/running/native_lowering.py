@@ -56,8 +56,13 @@ class Lowering(fx.Interpreter):
         alone = isinstance(source, fx.Node) and len(source.users) == 1
         self.draft.writer = self._made.get(source) if alone else None
         result = super().run_node(n)
-        if len(self.builder.nodes) > before and isinstance(result, Value):
-            self._made[n] = self.builder.nodes[-1]
+        added = self.builder.nodes[before:]
+        for node in added:
+            node.names.append(n.name)
+        if added and isinstance(result, Value):
+            self._made[n] = added[-1]
+        elif self.draft.writer is not None:  # what wrote the input computes this, too, or it is a view
+            self.draft.writer.names.append(n.name)
         return result
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:

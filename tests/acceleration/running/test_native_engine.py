@@ -19,6 +19,8 @@ from depthfuse.acceleration.running.native_engine import WINOGRAD, compile_plan
 from depthfuse.measuring.accuracy import relative_error
 from depthfuse.native import library
 from depthfuse.native import plan as native
+from depthfuse.native.plan import NativePlan
+from depthfuse.reporting import operations
 
 import timm  # isort: skip
 
@@ -244,6 +246,8 @@ def test_the_report_names_what_runs_each_operation(always, monkeypatch, tmp_path
         assert column(each.report(), "op by op") == bound and NATIVE not in bound
     profiled = fast.profile(x, passes=1)
     assert set(column(profiled)) == {NATIVE} and column(profiled, "op by op") == bound
+    kinds = "".join(operations.by_kind(profiled.rows()).itertext())
+    assert operations.NATIVE == NATIVE and NATIVE in kinds and not any(name in kinds for name in bound)
 
     monkeypatch.setenv("DEPTHFUSE_NATIVE", "0")
     monkeypatch.setattr(library, "_loaded", functools.cache(lambda: "it is gone"))
@@ -251,6 +255,37 @@ def test_the_report_names_what_runs_each_operation(always, monkeypatch, tmp_path
     assert any("conv" in name for name in operations_of_pytorch(alone, x))
     assert column(alone.report()) == [entry.implementation for entry in alone.made.named_entries()]
     assert NATIVE not in column(alone.report()) and set(column(alone.report(), "op by op")) == {None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NETS)
+def test_a_profile_is_of_the_engine_that_runs(always, monkeypatch, name, dtype):
+    """Every operation has its share, and together they are the engine's own times."""
+    model, x = net(name)
+    fast = accelerate(model, x, dtype=dtype, engines="own")
+    x = x.to(dtype)
+    seen, usual = [], NativePlan.profile
+    monkeypatch.setattr(NativePlan, "profile", lambda *a, **k: seen.append(usual(*a, **k)) or seen[-1])
+    costs = [entry.cost for entry in fast.profile(x, passes=2).entries]
+    assert sum(cost.latency_ms for cost in costs) == pytest.approx(sum(seen[0]))
+    assert all(cost.latency_ms > 0 for cost in costs if cost.macs) and min(c.latency_ms for c in costs) >= 0
+    fast.profile(x[:1], passes=1)  # another batch runs op by op
+    assert len(seen) == 1
+
+
+def test_the_times_of_a_profile_are_where_they_were_spent(always, monkeypatch):
+    """A node's time is its operations'; one of 0 ran with the next; a move of the input is the first operation's."""
+    model, x = small()
+    fast = accelerate(model, x, engines="own")
+    names = fast._executor.compiled.names
+    times = [float(2**i) for i in range(len(names))]
+    times[2] = 0.0  # of the depthwise convolution, as if it ran with the next one
+    monkeypatch.setattr(NativePlan, "profile", lambda *a, **k: times)
+    costs = [entry.cost for entry in fast.profile(x, passes=1).entries]
+    assert names[0] == () and costs[0].latency_ms == times[0] + times[1]
+    shared, ways = times[3], [cost.roofline_ms for cost in costs[1:3]]
+    assert [cost.latency_ms for cost in costs[1:3]] == pytest.approx([shared * w / sum(ways) for w in ways])
+    assert sum(cost.latency_ms for cost in costs) == pytest.approx(sum(times))
 
 
 def test_the_report_says_where_the_model_itself_runs(always, monkeypatch, tmp_path):

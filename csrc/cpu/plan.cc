@@ -116,7 +116,8 @@ Plan::Plan(const df_tensor* tensors, int tensor_count, const df_node* nodes, int
     for (int read : {nodes[i].x, nodes[i].x2})
       if (read >= 0 && read < tensor_count) ++readers_[read];
   for (int i = 0; i < node_count;) {
-    const int fused = add_strips(nodes, i, node_count);
+    int fused = add_strips(nodes, i, node_count);
+    if (!fused) fused = add_pair(nodes, i, node_count);
     if (!fused) add_node(nodes[i], i);
     i += std::max(1, fused);
   }

@@ -206,8 +206,12 @@ class Plan {
   void add_planes(const df_node& node, int index);
   void add_constant(const df_node& node, int index);
 
-  // strips.cc: [expand,] depthwise and project as one step, where that pays: how many nodes it is, 0 where it is none.
+  // strips.cc: expand, depthwise and project, or without one of both ends, as one step, where that pays: how many nodes it is, 0 where it is none.
   int add_strips(const df_node* nodes, int index, int count);
+  // strips.cc: likewise the two products of an MLP.
+  int add_pair(const df_node* nodes, int index, int count);
+  // Whether what `from` writes is read by `to` alone, and by that as its input.
+  bool only_between(const df_node& from, const df_node& to) const;
   void forget(int tensor);  // a tensor that needs no memory
 
   std::vector<Tensor> tensors_;

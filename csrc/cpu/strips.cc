@@ -1,6 +1,6 @@
 // An inverted residual in strips: a few rows are expanded, filtered and projected before the next ones, so that the
 // expanded tensor, several times as large as what goes in and comes out, stays in a core's cache. One of both ends may be
-// missing, as the projection where a gate of all pixels comes before it.
+// missing, as the projection where a gate of all pixels comes before it. Likewise the two products of an MLP.
 #include <cstring>
 
 #include "plan.h"
@@ -12,6 +12,8 @@ namespace {
 constexpr int64_t kLeastFloats = 256 << 10;  // of the expanded tensor: what is smaller stays in the cache anyway
 constexpr int64_t kStripFloats = 96 << 10;   // of a strip of it
 constexpr int kLeastRows = 12;               // of a piece: rows above and below it are expanded twice
+constexpr int kLeastPixels = 56;             // of an MLP's strip: a few tiles of accumulators
+constexpr int64_t kMostWeights = 128 << 10;  // floats of an MLP: each strip reads all of them
 
 bool is_pointwise(const df_node& node) {
   const int32_t* p = node.p;
@@ -125,18 +127,49 @@ void Strips::run_image(const View& x, const View& y, const View& residual, int n
   }
 }
 
+// Two products of each pixel, with more channels between them.
+struct Pair {
+  Conv expand, project;
+  View middle;
+  int strip;  // rows
+
+  void run(const View& x, const View& y, const View& residual, int first, int last) const;
+};
+
+// Rows [first, last) of all images' rows.
+void Pair::run(const View& x, const View& y, const View& residual, int first, int last) const {
+  View between = middle;
+  between.n = 1, between.h = std::min(strip, middle.h);
+  between.pixel = middle.c, between.row = int64_t(middle.w) * middle.c;
+  const int most = between.h * between.w;
+  const int64_t product_floats = std::max(expand.scratch_floats(rows_of(x, 0, 0, between.h), between, most),
+                                          project.scratch_floats(between, rows_of(y, 0, 0, between.h), most));
+  float* for_products = scratch(product_floats + between.h * between.row + 2 * kSlack);
+  between.data = for_products + product_floats + kSlack;
+  for (int start = first, stop; start < last; start = stop) {
+    const int n = start / y.h, from = start % y.h;
+    stop = std::min({last, start + strip, (n + 1) * y.h});
+    const int to = from + stop - start;
+    between.h = stop - start;
+    const int pixels = between.h * between.w;
+    const View added = residual.data ? rows_of(residual, n, from, to) : View{};
+    expand.compute(rows_of(x, n, from, to), between, View{}, 0, pixels, 0, expand.panels, for_products);
+    project.compute(between, rows_of(y, n, from, to), added, 0, pixels, 0, project.panels, for_products);
+  }
+}
+
 }  // namespace
+
+bool Plan::only_between(const df_node& from, const df_node& to) const {
+  return to.x == from.y && to.x2 != from.y && from.x2 == -1 && tensor(from.y).shape.place == DF_ARENA &&
+         readers_[from.y] == 1;
+}
 
 int Plan::add_strips(const df_node* nodes, int index, int count) {
   const bool expands = is_pointwise(nodes[index]);
   const int at = index + expands;
   if (at >= count || nodes[at].op != DF_DEPTHWISE) return 0;
   const df_node& depthwise = nodes[at];
-  // What lies between is read by the next node alone, and by that as its input.
-  auto only_between = [&](const df_node& from, const df_node& to) {
-    return to.x == from.y && to.x2 != from.y && from.x2 == -1 && tensor(from.y).shape.place == DF_ARENA &&
-           readers_[from.y] == 1;
-  };
   if (depthwise.x2 != -1 || (expands && !only_between(nodes[index], depthwise))) return 0;
   const bool projects = at + 1 < count && is_pointwise(nodes[at + 1]) && only_between(depthwise, nodes[at + 1]);
   const int last = at + projects, x = expands ? nodes[index].x : depthwise.x, y = nodes[last].y;
@@ -168,6 +201,33 @@ int Plan::add_strips(const df_node* nodes, int index, int count) {
     });
   }, y});
   return last - index + 1;
+}
+
+int Plan::add_pair(const df_node* nodes, int index, int count) {
+  if (index + 1 >= count || !is_pointwise(nodes[index]) || !is_pointwise(nodes[index + 1])) return 0;
+  const df_node &expand = nodes[index], &project = nodes[index + 1];
+  if (!only_between(expand, project) || expand.x == project.y) return 0;
+  const int in = tensor(expand.x).shape.c, out = tensor(project.y).shape.c;
+  const Tensor& between = tensor(expand.y);
+  const int64_t c = between.shape.c, row = between.shape.w * c;
+  const int strip = int(std::max<int64_t>(1, std::min<int64_t>(between.shape.h, kStripFloats / row)));
+  const int rows = between.shape.n * between.shape.h;
+  if (c < 2 * in || c * (in + out) > kMostWeights || between.floats() < kLeastFloats || rows < 8 * strip ||
+      strip * between.shape.w < kLeastPixels)
+    return 0;
+  const Pair pair{conv_of(expand, index), conv_of(project, index + 1), between.view(nullptr), strip};
+  forget(expand.y);
+  const int x = expand.x, y = project.y, residual = pair.project.residual;
+  last_use_[x] = std::max(last_use_[x], index + 1);
+  steps_.push_back({nullptr, -1});  // it runs with the next one
+  steps_.push_back({[=](Run& run) {
+    const View from = run.view(x), to = run.view(y), added = residual == -1 ? View{} : run.view(residual);
+    const int pieces = even(std::min(4 * run.threads, rows / strip), run.threads);
+    parallel_for(pieces, run.threads, [&](int piece, int) {
+      pair.run(from, to, added, cut(rows, pieces, piece), cut(rows, pieces, piece + 1));
+    });
+  }, y});
+  return 2;
 }
 
 }  // namespace depthfuse

@@ -16,12 +16,12 @@ _GENTLE = {"epochs": 6, "lr": 2e-4, "distill": 1.0, "features": 1.0}
 EFFORTS: dict[str, dict[str, Any]] = {
     "quick": {"start": "fit", "train": False, "search": _QUICK_SEARCH},
     "normal": {"start": "fit", "search": _QUICK_SEARCH, "finetune": _GENTLE},
-    "thorough": {"search": {"metric": "loss"}, "finetune": {"epochs": 30}},
+    "thorough": {"start": "fit", "search": {"metric": "loss"}, "finetune": {**_GENTLE, "epochs": 30}},
 }
 ABOUT = {
     "quick": "minutes, no training and no labels: merged blocks are fitted",
     "normal": "fitted blocks, then some epochs of fine-tuning, taught by the original net; no labels needed",
-    "thorough": "a supernet is trained, the search scores many subnets, and fine-tuning is long",
+    "thorough": "as normal, but the search scores many subnets, and fine-tuning is five times as long",
 }
 
 

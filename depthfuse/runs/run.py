@@ -18,14 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from depthfuse.checkpoint import (
-    copy_file,
-    load_json,
-    load_tensors,
-    save_json,
-    save_tensors,
-    save_text,
-)
+from depthfuse.checkpoint import load_json, load_tensors, save_json, save_tensors, save_text
 from depthfuse.config import (
     FinetuneConfig,
     PruneConfig,
@@ -35,12 +28,12 @@ from depthfuse.config import (
     to_yaml,
 )
 from depthfuse.costs.counting import count_costs
-from depthfuse.costs.latency import conditions_of, make_latencies, subnets_ms
+from depthfuse.costs.latency import conditions_of, subnets_ms
 from depthfuse.costs.table import CostTable
 from depthfuse.data import DataBundle, has_no_classes, open_data
 from depthfuse.data.opening import check_fits
 from depthfuse.env import versions
-from depthfuse.errors import ConfigError, CostError
+from depthfuse.errors import ConfigError
 from depthfuse.fitting.calibration import Calibration
 from depthfuse.fitting.fitted import with_fitted
 from depthfuse.merging.merge import merge
@@ -50,6 +43,8 @@ from depthfuse.runs import expectation, figures, found, page, report
 from depthfuse.runs.answers import answering_classes, ask, give
 from depthfuse.runs.closing import Closing
 from depthfuse.runs.feeding import load_feeding, save_feeding
+from depthfuse.runs.latencies import make_table
+from depthfuse.runs.taking_over import take_over
 from depthfuse.runs.weights import load, load_strictly, take_given
 from depthfuse.searching.search import front_csv, search
 from depthfuse.searching.space import SearchSpace, budget_unit, check_one_budget
@@ -155,7 +150,7 @@ class Run:
         if load_feeding(self.dir) is None:  # also where a run of an earlier version goes on
             save_feeding(self.dir, self.data)
         if not (self.dir / "config.yaml").exists():
-            self._take_over()
+            take_over(self.config)
             save_text(self.dir / "config.yaml", to_yaml(self.config))
 
     @property
@@ -173,37 +168,6 @@ class Run:
 
     # Each stage returns what later ones need, and always as it is read from its artefact: what was just trained lies in
     # another memory format, so that the same weights would give other last digits than after a kill.
-
-    def _take_over(self) -> None:
-        """Copy what another run (`start_from`) has already worked out. Raises ConfigError where that run differs."""
-        start = self.config.start_from
-        if start is None:
-            return
-        here, there = to_dict(self.config), to_dict(load_yaml(start / "config.yaml", complete=True))
-        names = (
-            "model",
-            "task",
-            "model_kwargs",
-            "pretrained",
-            "weights",
-            "data",
-            "baseline",
-            "supernet",
-            "start",
-            "seed",
-        )
-        differing = [name for name in names if here[name] != there[name]]
-        if here["search"]["calibration_images"] != there["search"]["calibration_images"]:
-            differing.append("search.calibration_images")
-        if differing:
-            raise ConfigError(
-                f"cannot start from {start}: {', '.join(differing)} differ there. Give the same settings, or leave "
-                "start_from out"
-            )
-        weights = (f"{stem}.safetensors" for stem in ("baseline", "answers", "supernet"))
-        for name in ("latency.json", *weights, "search.jsonl"):
-            if (start / name).exists() and not (self.dir / name).exists():
-                copy_file(start / name, self.dir / name)
 
     def baseline(self) -> nn.Module:
         path = self.dir / "baseline.safetensors"
@@ -252,32 +216,11 @@ class Run:
         return self.supernet()
 
     def latency(self, supernet: Supernet) -> CostTable:
-        on_one(self.accelerator, lambda: self._make_latency(supernet))  # the others read what it measures
-        return on_all(self.accelerator, lambda: CostTable.load(self.dir / "latency.json"))
-
-    def _make_latency(self, supernet: Supernet) -> None:
         path, settings = self.dir / "latency.json", self.config.latency
-        if path.exists():  # what the run has been planned with stays, whatever the machine does today
-            table = CostTable.load(path)
-            if not table.lacking(supernet.options()) and not self._unfinished(table, supernet):
-                return
-        if settings.table is None:  # also goes on with a table that was cut short
-            make_latencies(supernet, self.size, settings, cache=path)
-            return
-        table = CostTable.load(settings.table)
-        if table.unit != "ms":
-            raise CostError(f"the cost table {settings.table} counts {table.unit}: give one in ms")
-        table.check_covers(supernet.options(), settings.table)
-        table.check_plausible(settings.table)
-        if not settings.foreign_table:
-            table.check_conditions(conditions_of(supernet, self.size, settings), settings.table)
-        table.save(path)
-
-    def _unfinished(self, table: CostTable, supernet: Supernet) -> bool:
-        """Whether the measurement of a table was cut short before its last step, and can go on here."""
-        settings = self.config.latency
-        own = settings.table is None and table.conditions == conditions_of(supernet, self.size, settings)
-        return own and table.floor is None
+        on_one(
+            self.accelerator, lambda: make_table(path, supernet, self.size, settings)
+        )  # the others read it
+        return on_all(self.accelerator, lambda: CostTable.load(path))
 
     def costs(self, supernet: Supernet) -> tuple[CostTable, CostTable]:
         """(in the budget's unit, in milliseconds)."""

@@ -144,7 +144,8 @@ class AcceleratedModel(nn.Module):
             )
         with one_at_a_time:
             engine = self._executor.engine_for(call)
-            entries = profile_entries(self._made, self._report.entries, call, model, passes, engine)
+            times = None if engine is None else engine.profile
+            entries = profile_entries(self._made, self._report.entries, call, model, passes, times)
         return replace(self._report, entries=entries)
 
     def save(self, path: str | Path) -> None:

@@ -8,7 +8,7 @@ captured graph runs the whole, the sum is not its time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,9 +21,12 @@ from depthfuse.acceleration.planning.own import main_dtype
 from depthfuse.acceleration.planning.parts import CallByCall, Given, parts_given, programs_given
 from depthfuse.acceleration.planning.plan import Cost, Entry, Plan
 from depthfuse.acceleration.planning.program import Call, CaptureError
-from depthfuse.acceleration.running.native_engine import NativeCallable
 from depthfuse.fused.layers import FusedConv2d, plain_ops
 from depthfuse.measuring.roofline import peaks_of
+
+# (inputs, passes) -> for each step of an engine the names of the operations that it computes, and its least time in ms:
+# 0 for one that runs with the next that takes more
+EngineTimes = Callable[[Sequence[Tensor], int], list[tuple[tuple[str, ...], float]]]
 
 
 def profile_entries(
@@ -32,13 +35,13 @@ def profile_entries(
     call: Call,
     model: nn.Module | None,
     passes: int,
-    engine: NativeCallable | None = None,
+    engine: EngineTimes | None = None,
 ) -> tuple[Entry, ...]:
     """`entries` of `plan` with their costs on `call`, which is in the plan's dtypes.
 
     Args:
-        engine: what runs the whole plan for this call, if it does. Operations that it runs as one share their time as
-            their rooflines do.
+        engine: tells the times of what runs the whole plan for this call, where that can tell. Operations that it runs
+            as one share their time as their rooflines do.
         model: what the plan was made from, for the latencies before; None to leave them out.
         passes: how often everything runs; the least time of each operation counts.
 
@@ -122,7 +125,7 @@ def _latencies_before(
 
 
 def _latencies_in_engine(
-    engine: NativeCallable, given: Given, roofline_ms: Mapping[str, float], passes: int
+    engine: EngineTimes, given: Given, roofline_ms: Mapping[str, float], passes: int
 ) -> dict[str, float]:
     """For each operation the latency in ms: 0 for one that the engine has no need of. Together they are a whole run.
 
@@ -139,7 +142,7 @@ def _latencies_in_engine(
             latency_ms[name] += waiting_ms * roofline_ms[name] / whole_ms
 
     ended = False
-    for names, took_ms in engine.profile(given.inputs, passes):
+    for names, took_ms in engine(given.inputs, passes):
         counted = [name for name in names if name in roofline_ms]
         if ended and counted:
             share()

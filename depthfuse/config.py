@@ -112,9 +112,9 @@ class SearchConfig:
     are few; or the divergence of the outputs from the unpruned net's (of class probabilities in nats, else as the task
     teaches), which needs no labels."""
     force: tuple[str, ...] = ()
-    """Blocks to prune in any case: "layer1.0", or with its candidate "layer1.0=compact"."""
+    """Blocks to prune in any case: "layer1.0", or with its candidate "layer1.0=compact"; "layer1.*" for several."""
     exclude: tuple[str, ...] = ()
-    """Blocks never to prune, or candidates never to take ("layer1.0=dense")."""
+    """Blocks never to prune, or candidates never to take: "layer1.0=dense", "*=dense" for none of the kind anywhere."""
     population: int = 24
     parents: int = 8
     generations: int = 4

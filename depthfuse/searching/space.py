@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import random
 from collections.abc import Mapping
 
@@ -66,10 +67,11 @@ class SearchSpace:
     ):
         self.costs = costs
         self.unit = budget_unit(config)
-        self.forced = _named_blocks(options, config.force, "force")
         excluded = _named_blocks(options, config.exclude, "exclude")
-        for path in self.forced:
-            if path in excluded:
+        self.forced: dict[str, list[str]] = {}
+        for path, names in _named_blocks(options, config.force, "force").items():
+            self.forced[path] = [name for name in names if name not in excluded.get(path, ())]
+            if not self.forced[path]:
                 raise BudgetError(f"block {path} is both forced and excluded")
         latency = latency or costs
         for table in (costs, latency):
@@ -199,15 +201,20 @@ class SearchSpace:
 def _named_blocks(
     options: Mapping[str, list[str]], entries: tuple[str, ...], verb: str
 ) -> dict[str, list[str]]:
-    """{path: candidates} from entries "path" (all its candidates) and "path=candidate"."""
+    """{path: candidates} from entries "path" (all its candidates) and "path=candidate", where a path may be a pattern
+    as file names have them: of the blocks it means, those that have the candidate."""
     named: dict[str, list[str]] = {}
     for entry in entries:
-        path, _, name = entry.partition("=")
-        if path not in options:
-            raise BudgetError(f"cannot {verb} block {path!r}: this model has {', '.join(options)}")
-        if name and name not in options[path]:
-            raise BudgetError(
-                f"cannot {verb} {entry!r}: the candidates of {path} are {', '.join(options[path])}"
-            )
-        named.setdefault(path, []).extend([name] if name else options[path])
+        pattern, _, name = entry.partition("=")
+        paths = [path for path in options if fnmatch.fnmatchcase(path, pattern)]
+        if not paths:
+            raise BudgetError(f"cannot {verb} block {pattern!r}: this model has {', '.join(options)}")
+        meant = {path: [name] if name else list(options[path]) for path in paths}
+        if name:
+            meant = {path: names for path, names in meant.items() if name in options[path]}
+        if not meant:
+            known = dict.fromkeys(other for path in paths for other in options[path])
+            raise BudgetError(f"cannot {verb} {entry!r}: the candidates of {pattern} are {', '.join(known)}")
+        for path, names in meant.items():
+            named.setdefault(path, []).extend(names)
     return named

@@ -256,6 +256,27 @@ def test_bad_names_list_the_known(supernet):
         search(supernet, None, SearchConfig(blocks=1, strategy="luck"))
 
 
+def test_names_may_be_patterns():
+    options = {"a.0": ["dense", "drop"], "a.1": ["dense"], "b.0": ["drop", "compact"]}
+    table = make_table(options)
+
+    def space(**settings):
+        return SearchSpace(options, SearchConfig(blocks=1, losing_merges=True, **settings), table)
+
+    assert space(exclude=("*=dense",)).options == {"a.0": ["drop"], "b.0": ["drop", "compact"]}
+    assert space(exclude=("a.*",)).options == {"b.0": ["drop", "compact"]}
+    assert space(force=("b.*",), exclude=("*=drop",)).forced == {"b.0": ["compact"]}
+    assert space(force=("a.?=drop",)).options["a.0"] == ["drop"]  # a.1 has none
+    with pytest.raises(BudgetError, match=r"cannot exclude block 'c\.\*': this model has a.0, a.1, b.0"):
+        space(exclude=("c.*",))
+    with pytest.raises(
+        BudgetError, match=r"cannot exclude 'a\.\*=tiny': the candidates of a\.\* are dense, drop"
+    ):
+        space(exclude=("a.*=tiny",))
+    with pytest.raises(BudgetError, match="block a.1 is both forced and excluded"):
+        space(force=("a.*",), exclude=("*=dense",))
+
+
 def test_a_front_holds_what_nothing_beats():
     points = [(3, 3, "c"), (1, 1, "a"), (2, 1, "worse"), (2, 2, "b"), (3, 2, "worse"), (4, 3, "no better")]
     assert pareto(points) == ["a", "b", "c"]

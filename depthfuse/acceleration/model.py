@@ -123,8 +123,8 @@ class AcceleratedModel(nn.Module):
     def profile(self, *args: Any, model: nn.Module | None = None, passes: int = 10, **kwargs: Any) -> Report:
         """The report with what each operation costs in a call.
 
-        Where the native engine runs the call, latencies are its own, and their sum is the call's. Elsewhere operations
-        run one by one, to be told apart.
+        Where the native engine runs the call, latencies are its own: the least of each, so that their sum is at most a
+        call's. Elsewhere operations run one by one, to be told apart.
 
         Args:
             args, kwargs: as for a call. model: what this was made from, for the latencies of its layers; None leaves

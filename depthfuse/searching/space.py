@@ -209,12 +209,10 @@ def _named_blocks(
         paths = [path for path in options if fnmatch.fnmatchcase(path, pattern)]
         if not paths:
             raise BudgetError(f"cannot {verb} block {pattern!r}: this model has {', '.join(options)}")
-        meant = {path: [name] if name else list(options[path]) for path in paths}
-        if name:
-            meant = {path: names for path, names in meant.items() if name in options[path]}
-        if not meant:
+        named_here = [path for path in paths if not name or name in options[path]]
+        if not named_here:
             known = dict.fromkeys(other for path in paths for other in options[path])
             raise BudgetError(f"cannot {verb} {entry!r}: the candidates of {pattern} are {', '.join(known)}")
-        for path, names in meant.items():
-            named.setdefault(path, []).extend(names)
+        for path in named_here:
+            named.setdefault(path, []).extend([name] if name else options[path])
     return named

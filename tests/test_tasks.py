@@ -494,7 +494,7 @@ def test_it_learns(task, build):
     result = fit(trained, data, TrainConfig(epochs=6, lr=6e-3), make_accelerator(cpu=True))
     after = evaluate(trained.net, data.val_loader(), task=task)
     assert after.loss < 0.7 * before.loss and after.top1 > before.top1
-    assert result.best_top1 == max(row[task.key] for row in result.history if task.key in row)
+    assert result.top1 in [row[task.key] for row in result.history if task.key in row]
 
 
 def test_a_supernet_of_dictionaries_is_trained():

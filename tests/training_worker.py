@@ -116,7 +116,7 @@ def main(folder: Path) -> None:
         settings = TrainConfig(epochs=1, lr=2e-3, warmup_epochs=0.0, ema_decay=ema_decay)
         state = folder / f"{name}.state"
         result = fit(Objective(trained), data, settings, accelerator, checkpoint=state)
-        facts[name] = [result.best_top1, top1(trained, data.holdout_loader())]
+        facts[name] = [result.top1, top1(trained, data.holdout_loader())]
         save_tensors(folder / f"{name}{rank}.safetensors", trained.state_dict())
 
     def error_of(objective: Objective, data: DataBundle, **options) -> str:

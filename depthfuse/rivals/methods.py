@@ -161,7 +161,6 @@ class Trial:
         objective = ProgressiveObjective(subnet, *schedule, settings.features, **self.run.teaching(settings))
         self.fit(objective, "finetune", settings)
         subnet.set_lambda(0.0)
-        self.run.calibrate(subnet)
         return self.run.merged(subnet), choices
 
     def train_plain(self, net: nn.Module, epochs: int, **changes: Any) -> nn.Module:

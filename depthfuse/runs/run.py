@@ -58,6 +58,7 @@ from depthfuse.training.processes import on_all, on_one
 
 log = logging.getLogger(__name__)
 
+_LEAST_IMAGES = 2048  # for the statistics of a net that is final; the search, which has many nets, takes fewer
 STAGES = ("baseline", "supernet", "search", "finetune", "merge", "compare")
 
 
@@ -280,14 +281,15 @@ class Run:
             fitted.fit_chosen()
             fitted.settle()
             subnet = supernet.subnet(spec, lam=0.0)
-        if self.config.train:
+        if self.config.train:  # which leaves the statistics of its batch norms right: see studies.md
             subnet.set_mixing(settings.mixing)
             schedule = settings.lambda_schedule, settings.lambda_share
             objective = ProgressiveObjective(subnet, *schedule, settings.features, **self.teaching(settings))
             self._fit(objective, "finetune", settings)
             subnet.set_lambda(0.0)
-        if self.config.train or self.config.start == "supernet":
-            self.calibrate(subnet)
+        elif self.config.start == "supernet":
+            images = self.config.search.calibration_images
+            calibrate(subnet, self.data, max(images, _LEAST_IMAGES) if images else 0)
         self._save_weights(subnet, path)
         return self.finetune()
 
@@ -315,11 +317,6 @@ class Run:
         if self.config.supernet.border_remedy:
             return merge(subnet.eval(), self.size)
         return merge(subnet.eval(), self.size, tolerance=float("inf"))  # wrong at the border, as asked
-
-    def calibrate(self, net: nn.Module) -> None:
-        """Re-estimate the statistics of a net that is trained, from more images than the search takes."""
-        images = self.config.search.calibration_images
-        calibrate(net, self.data, max(images, 2048) if images else 0)
 
     def merge(self) -> nn.Module:
         path = self.dir / "merged.safetensors"

@@ -15,7 +15,7 @@ from depthfuse.config import to_yaml
 from depthfuse.errors import ConfigError, FitError
 from depthfuse.fitting.fitted import Fitted
 from depthfuse.runs.run import Run, prune
-from depthfuse.training.evaluation import evaluate
+from depthfuse.training.evaluation import calibrate, evaluate
 
 FIT = dataclasses.replace(CONFIG, start="fit", train=False)
 
@@ -50,7 +50,7 @@ def test_fitted_blocks_are_nearer_to_the_original_than_merged_ones(finished):
     run = Run(dataclasses.replace(FIT, out=finished))
     bare = run.switched(run.baseline()).eval()
     bare.set_choices(run.search())
-    run.calibrate(bare)
+    calibrate(bare, run.data, 2048)
     images, _ = next(iter(run.data.val_loader()))
     with torch.no_grad():
         wanted, *found = (net.eval()(images) for net in (run.baseline(), run.finetune(), bare))

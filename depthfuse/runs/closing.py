@@ -12,11 +12,16 @@ import torch
 from torch import nn
 
 from depthfuse.acceleration import AcceleratedModel, Report, accelerate
-from depthfuse.config import DTYPES, LatencyConfig
+from depthfuse.config import DTYPES, LatencyConfig, SearchConfig
+from depthfuse.costs.latency import conditions_of
+from depthfuse.costs.table import CostTable
 from depthfuse.data import DataBundle
+from depthfuse.env import versions
 from depthfuse.measuring.counting import count_macs, count_parameters
 from depthfuse.measuring.timing import time_interleaved
-from depthfuse.runs.report import acceleration_document
+from depthfuse.merging.supernet import Supernet
+from depthfuse.runs.report import acceleration_document, check_budget
+from depthfuse.spec import ModelSource, SubnetSpec
 from depthfuse.tasks import Task
 from depthfuse.training.evaluation import evaluate
 
@@ -76,6 +81,39 @@ class Closing:
                 }
             )
         return rows
+
+    def document(
+        self,
+        source: ModelSource,
+        spec: SubnetSpec,
+        search: SearchConfig,
+        table: CostTable,
+        data: DataBundle,
+        task: Task,
+    ) -> dict[str, Any]:
+        """What results.json holds (`report.RESULTS`): `rows`, how they came about, and whether they meet the budget.
+
+        source, spec: of the net, and of what was pruned of it. search, table: what that was chosen by.
+        """
+        rows = self.rows(data, task)
+        supernet = Supernet(self.baseline)
+        conditions = conditions_of(supernet, self.size, self.settings)
+        choices = spec.mapping()
+        here = not table.differing(conditions)
+        return {
+            "model": source.name,
+            "model_kwargs": source.kwargs,
+            "metric": task.metric,
+            "conditions": conditions,
+            "versions": {name: found for name, found in versions().items() if found},
+            "chosen_by": table.conditions,
+            "noisy_latencies": table.noisy(),
+            "rows": rows,
+            "budget": check_budget(search, rows, choices, here),
+            "choices": choices,
+            "blocks": supernet.options(),
+            "accelerated": self.reports(),
+        }
 
     def reports(self) -> dict[str, Any]:
         """What `accelerate` found of the two nets that it made, each with what its operations cost."""

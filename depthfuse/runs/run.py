@@ -28,11 +28,10 @@ from depthfuse.config import (
     to_yaml,
 )
 from depthfuse.costs.counting import count_costs
-from depthfuse.costs.latency import conditions_of, subnets_ms
+from depthfuse.costs.latency import subnets_ms
 from depthfuse.costs.table import CostTable
 from depthfuse.data import DataBundle, has_no_classes, open_data
 from depthfuse.data.opening import check_fits
-from depthfuse.env import versions
 from depthfuse.errors import ConfigError
 from depthfuse.fitting.calibration import Calibration
 from depthfuse.fitting.fitted import with_fitted
@@ -58,7 +57,7 @@ from depthfuse.training.processes import on_all, on_one
 
 log = logging.getLogger(__name__)
 
-_LEAST_IMAGES = 2048  # for the statistics of a net that is final; the search, which has many nets, takes fewer
+_LEAST_IMAGES = 2048  # for the statistics of a net that is final; the search takes fewer
 STAGES = ("baseline", "supernet", "search", "finetune", "merge", "compare")
 
 
@@ -361,27 +360,10 @@ class Run:
     ) -> dict[str, Any]:
         settings = dataclasses.replace(self.config.latency, device="here")
         nets = Closing(baseline.to(self.device), pruned.to(self.device), merged, self.size, settings)
-        rows = nets.rows(self.data, self.task)
-        supernet = Supernet(nets.baseline)
         table = CostTable.load(self.dir / "latency.json")
-        conditions = conditions_of(supernet, self.size, settings)
-        choices = spec.mapping()
-        here = not table.differing(conditions)
-        return {
-            "model": self.source.name,
-            "model_kwargs": self.source.kwargs,
-            "metric": self.task.metric,
-            "conditions": conditions,
-            "versions": {name: found for name, found in versions().items() if found},
-            "chosen_by": table.conditions,
-            "noisy_latencies": table.noisy(),
-            "rows": rows,
-            "budget": report.check_budget(self.config.search, rows, choices, here),
-            "choices": choices,
-            "blocks": supernet.options(),
-            "merge": load_json(self.dir / "merge.json", report.MERGE)["summary"],
-            "accelerated": nets.reports(),
-        }
+        merging = load_json(self.dir / "merge.json", report.MERGE)["summary"]
+        document = nets.document(self.source, spec, self.config.search, table, self.data, self.task)
+        return document | {"merge": merging}
 
     def build(self) -> nn.Module:
         """The model before any training."""

@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class TrainResult:
-    """What `fit` leaves: the history, one row an evaluation and a few a epoch for the loss, and the score of the weights
-    that it ends with."""
+    """What `fit` leaves: the history, one row an evaluation and a few an epoch for the loss, and the score of the
+    weights that it ends with."""
 
     history: list[dict[str, Any]] = field(default_factory=list)
     top1: float | None = None  # the task's metric in percent, on held-out training images
@@ -94,8 +94,8 @@ def fit(
     """Train `objective.net` in place.
 
     It ends with the weights of the latest epoch whose score on the held-out images is within chance of the best
-    (`within_chance`), or the last, where none may be chosen. The highest score itself is mostly one of luck, of an epoch
-    whose learning rate had not come down yet: of 300 held-out images it cost up to 1.1 points of top-1 on 2,610 others
+    (`within_chance`), or the last, where none may be chosen. The highest score is mostly luck, of an epoch whose
+    learning rate had not come down yet: with 300 held-out images it cost up to 1.1 points of top-1 on 2,610 others
     (benchmarks/results/studies.md).
 
     With `checkpoint`, the state is saved there about every `checkpoint_seconds` and after each epoch, and training

@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 
-constexpr int32_t kAbiVersion = 6;
+constexpr int32_t kAbiVersion = 7;
 
 #define DF_API __attribute__((visibility("default")))
 
@@ -78,6 +78,10 @@ DF_API void df_plan_run(void* plan, const float* const* inputs, float* const* ou
                         double* milliseconds);
 // 1 where all values lie in (-limit, limit), which NaN does not, else 0.
 DF_API int32_t df_all_within(const float* values, int64_t count, float limit);
+// Numbers of 16 bits as float32, and float32 rounded to them, to even: bfloat16, or, where `half` is not 0, float16. NaN
+// stays one, of which bits is not said.
+DF_API void df_widen(const uint16_t* values, int64_t count, int32_t half, float* wide);
+DF_API void df_narrow(const float* values, int64_t count, int32_t half, uint16_t* narrowed);
 // Bytes of the plan's own memory: what lies between its nodes, and the packed weights.
 DF_API int64_t df_plan_bytes(const void* plan);
 DF_API void df_plan_destroy(void* plan);

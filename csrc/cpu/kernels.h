@@ -97,6 +97,9 @@ struct Kernels {
   void (*depthwise)(const DepthwiseTask&, int first, int last);
   // Whether all values lie in (-limit, limit): NaN does not.
   bool (*all_within)(const float* values, int64_t count, float limit);
+  // Numbers of 16 bits, bfloat16 or, where `half`, float16, as float32; and float32 rounded to them, to even.
+  void (*widen)(const uint16_t* values, int64_t count, bool half, float* wide);
+  void (*narrow)(const float* values, int64_t count, bool half, uint16_t* narrowed);
   // Three planes' values, pixel by pixel.
   void (*weave_planes)(const float* first, const float* second, const float* third, float* pixels, int count);
   void (*max_pool)(const View& x, const View& y, const Window&, int first, int last);

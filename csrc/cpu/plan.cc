@@ -266,6 +266,14 @@ int32_t df_all_within(const float* values, int64_t count, float limit) {
   return depthfuse::kernels().all_within(values, count, limit);
 }
 
+void df_widen(const uint16_t* values, int64_t count, int32_t half, float* wide) {
+  depthfuse::kernels().widen(values, count, half != 0, wide);
+}
+
+void df_narrow(const float* values, int64_t count, int32_t half, uint16_t* narrowed) {
+  depthfuse::kernels().narrow(values, count, half != 0, narrowed);
+}
+
 int64_t df_plan_bytes(const void* plan) { return static_cast<const depthfuse::Plan*>(plan)->bytes(); }
 
 void df_plan_destroy(void* plan) { delete static_cast<depthfuse::Plan*>(plan); }

@@ -16,7 +16,7 @@ from pathlib import Path
 from depthfuse.measured_cache import cache_folder
 from depthfuse.native.building import BUILT, NAME, Missing, compile_engine, compiler, digest, made
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 
 class TensorSpec(ctypes.Structure):
@@ -77,6 +77,9 @@ def _loaded() -> ctypes.CDLL | str:
     loaded.df_plan_run.argtypes = [pointer, pointer, pointer, ctypes.c_int32, pointer]
     loaded.df_all_within.restype = ctypes.c_int32
     loaded.df_all_within.argtypes = [pointer, ctypes.c_int64, ctypes.c_float]
+    for of_halves in (loaded.df_widen, loaded.df_narrow):
+        of_halves.restype = None
+        of_halves.argtypes = [pointer, ctypes.c_int64, ctypes.c_int32, pointer]
     loaded.df_plan_bytes.restype = ctypes.c_int64
     loaded.df_plan_bytes.argtypes = [pointer]
     loaded.df_plan_destroy.restype = None

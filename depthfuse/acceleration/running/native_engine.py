@@ -24,6 +24,7 @@ from depthfuse.native import plan as native
 from depthfuse.native.building import Missing
 from depthfuse.native.library import isa
 from depthfuse.native.plan import Builder, NativePlan, Node
+from depthfuse.native.values import cast, in_rows
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class NativeCallable:
     def __call__(self, *inputs: Tensor) -> Any:
         outputs = self._empty()
         self.plan.run(_as_it_reads(inputs), outputs)
-        outputs = [y.to(self.dtype) for y in outputs]
+        outputs = [cast(y, self.dtype) for y in outputs]
         return outputs[0] if self.single else tuple(outputs)
 
     def profile(self, inputs: Sequence[Tensor], runs: int) -> list[tuple[tuple[str, ...], float]]:
@@ -165,4 +166,4 @@ class NativeCallable:
 
 
 def _as_it_reads(inputs: Sequence[Tensor]) -> list[Tensor]:
-    return [x.to(torch.float32).contiguous() for x in inputs]
+    return [in_rows(cast(x, torch.float32)) for x in inputs]

@@ -13,13 +13,18 @@ from torch import Tensor
 
 from depthfuse.native.library import library
 from depthfuse.native.plan import NativePlan
+from depthfuse.native.values import cast
 
 
 @dataclass(frozen=True, eq=False)
 class Shortcut:
-    """Runs `plan` on a dense float32 tensor of exactly this shape, whose values lie in (-limit, limit)."""
+    """Runs `plan` on a dense tensor of exactly this shape, whose values lie in (-limit, limit).
+
+    dtype: of the accelerated model. It is given tensors of that, or float32, which is rounded to it.
+    """
 
     plan: NativePlan
+    dtype: torch.dtype
     shape: torch.Size
     output: torch.Size
     limit: float
@@ -28,15 +33,19 @@ class Shortcut:
         """The output, or None for anything that takes more to answer, or to refuse."""
         fits = (
             type(x) is Tensor
-            and x.dtype is torch.float32
+            and (x.dtype is self.dtype or x.dtype is torch.float32)
             and x.shape == self.shape
             and x.is_cpu
             and x.is_contiguous()
             and not x.is_neg()
             and not torch.is_autocast_enabled("cpu")
         )
-        if not fits or not library().df_all_within(x.data_ptr(), self.shape.numel(), self.limit):
+        if not fits:
+            return None
+        if self.dtype is not torch.float32:
+            x = cast(cast(x, self.dtype), torch.float32)
+        if not library().df_all_within(x.data_ptr(), self.shape.numel(), self.limit):
             return None
         y = torch.empty(self.output, dtype=torch.float32, device="cpu")
         self.plan.run_one(x, y, torch.get_num_threads())
-        return y
+        return cast(y, self.dtype)

@@ -73,6 +73,30 @@ def test_the_usual_call(fast, ways):
     assert torch.equal(y, kept)  # each call's output is its own
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_usual_call_of_16_bits(dtype, ways):
+    """With tensors of the model's dtype, and with float32, which is rounded to it."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9, 9)
+    fast = native_model(
+        accelerate(Net().eval(), x, dtype=dtype, tune="heuristic", verify=False, engines="own")
+    )
+    y = fast(x.to(dtype))
+    assert ways == ["shortcut"] and y.dtype is dtype
+    assert torch.equal(fast(x), y) and ways == ["shortcut", "shortcut"]
+    assert torch.equal(fast(x=x.to(dtype)), y) and torch.equal(fast(x=x), y) and ways[2:] == ["general"] * 2
+    torch.testing.assert_close(y, fast.original(x.to(dtype)), rtol=0.02, atol=0.02)
+    ways.clear()
+    other = torch.float16 if dtype is torch.bfloat16 else torch.bfloat16
+    for given in (x.to(other), x.double(), x.to(dtype).to(memory_format=torch.channels_last)):
+        torch.testing.assert_close(fast(given), y, rtol=0.02, atol=0.02)
+    for value in (float("nan"), float("inf")):
+        spoilt = x.to(dtype).index_fill(0, torch.tensor(1), value)
+        wanted = fast.original(spoilt)
+        assert torch.equal(fast(spoilt).isnan(), wanted.isnan())
+    assert "shortcut" not in ways
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -145,7 +169,6 @@ def test_more_than_one_output_and_chunks(fast):
         replace(executor, plan=replace(plan, writes_inputs=True)),
         replace(executor, plan=replace(plan, outputs=None)),
         replace(executor, compiled=replace(executor.compiled, single=False)),
-        replace(executor, compiled=replace(executor.compiled, dtype=torch.bfloat16)),
     ):
         assert other.shortcut is None
     whole = replace(executor, execution=replace(executor.execution, chunk=2))

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from depthfuse import _torchvision
+from depthfuse import _spinning, _torchvision
 from depthfuse._version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from depthfuse.spec import BlockChoice, ModelSource, SubnetSpec
     from depthfuse.training.schedule import Schedule
 
+_spinning.shorten()
 _torchvision.ensure_before_timm()
 
 __all__ = [

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from depthfuse import _spinning
 from depthfuse.devices import capability_of, cpu_name
 from depthfuse.native.library import in_words
 from depthfuse.ops import onednn, resolve_backend
@@ -79,6 +80,7 @@ def _cpu() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "native_engine": in_words(),
+        "openmp": _spinning.in_words(),
         "onednn_fused_dtypes": [_name(dtype) for dtype in _DTYPES if onednn.available(dtype)],
     }
 
@@ -116,6 +118,7 @@ def render() -> str:
         f"{'cpu':<12} {cpu['name']}, {cpu['capability']}, {cpu['cores']} cores, {cpu['threads']} threads"
     )
     lines.append(f"{'engine':<12} native: {cpu['native_engine']}")
+    lines.append(f"{'OpenMP':<12} {cpu['openmp']}")
     for index, gpu in enumerate(facts["gpus"]):
         lines.append(
             f"{f'cuda:{index}':<12} {gpu['name']}, {gpu['architecture']}, {gpu['memory_gib']} GiB, "

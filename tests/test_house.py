@@ -26,7 +26,7 @@ FLOORS = (
     ("spec", "measured_cache", "reporting"),
     ("checkpoint", "architecture", "log", "origins"),
     ("untrusted",),
-    ("devices", "effort", "errors", "shapes", "logits", "_torchvision", "_version"),
+    ("devices", "effort", "errors", "shapes", "logits", "_spinning", "_torchvision", "_version"),
 )
 # Inside acceleration, the same: a plan is made, checked and run, and last put together.
 ACCELERATION = (("api",), ("model",), ("saving",), ("checking", "running"), ("planning",))

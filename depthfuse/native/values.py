@@ -25,6 +25,8 @@ def all_within(x: Tensor, limit: float) -> bool:
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x.to(dtype)`, without a gradient where the engine does it: from float32 to 16 bits, and back."""
+    if x.dtype is dtype:
+        return x
     engine = ready()
     pair = {x.dtype, dtype} - {torch.float32}
     (half,) = pair if len(pair) == 1 else (None,)

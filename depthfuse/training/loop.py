@@ -95,7 +95,7 @@ def fit(
 
     It ends with the weights of the latest epoch whose score on the held-out images is within chance of the best
     (`within_chance`), or the last, where none may be chosen. The highest score is mostly luck, of an epoch whose
-    learning rate had not come down yet: with 300 held-out images it cost up to 1.1 points of top-1 on 2,610 others
+    learning rate had not come down yet: with 300 held-out images it cost up to 1.0 points of top-1 on 2,610 others
     (benchmarks/results/studies.md).
 
     With `checkpoint`, the state is saved there about every `checkpoint_seconds` and after each epoch, and training

@@ -127,8 +127,19 @@ class SearchConfig:
     calibration_images: int = 512
     """Training images for re-estimating batch norm statistics of each candidate subnet; 0 takes them as they are.
     Candidates that are fitted (`start`) are fitted on them."""
+    finalists: int = 1
+    """Train this many of the best subnets within the budget for `finalist_epochs` each, and take the one whose outputs
+    then diverge least from the original net's: scores of untrained subnets tell little of what training makes of them.
+    1 takes the best by score, as a run that does not train (`train`) always does."""
+    finalist_epochs: int = 1
+    """The epochs of each, by the settings of `finetune`, its blocks pruned at once."""
     losing_merges: bool = False
     """Allow merges that are no faster than the block they replace on this device."""
+
+    def __post_init__(self) -> None:
+        for name in ("finalists", "finalist_epochs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -247,7 +258,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 # Entries that came later. A run of before did what their defaults do.
-_ADDED = ("task", "points", "start", "train", "features")
+_ADDED = ("task", "points", "start", "train", "features", "finalists", "finalist_epochs")
 
 
 def from_dict(cls: type, values: Any, where: str = "config", complete: bool = False) -> Any:

@@ -13,16 +13,25 @@ _QUICK_SEARCH = {"strategy": "milp", "metric": "loss"}
 # benchmarks/results/studies.md.
 _GENTLE = {"epochs": 6, "lr": 2e-4, "distill": 1.0, "features": 1.0, "lambda_schedule": "none"}
 
+# What training makes of a subnet shows after an epoch, and not before: the search's last round trains its best few.
+_FINALISTS = 4
+
 # {effort: entries of `PruneConfig`, as `depthfuse.config.from_dict` takes them}
 EFFORTS: dict[str, dict[str, Any]] = {
     "quick": {"start": "fit", "train": False, "search": _QUICK_SEARCH},
-    "normal": {"start": "fit", "search": _QUICK_SEARCH, "finetune": _GENTLE},
-    "thorough": {"start": "fit", "search": {"metric": "loss"}, "finetune": {**_GENTLE, "epochs": 30}},
+    "normal": {"start": "fit", "search": {**_QUICK_SEARCH, "finalists": _FINALISTS}, "finetune": _GENTLE},
+    "thorough": {
+        "start": "fit",
+        "search": {"metric": "loss", "finalists": 2 * _FINALISTS},
+        "finetune": {**_GENTLE, "epochs": 30},
+    },
 }
 ABOUT = {
     "quick": "minutes, no training and no labels: merged blocks are fitted",
-    "normal": "fitted blocks, then some epochs of fine-tuning, taught by the original net; no labels needed",
-    "thorough": "as normal, but the search scores many subnets, and fine-tuning is five times as long",
+    "normal": "fitted blocks; the search's best few are trained for an epoch, the best of them then in earnest, taught "
+    "by the original net; no labels needed",
+    "thorough": "as normal, but the search scores many subnets, twice as many are trained, and the best five times as "
+    "long",
 }
 
 

@@ -125,6 +125,11 @@ def findings(**changes) -> Findings:
         "table": CostTable(CONDITIONS, "ms", 2.1, saved),
         "search": SearchResult(None, tuple(scored), 12, 90.0),
         "choices": CHOICES,
+        "finalists": [
+            {"choices": {LONG: "dense"}, "divergence": 0.0625, "seconds": 4.5},
+            {"choices": CHOICES, "divergence": 0.03125, "seconds": 4.0},
+            {"choices": {HOSTILE: "drop"}},
+        ],
         "merge": MERGE,
         "history": history,
         "seconds": {"baseline": 4000.0, "supernet": 75.0, "finetune": 9.25},
@@ -136,7 +141,7 @@ def findings(**changes) -> Findings:
 def started(*stages: str, **changes) -> Findings:
     """Of a run that has done these stages, and has left nothing else."""
     done = {name: name in stages for name in findings().done}
-    nothing = dict.fromkeys(("results", "table", "search", "choices", "merge", "feeding"))
+    nothing = dict.fromkeys(("results", "table", "search", "choices", "finalists", "merge", "feeding"))
     return findings(**nothing | {"done": done, "history": [], "seconds": {}} | changes)
 
 

@@ -33,7 +33,8 @@ from depthfuse.merging.supernet import Supernet
 from depthfuse.rivals import compare_page, compare_report
 from depthfuse.rivals.channels import prune_channels, ratio_within
 from depthfuse.rivals.images import OnSmaller, size_within
-from depthfuse.rivals.methods import METHODS, Trial, check_methods
+from depthfuse.rivals.methods import METHODS, check_methods
+from depthfuse.rivals.trial import Trial
 from depthfuse.runs.run import Run
 from depthfuse.runs.weights import load, load_strictly
 from depthfuse.searching.space import Choices, SearchSpace, check_one_budget

@@ -7,172 +7,26 @@ those of the fine-tuning stage for training. A new method is one function with t
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
-from depthfuse.checkpoint import load_json, load_tensors, save_json, save_tensors
-from depthfuse.config import TrainConfig
-from depthfuse.costs.latency import subnets_ms
-from depthfuse.costs.table import CostTable
 from depthfuse.data import DataBundle
 from depthfuse.data.bundle import Batches
 from depthfuse.errors import BudgetError, MethodError
-from depthfuse.fitting.calibration import Calibration
-from depthfuse.fitting.fitted import with_fitted
 from depthfuse.merging.supernet import Supernet
 from depthfuse.rivals.channels import prune_channels
 from depthfuse.rivals.gates import FoldingObjective, GatedNet, TopGatesObjective
 from depthfuse.rivals.images import OnSmaller
-from depthfuse.runs.run import Run
-from depthfuse.runs.weights import load_strictly
-from depthfuse.searching.search import search
-from depthfuse.searching.space import Choices, SearchSpace
+from depthfuse.rivals.trial import Result, Trial
+from depthfuse.searching.space import Choices
 from depthfuse.searching.strategies import best_additive
 from depthfuse.spec import SubnetSpec
 from depthfuse.training.evaluation import calibrate, top1
-from depthfuse.training.loop import fit
-from depthfuse.training.objectives import Objective, ProgressiveObjective, TaughtObjective
-
-# the net in its final form, and what is pruned, where that is blocks
-Result = tuple[nn.Module, Choices | None]
-
-
-@dataclass
-class Trial:
-    """One method on one model, seed and budget.
-
-    run: holds the baseline, the supernet and the data of this seed. channel_ratio, image_size: the share of channels to
-    remove, and the size of images, that meet the budget; None where none does.
-    seconds: wall time that the method has used beside the baseline's.
-    """
-
-    run: Run
-    costs: CostTable
-    latency: CostTable
-    folder: Path
-    channel_ratio: float | None = None
-    image_size: int | None = None
-    seconds: float = 0.0
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def space(self) -> SearchSpace:
-        """The subnets within the budget."""
-        options = self.baseline_supernet().options()
-        return SearchSpace(options, self.run.config.search, self.costs, self.latency)
-
-    def baseline_supernet(self) -> Supernet:
-        """A supernet that knows no more than the baseline."""
-        return self.run.switched(self.run.baseline())
-
-    def shared_supernet(self) -> Supernet:
-        """The trained supernet of this seed, which several methods share; each is charged for its training."""
-        net = self.run.supernet()
-        self.seconds += self.run.stage_seconds("supernet")
-        return net
-
-    def calibration(self) -> Calibration:
-        """A supernet whose candidates are fitted, which several methods share; each is charged for it."""
-        net = with_fitted(self.baseline_supernet())
-        calibration = Calibration(net, self.run.data, self.run.config.search.calibration_images)
-        path = self.folder.parent / "fitted.safetensors"
-        if not path.exists():
-            started = time.monotonic()
-            calibration.fit_candidates(self.space.options)
-            save_json(path.with_suffix(".json"), time.monotonic() - started)
-            save_tensors(path, net.state_dict(), {"model": self.run.source.name})
-        load_strictly(net, load_tensors(path)[0], path)
-        self.seconds += load_json(path.with_suffix(".json"), float)
-        return calibration
-
-    def fit(
-        self, objective: Objective, stage: str, settings: TrainConfig, data: DataBundle | None = None
-    ) -> None:
-        """Train `objective.net` in place; goes on after an interruption."""
-        config = self.run.config
-        result = fit(
-            objective,
-            data or self.run.data,
-            settings,
-            self.run.accelerator,
-            stage=stage,
-            seed=config.seed,
-            checkpoint=self.folder / f"{stage}.state",
-            checkpoint_seconds=config.checkpoint_seconds,
-            calibration_images=config.search.calibration_images,
-        )
-        self.seconds += result.seconds
-
-    def search(
-        self,
-        supernet: Supernet,
-        name: str = "all",
-        settle: Callable[[], None] | None = None,
-        **changes: Any,
-    ) -> Choices:
-        """The best subnet of the supernet within the budget; searched once, and charged to each that asks.
-
-        name: of the search, where another supernet or `changes` make it another one. settle: see `search`.
-        """
-        found, journal = (
-            self.folder.parent / file for file in (f"subnet_{name}.json", f"search_{name}.jsonl")
-        )
-        if not found.exists():
-            started = time.monotonic()
-            config = self.run.config
-            settings = dataclasses.replace(config.search, **changes)
-            result = search(
-                supernet,
-                self.run.data,
-                settings,
-                self.latency,
-                costs=self.costs,
-                seed=config.seed,
-                journal=journal,
-                settle=settle,
-                measure_ms=subnets_ms(
-                    supernet,
-                    self.run.size,
-                    config.latency,
-                    self.latency,
-                    self.folder.parent / "subnets.json",
-                ),
-            )
-            assert result.spec is not None
-            seconds = time.monotonic() - started
-            save_json(found, {"choices": result.spec.mapping(), "seconds": seconds, "scored": result.scored})
-        answer = load_json(found, {"choices": dict[str, str], "seconds": float})
-        self.seconds += answer["seconds"]
-        return answer["choices"]
-
-    def finetune(self, net: Supernet, choices: Choices, **changes: Any) -> Result:
-        """Train a subnet as configured (but for `changes`), with the baseline as its teacher, and merge it."""
-        settings = dataclasses.replace(self.run.config.finetune, **changes)
-        subnet = net.subnet(SubnetSpec.from_mapping(net.source, choices))
-        subnet.set_mixing(settings.mixing)
-        schedule = settings.lambda_schedule, settings.lambda_share
-        objective = ProgressiveObjective(subnet, *schedule, settings.features, **self.run.teaching(settings))
-        self.fit(objective, "finetune", settings)
-        subnet.set_lambda(0.0)
-        return self.run.merged(subnet), choices
-
-    def train_plain(self, net: nn.Module, epochs: int, **changes: Any) -> nn.Module:
-        """Train a net without switches, with the same teacher and settings (but for `changes`) as subnets."""
-        settings = dataclasses.replace(self.run.config.finetune, epochs=epochs, **changes)
-        net = net.to(self.run.device)
-        self.fit(TaughtObjective(net, **self.run.teaching(settings)), "finetune", settings)
-        return net.eval()
-
-    def total_epochs(self) -> int:
-        """Epochs that every method has beside the baseline's."""
-        return self.run.config.supernet.epochs + self.run.config.finetune.epochs
+from depthfuse.training.objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -231,23 +85,28 @@ def direct(trial: Trial) -> Result:
     return trial.finetune(supernet, trial.search(supernet), lambda_schedule="none")
 
 
-def _fitted(trial: Trial) -> tuple[Supernet, Choices]:
-    """The best subnet of fitted blocks, these fitted once more, one after another."""
+def _fitted(trial: Trial, trained: bool = True) -> tuple[Supernet, Choices]:
+    """The best subnet of fitted blocks, these fitted once more, one after another. trained: see `Trial.search`."""
     calibration = trial.calibration()
     net = calibration.supernet
-    choices = trial.search(net, "fitted", calibration.settle)
-    net.set_choices(choices)
-    calibration.fit_chosen()
-    calibration.settle()
-    return net, choices
+    alone = copy.deepcopy(net.state_dict())
+
+    def start(choices: Choices) -> Supernet:
+        net.load_state_dict(alone)
+        net.set_choices(choices)
+        calibration.fit_chosen()
+        calibration.settle()
+        return net
+
+    choices = trial.search(net, "fitted", calibration.settle, start, trained)
+    return start(choices), choices
 
 
 @method("fit")
 def fit_only(trial: Trial) -> Result:
     """Blocks fitted on a few hundred images, chosen by the same search: no training at all."""
-    net, choices = _fitted(trial)
-    subnet = net.subnet(SubnetSpec.from_mapping(net.source, choices))
-    return trial.run.merged(subnet), choices
+    net, choices = _fitted(trial, trained=False)
+    return trial.run.merged(trial.subnet(net, choices)), choices
 
 
 @method("fit-direct")

@@ -14,8 +14,9 @@ from depthfuse.data import DataBundle
 from depthfuse.errors import DataError
 from depthfuse.measuring.timing import time_interleaved
 from depthfuse.merging.supernet import Supernet
+from depthfuse.runs import finalists
 from depthfuse.runs.weights import unfit_given
-from depthfuse.searching.space import SearchSpace
+from depthfuse.searching.space import SearchSpace, budget_unit
 from depthfuse.searching.strategies import find_strategy
 from depthfuse.spec import ModelSource
 from depthfuse.tasks import Task
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 _ARTEFACTS = {
     "baseline": "baseline.safetensors",
     "supernet": "supernet.safetensors",
-    "search": "front.csv",
+    "search": "subnet.json",
     "finetune": "finetune.safetensors",
     "compare": "results.json",
 }
@@ -84,6 +85,9 @@ def expected_seconds(
     subnets = 2 + config.supernet.random_subnets
     given = config.weights is not None or config.pretrained
     taught = config.finetune.distill or config.finetune.features
+    taught_step = pace.training + (pace.forward if taught else 0.0)
+    finalist = training(finalists.short(config.finetune, config.search), taught_step)
+    decides = config.train and config.search.finalists > 1 and budget_unit(config.search) is not None
     seconds = {
         "baseline": 0.0
         if given and not unfit_given(source, config.weights, config.pretrained)
@@ -92,8 +96,9 @@ def expected_seconds(
         "supernet": len(options) * calibrating
         if config.start == "fit"
         else training(config.supernet, subnets * pace.training, scores=2),
-        "search": _scored(options, config.search) * (calibrating + held * pace.forward),
-        "finetune": training(config.finetune, pace.training + (pace.forward if taught else 0.0))
+        "search": _scored(options, config.search) * (calibrating + held * pace.forward)
+        + (config.search.finalists * finalist if decides else 0.0),
+        "finetune": training(config.finetune, taught_step)
         if config.train
         else len(options) * calibrating / 2,
         "compare": _NETS_COMPARED * len(data.val_loader()) * data.config.val_batch_size * pace.forward,
@@ -105,7 +110,8 @@ def left(config: PruneConfig, until: str) -> list[str]:
     """The stages up to `until` that are not done yet, but for merging, which takes no time."""
     stages = list(_ARTEFACTS)
     wanted = stages[: stages.index("finetune" if until == "merge" else until) + 1]
-    return [stage for stage in wanted if not (config.out / _ARTEFACTS[stage]).exists()]
+    artefacts = _ARTEFACTS if budget_unit(config.search) else _ARTEFACTS | {"search": "front.csv"}
+    return [stage for stage in wanted if not (config.out / artefacts[stage]).exists()]
 
 
 def _held_out(data: DataBundle) -> int:

@@ -10,22 +10,24 @@ from typing import Any
 from depthfuse.checkpoint import load_json
 from depthfuse.config import PruneConfig
 from depthfuse.costs.table import CostTable
+from depthfuse.runs import finalists
 from depthfuse.runs.feeding import load_feeding
 from depthfuse.runs.report import HISTORY, MERGE, RESULTS
 from depthfuse.searching.journal import Journal
 from depthfuse.searching.search import SearchResult, found_in
+from depthfuse.searching.space import budget_unit
 from depthfuse.spec import SubnetSpec
 from depthfuse.tasks import Task
 
 TRAININGS = ("baseline", "supernet", "finetune")
 # Each stage and what stands there when it is done; a search without a budget ends with the front.
 _ARTEFACTS = {
-    "baseline": ("baseline.safetensors",),
-    "supernet": ("supernet.safetensors",),
-    "search": ("front.csv", "subnet.json"),
-    "finetune": ("finetune.safetensors",),
-    "merge": ("merged.safetensors",),
-    "compare": ("results.json",),
+    "baseline": "baseline.safetensors",
+    "supernet": "supernet.safetensors",
+    "search": "subnet.json",
+    "finetune": "finetune.safetensors",
+    "merge": "merged.safetensors",
+    "compare": "results.json",
 }
 
 
@@ -45,6 +47,7 @@ class Findings:
     table: CostTable | None
     search: SearchResult | None
     choices: Mapping[str, str] | None
+    finalists: list[dict[str, Any]] | None
     merge: Mapping[str, Any] | None
     history: list[dict[str, Any]]
     seconds: Mapping[str, float]
@@ -57,21 +60,26 @@ def findings_of(folder: Path, config: PruneConfig, task: Task, given: tuple[str,
     def read(name: str, shape: Any) -> Any:
         return load_json(folder / name, shape) if (folder / name).exists() else None
 
+    artefacts = _ARTEFACTS if budget_unit(config.search) else _ARTEFACTS | {"search": "front.csv"}
     table = CostTable.load(folder / "latency.json") if (folder / "latency.json").exists() else None
     spec = SubnetSpec.load(folder / "subnet.json") if (folder / "subnet.json").exists() else None
     journal, search = folder / "search.jsonl", None
     if table is not None and journal.exists():
         search = found_in(Journal(journal), table, config.search, spec)
     times = {name: read(f"seconds_{name}.json", float) for name in TRAININGS}
+    entered = read(finalists.FILE, finalists.SHAPE)
+    if entered:
+        times["finalists"] = sum(row.get("seconds", 0.0) for row in entered)
     return Findings(
         config,
         task,
         given,
-        {name: any((folder / file).exists() for file in files) for name, files in _ARTEFACTS.items()},
+        {name: (folder / file).exists() for name, file in artefacts.items()},
         read("results.json", RESULTS),
         table,
         search,
         None if spec is None else spec.mapping(),
+        entered,
         read("merge.json", MERGE),
         history_of(folder),
         {name: seconds for name, seconds in times.items() if seconds is not None},

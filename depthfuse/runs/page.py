@@ -29,7 +29,6 @@ from depthfuse.reporting.operations import by_kind, of_engines, one_by_one
 from depthfuse.runs import figures
 from depthfuse.runs.found import Findings
 from depthfuse.runs.report import FOOTNOTE, budget_missed, comparison_rows, metric_of, remarks
-from depthfuse.searching.search import Point
 from depthfuse.spec import KEEP
 
 FILE = "report.html"
@@ -171,7 +170,7 @@ def _front(found: Findings) -> Element | None:
         i for i, p in enumerate(found.search.front) if found.choices and dict(p.choices) == found.choices
     ]
     head = [f"cost {unit}", "speed-up", f"{metric} %, held out", "pruned"]
-    pruned = [[row[0], _choices(point)] for row, point in zip(cells, found.search.front, strict=True)]
+    pruned = [[row[0], _pruned(point.choices)] for row, point in zip(cells, found.search.front, strict=True)]
     return section(
         "front",
         "What the search found",
@@ -180,11 +179,34 @@ def _front(found: Findings) -> Element | None:
             table(head, cells, f"The {len(cells)} subnets on the front, cheapest first", strong=chosen),
         ),
         folded("What each of them prunes", table([head[0], "choices"], pruned, "Choices", strong=chosen)),
+        _finalists(found),
     )
 
 
-def _choices(point: Point) -> str:
-    return ", ".join(f"{path} {name}" for path, name in point.choices.items()) or "nothing pruned"
+def _finalists(found: Findings) -> Element | None:
+    if not found.finalists:
+        return None
+    assert found.table is not None
+    cells = [
+        [
+            f"{float(row['divergence']):.4f}" if "divergence" in row else "not trained yet",
+            f"{found.table.whole / found.table.cost(row['choices']):.2f}x",
+            _pruned(row["choices"]),
+        ]
+        for row in found.finalists
+    ]
+    chosen = [i for i, row in enumerate(found.finalists) if row["choices"] == found.choices]
+    return table(
+        ["divergence", "speed-up by the table", "what it prunes"],
+        cells,
+        "The finalists, best before training first, and how far their outputs are from the original net's after a "
+        "short training",
+        strong=chosen,
+    )
+
+
+def _pruned(choices: Mapping[str, str]) -> str:
+    return ", ".join(f"{path} {name}" for path, name in choices.items()) or "nothing pruned"
 
 
 def _net(found: Findings) -> Element | None:

@@ -10,7 +10,7 @@ from depthfuse.config import PruneConfig, SearchConfig, load_yaml
 from depthfuse.costs.table import CostTable
 from depthfuse.errors import BudgetError, ConfigError
 from depthfuse.runs.run import Run, prune
-from depthfuse.searching.choosing import choose, nearest, offer, unpruned
+from depthfuse.searching.choosing import nearest, offer, ranked, unpruned
 from depthfuse.searching.journal import Journal
 from depthfuse.searching.scoring import value_of
 from depthfuse.searching.space import SearchSpace
@@ -74,7 +74,7 @@ def _check(search: SearchConfig, rows: list, table: CostTable) -> None:
         without = dataclasses.replace(search, **_NONE)
         told = nearest(SearchSpace(options, without, table, table), rows, table)
         raise BudgetError(f"{error}{told}") from error
-    choose(space, rows, functools.partial(value_of, metric=search.metric), table)
+    ranked(space, rows, functools.partial(value_of, metric=search.metric), table)
 
 
 def _front(rows: list, table: CostTable) -> list[str]:

@@ -12,20 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from depthfuse.checkpoint import load_json, load_tensors, save_json, save_tensors, save_text
+from depthfuse.checkpoint import load_json, load_tensors, save_json, save_tensors
 from depthfuse.config import (
     FinetuneConfig,
     PruneConfig,
-    load_yaml,
     parse_model_kwargs,
-    to_dict,
-    to_yaml,
 )
 from depthfuse.costs.counting import count_costs
 from depthfuse.costs.latency import subnets_ms
@@ -38,24 +35,20 @@ from depthfuse.fitting.fitted import with_fitted
 from depthfuse.merging.merge import merge
 from depthfuse.merging.model_inputs import fixed_image_size, input_size
 from depthfuse.merging.supernet import Supernet
-from depthfuse.runs import expectation, figures, found, page, report
+from depthfuse.runs import expectation, finalists, folder, report, telling
 from depthfuse.runs.answers import answering_classes, ask, give
 from depthfuse.runs.closing import Closing
-from depthfuse.runs.feeding import load_feeding, save_feeding
 from depthfuse.runs.latencies import make_table
-from depthfuse.runs.taking_over import take_over
 from depthfuse.runs.weights import load, load_strictly, take_given
-from depthfuse.searching.search import front_csv, search
-from depthfuse.searching.space import SearchSpace, budget_unit, check_one_budget
+from depthfuse.searching.search import search
+from depthfuse.searching.space import Choices, SearchSpace, budget_unit, check_one_budget
 from depthfuse.searching.strategies import find_strategy
 from depthfuse.spec import ModelSource, SubnetSpec
 from depthfuse.tasks import AGREEMENT, Task, find_task
 from depthfuse.training.evaluation import calibrate, check_task
-from depthfuse.training.loop import fit, history_csv, make_accelerator, seed_iteration
+from depthfuse.training.loop import fit, make_accelerator, seed_iteration
 from depthfuse.training.objectives import Objective, ProgressiveObjective, SandwichObjective
 from depthfuse.training.processes import on_all, on_one
-
-log = logging.getLogger(__name__)
 
 _LEAST_IMAGES = 2048  # for the statistics of a net that is final; the search takes fewer
 STAGES = ("baseline", "supernet", "search", "finetune", "merge", "compare")
@@ -93,24 +86,11 @@ class Run:
         find_strategy(config.search.strategy)
         self.accelerator = make_accelerator(config.amp, config.cpu)
         self.device = self.accelerator.device
-        on_one(self.accelerator, self._claim)
+        on_one(self.accelerator, lambda: folder.claim(config))
         # nothing is written before the data and the model are known to be good, but for data that is downloaded
         opening = functools.partial(self._open, data)
         self.data, self.source = on_all(self.accelerator, opening, main_first=config.data.download)
-        on_one(self.accelerator, self._take_folder)
-
-    def _claim(self) -> None:
-        """Check that the folder is free, or holds a run with the same config."""
-        path = self.dir / "config.yaml"
-        if path.exists():
-            here, there = to_dict(self.config), to_dict(load_yaml(path, complete=True))
-            ignored = ("out", "checkpoint_seconds")
-            differing = [k for k in here if k not in ignored and here[k] != there.get(k)]
-            if differing:
-                raise ConfigError(
-                    f"{self.dir} holds a run with another configuration ({', '.join(differing)} differ): "
-                    "choose another --out, or delete that folder to start over"
-                )
+        on_one(self.accelerator, lambda: folder.take(config, self.data))
 
     def _open(self, data: DataBundle | None) -> tuple[DataBundle, ModelSource]:
         """Open the data, choose the model, and see that they and the task fit each other."""
@@ -144,14 +124,6 @@ class Run:
         source = ModelSource.make(self.config.model, **{**kwargs, "num_classes": outputs})
         check_task(self.task, source.build(), data)
         return data, source
-
-    def _take_folder(self) -> None:
-        """Take a free folder: what another run has worked out, what a net is fed, and the resolved config."""
-        if load_feeding(self.dir) is None:  # also where a run of an earlier version goes on
-            save_feeding(self.dir, self.data)
-        if not (self.dir / "config.yaml").exists():
-            take_over(self.config)
-            save_text(self.dir / "config.yaml", to_yaml(self.config))
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -235,17 +207,22 @@ class Run:
 
     def search(self) -> SubnetSpec | None:
         """None without a budget, which leaves the front to pick from."""
-        path = self.dir / "subnet.json"
+        path, entered = self.dir / "subnet.json", self.dir / finalists.FILE
         if not self._is_done(path):
-            supernet = self.supernet()
-            tables = self.costs(supernet)
-            on_one(self.accelerator, lambda: self._search(supernet, *tables))  # the others read its answer
+            if not self._is_done(entered):
+                supernet = self.supernet()
+                tables = self.costs(supernet)
+                on_one(self.accelerator, lambda: self._search(supernet, *tables))  # which the others read
+            if self._is_done(entered):
+                self._decide(path, entered)
         if not self._is_done(path):
             return None
         return on_all(self.accelerator, lambda: SubnetSpec.load(path))
 
     def _search(self, supernet: Supernet, costs: CostTable, latency: CostTable) -> None:
         settings, journal = self.config.search, self.dir / "search.jsonl"
+        if not self.config.train:
+            settings = dataclasses.replace(settings, finalists=1)
         fitted = self.calibration(supernet) if self.config.start == "fit" else None
         result = search(
             supernet,
@@ -261,36 +238,71 @@ class Run:
                 supernet, self.size, self.config.latency, latency, self.dir / "subnets.json"
             ),
         )
-        save_text(self.dir / "front.csv", front_csv(result, latency, self.task))
-        drawn = figures.front(result, latency, self.source.name, self.task.metric)
-        drawn.save_png(self.dir / "plots" / "front.png")
-        if result.spec is not None:
+        telling.tell_front(self.dir, result, latency, self.source.name, self.task)
+        if len(result.finalists) > 1:
+            finalists.enter(self.dir / finalists.FILE, result.finalists)
+        elif result.spec is not None:
             result.spec.save(self.dir / "subnet.json")
         self._tell_page()  # training on may take hours
 
+    def _decide(self, path: Path, entered: Path) -> None:
+        """Train the finalists of a search, and save the best."""
+        settings = finalists.short(self.config.finetune, self.config.search)
+
+        def train(choices: Choices, stage: str) -> tuple[nn.Module, float]:
+            subnet = self._started(SubnetSpec.from_mapping(self.source, choices))
+            self._train(subnet, stage, settings)
+            return subnet, on_one(self.accelerator, lambda: self.stage_seconds(stage))
+
+        chosen = finalists.decide(entered, train, self.judge(), self.accelerator)
+        spec = SubnetSpec.from_mapping(self.source, chosen)
+        on_one(self.accelerator, lambda: spec.save(path))
+
+    def judge(self) -> Callable[[nn.Module], float]:
+        """What decides among finalists: a net's divergence from the baseline, on images that none has seen so."""
+        return functools.partial(
+            finalists.divergence,
+            self.baseline().to(self.device),
+            data=self.data,
+            task=self.task,
+            seed=self.config.seed,
+            epoch=self.config.search.finalist_epochs,
+        )
+
     def finetune(self) -> Supernet:
         path = self.dir / "finetune.safetensors"
-        spec, supernet, settings = self.search(), self.supernet(), self.config.finetune
-        subnet = supernet.subnet(spec, lam=0.0)
+        spec, settings = self.search(), self.config.finetune
         if self._is_done(path):
-            return self._load_weights(subnet, path)
-        if self.config.start == "fit":
-            fitted = self.calibration(supernet)
-            supernet.set_choices(spec)
-            fitted.fit_chosen()
-            fitted.settle()
-            subnet = supernet.subnet(spec, lam=0.0)
-        if self.config.train:  # which leaves the statistics of its batch norms right: see studies.md
-            subnet.set_mixing(settings.mixing)
-            schedule = settings.lambda_schedule, settings.lambda_share
-            objective = ProgressiveObjective(subnet, *schedule, settings.features, **self.teaching(settings))
-            self._fit(objective, "finetune", settings)
-            subnet.set_lambda(0.0)
+            return self._load_weights(self.supernet().subnet(spec, lam=0.0), path)
+        subnet = self._started(spec)
+        if self.config.train:
+            self._train(subnet, "finetune", settings)
         elif self.config.start == "supernet":
             images = self.config.search.calibration_images
             calibrate(subnet, self.data, max(images, _LEAST_IMAGES) if images else 0)
         self._save_weights(subnet, path)
         return self.finetune()
+
+    def _started(self, spec: SubnetSpec) -> Supernet:
+        """A subnet that is to be trained: its blocks as the supernet has them, or fitted one after another."""
+        supernet = self.supernet()
+        if self.config.start == "fit":
+            fitted = self.calibration(supernet)
+            supernet.set_choices(spec)
+            fitted.fit_chosen()
+            fitted.settle()
+        return supernet.subnet(spec, lam=0.0)
+
+    def _train(self, subnet: Supernet, stage: str, settings: FinetuneConfig) -> None:
+        """In place. The statistics of its batch norms are right afterwards: see studies.md."""
+        self._fit(self.objective(subnet, settings), stage, settings)
+        subnet.set_lambda(0.0)
+
+    def objective(self, subnet: Supernet, settings: FinetuneConfig) -> ProgressiveObjective:
+        """Of training a subnet, taught by the baseline."""
+        subnet.set_mixing(settings.mixing)
+        schedule = settings.lambda_schedule, settings.lambda_share
+        return ProgressiveObjective(subnet, *schedule, settings.features, **self.teaching(settings))
 
     def calibration(self, supernet: Supernet) -> Calibration:
         """What the candidates of a supernet, whose start is "fit", are fitted by."""
@@ -335,25 +347,10 @@ class Run:
             spec = self.search()
             assert spec is not None  # there is a budget, or the run would not go on to here
             on_one(self.accelerator, lambda: save_json(path, self._measure(*nets, spec)))
-        on_one(self.accelerator, self._tell)
-
-    def _tell(self) -> None:
-        results = load_json(self.dir / "results.json", report.RESULTS)
-        if missed := report.budget_missed(results):
-            log.warning("%s; what was written is valid all the same", missed)
-        history = found.history_of(self.dir)
-        save_text(self.dir / "metrics.csv", history_csv(history))
-        drawn = {"comparison": figures.comparison(results), "blocks": figures.blocks(results)}
-        if history:
-            drawn["training"] = figures.training(history, self.task)
-        for name, figure in drawn.items():
-            figure.save_png(self.dir / "plots" / f"{name}.png")
-        save_text(self.dir / "report.md", report.markdown(results))
+        on_one(self.accelerator, lambda: telling.tell_results(self.dir, self.task))
 
     def _tell_page(self) -> None:
-        """report.html, of what is there so far."""
-        findings = found.findings_of(self.dir, self.config, self.task, self.given)
-        save_text(self.dir / page.FILE, page.html(findings))
+        telling.tell_page(self.dir, self.config, self.task, self.given)
 
     def _measure(
         self, baseline: nn.Module, pruned: nn.Module, merged: nn.Module, spec: SubnetSpec

@@ -1,4 +1,4 @@
-"""The best of what was scored within a budget, and, where nothing meets it, what comes nearest."""
+"""What was scored within a budget, the best first, and, where nothing meets it, what comes nearest."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _OFFERS = 3
 _ROUNDING = 1e-9  # of sums of percentages
 
 
-def choose(
+def ranked(
     space: SearchSpace, rows: Sequence[Row], value: Callable[[SubnetScore], float], axis: CostTable | None
-) -> Choices:
-    """The subnet of most value within the budget; where that is a loss in points, the cheapest within it.
+) -> list[Choices]:
+    """The subnets within the budget, that of most value first; where it is a loss in points, the cheapest first.
 
     Args:
         rows: all that was scored. axis: the table that offers are told by, in milliseconds or another unit.
@@ -36,14 +36,14 @@ def choose(
             )
         least = whole.top1 - space.points - _ROUNDING
         known = [(choices, score) for choices, score in known if score.top1 >= least]
-        ranked = [(space.cost(c), -value(s), key_of(c), c) for c, s in known]
+        order = [(space.cost(c), -value(s), key_of(c), c) for c, s in known]
     else:
-        ranked = [(-value(s), space.cost(c), key_of(c), c) for c, s in known]
-    if not ranked:
+        order = [(-value(s), space.cost(c), key_of(c), c) for c, s in known]
+    if not order:
         raise BudgetError(
             f"none of the {len(rows)} scored subnets meets the budget{nearest(space, rows, axis)}"
         )
-    return min(ranked)[3]
+    return [row[3] for row in sorted(order, key=lambda row: row[:3])]
 
 
 def unpruned(rows: Sequence[Row]) -> SubnetScore | None:

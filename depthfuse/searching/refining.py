@@ -1,13 +1,16 @@
-"""A subnet that is as fast as was asked for, as a whole and not by a sum.
+"""Subnets that are as fast as was asked for, as wholes and not by a sum.
 
 What blocks save one by one does not add up exactly, and a search uses its budget up, so that an error of the sum is one
-of the result: more is pruned than was asked for, or less. Here what a search finds is timed as a whole; where the sum
-errs, the search runs again for the sum that by this error gives the latency asked for, on scores that are mostly known.
+of the result: more is pruned than was asked for, or less. So the search looks a little beyond the budget, and what it
+found is timed as a whole, the best first, until something is within. Where nothing is, or far less time is needed than
+was asked for, it runs again for the sum that by these errors gives the latency asked for, on scores that are mostly
+known.
 """
 
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Callable
 
 from depthfuse.costs.table import CostTable
@@ -18,60 +21,95 @@ from depthfuse.spec import key_of
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 6
-_BELOW = (
-    0.03  # how far below the budget a measured latency may lie, relatively: pruned more than was asked for
-)
+_BEYOND = 0.03  # how much more than the budget the first sum may be, relatively: sums err by about that
+_BELOW = 0.03  # how far below the budget a measured latency may lie: pruned more than was asked for
+_SPARE = 3  # subnets beyond the budget that are timed in one attempt, beside those that are wanted
 
 
 def find_measured(
-    find: Callable[[float], Choices],
+    find: Callable[[float], list[Choices]],
     table: CostTable,
     limit_ms: float,
     measure_ms: Callable[[Choices], float],
     value: Callable[[Choices], float],
-) -> Choices:
-    """Of the subnets found whose measured latency is within `limit_ms` the best; the fastest where none is.
+    count: int = 1,
+) -> list[Choices]:
+    """Of the subnets found whose measured latency is within `limit_ms` the `count` best, best first; fewer where there
+    are no more, and the fastest alone where there is none.
 
     Args:
-        find: budget in milliseconds, as sums of `table` count them -> the best subnet within it. Raises BudgetError
+        find: budget in milliseconds, as sums of `table` count them -> subnets within it, best first. Raises BudgetError
             where there is none.
         measure_ms: latency of a subnet, as a whole. value: what makes a subnet the best: more is better.
 
     Raises BudgetError where the first search does.
     """
-    tried: dict[str, tuple[float, Choices]] = {}
-    sum_ms = limit_ms
-    met_ms, missed_ms = 0.0, table.whole  # a sum whose subnet was within the budget, and one that was beyond
+    timed: dict[str, tuple[float, Choices]] = {}
+    most_ms = limit_ms * (1 + TOLERANCE)
+    sum_ms = (1 + _BEYOND) * limit_ms
+    met_ms, missed_ms = 0.0, table.whole  # a sum whose subnets were within the budget, and one whose were not
     for attempt in range(_ATTEMPTS):
         try:
-            choices = find(sum_ms)
+            ranked = find(sum_ms)
         except BudgetError:
             if not attempt:
                 raise
             break
-        if key_of(choices) in tried:
+        known = len(timed)
+        here = _time_until(ranked, timed, measure_ms, most_ms, count)
+        within_ms = [latency_ms for latency_ms, _ in here if latency_ms <= most_ms]
+        enough = len(within_ms) == count
+        if enough and max(within_ms) >= (1 - _BELOW) * limit_ms:
             break
-        latency_ms, promised_ms = measure_ms(choices), table.cost(choices)
-        tried[key_of(choices)] = latency_ms, choices
-        if (1 - _BELOW) * limit_ms <= latency_ms <= (1 + TOLERANCE) * limit_ms:
+        if len(timed) == known and any(latency_ms <= most_ms for latency_ms, _ in timed.values()):
+            break  # all that it finds is known
+        errors = [
+            (table.whole - table.cost(choices)) / (table.whole - latency_ms)
+            for latency_ms, choices in here
+            if latency_ms < table.whole and table.cost(choices) < table.whole
+        ]
+        if not errors:
             break
-        saved_ms, promised_saving_ms = table.whole - latency_ms, table.whole - promised_ms
-        if saved_ms <= 0 or promised_saving_ms <= 0:
-            break
-        if latency_ms <= (1 + TOLERANCE) * limit_ms:
+        if len(within_ms) == len(here) or enough:
             met_ms = max(met_ms, sum_ms)
         else:
-            missed_ms = min(missed_ms, promised_ms)
-        sum_ms = table.whole - (table.whole - limit_ms) * promised_saving_ms / saved_ms
-        if not met_ms < sum_ms < missed_ms:  # another subnet errs in another way
-            sum_ms = (met_ms + missed_ms) / 2
+            missed_ms = min(missed_ms, sum_ms)
+        error = statistics.median(errors)
+        sum_ms = table.whole - (table.whole - limit_ms) * error
+        if not met_ms < sum_ms < missed_ms:  # other subnets err in another way
+            sum_ms = (met_ms + missed_ms) / 2 if met_ms else (1 - _BELOW) * missed_ms
         log.info(
-            "the subnet that was found takes %.4g ms; by the sum of what its blocks save it would take %.4g, and at "
-            "most %.4g are asked for: the search runs again, for a sum of %.4g",
-            latency_ms,
-            promised_ms,
+            "%d of the %d best subnets that were found are within %.4g ms; they save %.2f of what the sum of their "
+            "blocks says: the search runs again, for a sum of %.4g ms",
+            len(within_ms),
+            len(here),
             limit_ms,
+            1 / error,
             sum_ms,
         )
-    within = [choices for latency_ms, choices in tried.values() if latency_ms <= (1 + TOLERANCE) * limit_ms]
-    return max(within, key=value) if within else min(tried.values(), key=lambda row: row[0])[1]
+    within = [choices for latency_ms, choices in timed.values() if latency_ms <= most_ms]
+    if not within:
+        return [min(timed.values(), key=lambda row: row[0])[1]]
+    return sorted(within, key=value, reverse=True)[:count]
+
+
+def _time_until(
+    ranked: list[Choices],
+    timed: dict[str, tuple[float, Choices]],
+    measure_ms: Callable[[Choices], float],
+    most_ms: float,
+    count: int,
+) -> list[tuple[float, Choices]]:
+    """Time subnets in their order until `count` are within `most_ms`, or too many were not: [(latency, choices)] of all
+    that were looked at, which go to `timed`, too."""
+    here: list[tuple[float, Choices]] = []
+    fresh = 0
+    for choices in ranked:
+        if sum(latency_ms <= most_ms for latency_ms, _ in here) == count or fresh == count + _SPARE:
+            break
+        key = key_of(choices)
+        if key not in timed:
+            timed[key] = measure_ms(choices), choices
+            fresh += 1
+        here.append(timed[key])
+    return here

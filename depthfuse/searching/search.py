@@ -22,7 +22,7 @@ from depthfuse.costs.table import CostTable
 from depthfuse.data import DataBundle
 from depthfuse.log import progress
 from depthfuse.merging.supernet import Supernet
-from depthfuse.searching.choosing import choose, unpruned
+from depthfuse.searching.choosing import ranked, unpruned
 from depthfuse.searching.intervals import Paired, points_lost, wilson
 from depthfuse.searching.journal import Journal
 from depthfuse.searching.refining import find_measured
@@ -55,12 +55,14 @@ class Point:
 @dataclass(frozen=True)
 class SearchResult:
     """spec: the best subnet within the budget; None without one. front: what nothing scored beats in both score and
-    cost, cheapest first. scored: how many subnets were. unpruned: the metric of the unpruned net, in percent."""
+    cost, cheapest first. scored: how many subnets were. unpruned: the metric of the unpruned net, in percent.
+    finalists: the best subnets within the budget, as many as were asked for, that of `spec` first."""
 
     spec: SubnetSpec | None
     front: tuple[Point, ...]
     scored: int
     unpruned: float | None = None
+    finalists: tuple[Choices, ...] = ()
 
 
 def search(
@@ -121,28 +123,30 @@ def search(
             score({})  # what all others are compared with
         axis = latency or costs
 
-        def find(space: SearchSpace) -> Choices:
+        def find(space: SearchSpace) -> list[Choices]:
             strategy.run(space, score, config, random.Random(seed))
-            return choose(space, list(book.rows.values()), value, axis) if space.unit is not None else {}
+            return ranked(space, list(book.rows.values()), value, axis) if space.unit is not None else []
 
-        def find_within(sum_ms: float) -> Choices:
+        # where a loss is allowed, the cheapest net within it is asked for, and no other
+        count = 1 if space.points is not None else config.finalists
+
+        def find_within(sum_ms: float) -> list[Choices]:
             within = dataclasses.replace(config, speedup=None, budget_ms=sum_ms)
             return find(SearchSpace(supernet.options(), within, latency, latency))
 
         if measure_ms is None or space.unit != "ms" or latency is None:
-            best = find(space)
+            best = find(space)[:count]
         else:
             best = find_measured(
-                find_within, latency, space.limit, measure_ms, lambda choices: value(book.get(choices))
+                find_within, latency, space.limit, measure_ms, lambda choices: value(book.get(choices)), count
             )
     spec = None
     if space.unit is not None:
-        supernet.set_choices(best)
+        supernet.set_choices(best[0])
         spec = supernet.spec()
-        log.info(
-            "search: %d subnets scored, best %s %.2f %%", len(book.rows), task.metric, book.get(best).top1
-        )
-    return found_in(book, axis, config, spec)
+        top1 = book.get(best[0]).top1
+        log.info("search: %d subnets scored, best %s %.2f %%", len(book.rows), task.metric, top1)
+    return dataclasses.replace(found_in(book, axis, config, spec), finalists=tuple(best))
 
 
 def found_in(

@@ -160,3 +160,12 @@ def test_a_loss_that_is_no_number_and_a_baseline_that_computes_nothing():
     history = [{"stage": "baseline", "iteration": i, "loss": None if i else 1.0} for i in range(3)]
     rows = [row | {"macs": 0.0} for row in results()["rows"]]
     assert sections(html(findings(history=history, results=results(rows=rows)))) == WHOLE
+
+
+def test_finalists(undrawn):
+    """In the order of the scores; the chosen one stands out, and one that is still to be trained says so."""
+    cells = texts(html(findings()), "td", "th")
+    first = cells.index("0.0625")
+    assert cells[first + 1].endswith("x") and cells[first + 2].endswith("dense")
+    assert "0.0312" in cells and "not trained yet" in cells
+    assert "0.0625" not in texts(html(findings(finalists=None)), "td", "th")

@@ -40,7 +40,13 @@ CONFIG = PruneConfig(
     baseline=TrainConfig(epochs=1, lr=2e-3, warmup_epochs=0.0),
     supernet=SupernetConfig(epochs=2, warmup_epochs=0.0),
     search=SearchConfig(
-        blocks=2, population=3, parents=2, generations=1, calibration_images=16, losing_merges=True
+        blocks=2,
+        population=3,
+        parents=2,
+        generations=1,
+        calibration_images=16,
+        losing_merges=True,
+        finalists=2,
     ),
     finetune=FinetuneConfig(epochs=2, warmup_epochs=0.0),
     latency=LatencyConfig(rounds=1, foreign_table=True),
@@ -101,6 +107,7 @@ def finished_by_two(folder, config, *flags):
     with torchrun(*command(folder, config, *flags)) as processes:
         assert processes.exit_codes() == [0], processes.said()
     out = folder / "run"
+    assert all("divergence" in row for row in load_json(out / "finalists.json"))
     assert (out / "report.md").exists() and not list(out.glob("*.state")) and not list(out.glob(".*"))
     return out
 

@@ -26,7 +26,7 @@ def found_by(supernet, table, measure_ms, **budget):
         asked.append(choices)
         return measure_ms(choices)
 
-    config = SearchConfig(**budget)
+    config = SearchConfig(**budget, strategy="milp")
     judge = additive_judge(supernet.options())
     result = search(supernet, None, config, table, judge=judge, measure_ms=measured)
     return dict(result.spec.mapping()), asked
@@ -50,7 +50,7 @@ def test_sums_that_err_are_mended(supernet, times, budget):
     for names in right.saved.values():
         for name in names:
             names[name] *= times
-    config = SearchConfig(**budget)
+    config = SearchConfig(**budget, strategy="milp")
     best = search(supernet, None, config, right, judge=additive_judge(supernet.options())).spec
     assert choices == dict(best.mapping())
     assert len(asked) <= 6
@@ -88,49 +88,106 @@ def test_other_budgets_are_not_measured(supernet):
 TABLE = make_table({f"b{i}": ["c"] for i in range(6)})
 
 
-def prefix_within(sum_ms):
-    """The fewest of the first blocks that meet a sum."""
-    choices = {}
-    for path in TABLE.saved:
-        if TABLE.cost(choices) <= sum_ms:
-            return choices
-        choices[path] = "c"
-    if TABLE.cost(choices) <= sum_ms:
-        return choices
-    raise BudgetError("nothing meets it")
+PREFIXES = [{path: "c" for path in list(TABLE.saved)[:count]} for count in range(1, 7)]
+
+
+def within(sum_ms):
+    """The first blocks pruned, fewest first, where that meets a sum."""
+    found = [choices for choices in PREFIXES if TABLE.cost(choices) <= sum_ms]
+    if not found:
+        raise BudgetError("nothing meets it")
+    return found
 
 
 def unpruned(choices):
     return -len(choices)
 
 
+def saving(times):
+    """Latency by a rule: so many times what the table's sum says is saved."""
+    return lambda choices: TABLE.whole - times * (TABLE.whole - TABLE.cost(choices))
+
+
 def test_a_first_search_that_fails_says_so():
     with pytest.raises(BudgetError, match="nothing meets it"):
-        find_measured(prefix_within, TABLE, 0.0, lambda choices: 1.0, len)
+        find_measured(within, TABLE, 0.0, lambda choices: 1.0, len)
 
 
-def test_what_cannot_be_reached_ends_with_the_fastest(supernet):
-    """Merges that in truth save next to nothing: the corrected sum is beyond the space, and what was found is kept."""
+def test_what_cannot_be_reached_ends_with_the_fastest():
+    """Merges that in truth save next to nothing: what was timed and saved most is kept."""
     limit_ms = TABLE.whole / 1.2
-    assert find_measured(prefix_within, TABLE, limit_ms, lambda c: TABLE.whole - 0.01 * len(c), unpruned) == (
-        prefix_within(limit_ms)
-    )
+    timed = []
+
+    def true(choices):
+        timed.append(choices)
+        return saving(0.01)(choices)
+
+    (found,) = find_measured(within, TABLE, limit_ms, true, unpruned)
+    assert found == max(timed, key=len)
 
 
 @pytest.mark.parametrize("latency", [1.0, 1.1])
 def test_merges_that_lose_end_the_search(latency):
     limit_ms = TABLE.whole / 1.2
-    found = find_measured(prefix_within, TABLE, limit_ms, lambda c: latency * TABLE.whole, unpruned)
-    assert found == prefix_within(limit_ms)
+    asked = []
+
+    def find(sum_ms):
+        asked.append(sum_ms)
+        return within(sum_ms)
+
+    (found,) = find_measured(find, TABLE, limit_ms, lambda c: latency * TABLE.whole, unpruned)
+    assert found in PREFIXES
+    assert len(asked) == 1
 
 
 def test_of_those_within_the_budget_the_least_pruned_is_taken():
-    limit_ms = TABLE.whole / 1.8
-
-    def true(choices):
-        return TABLE.whole - 1.5 * (TABLE.whole - TABLE.cost(choices))
-
-    found = find_measured(prefix_within, TABLE, limit_ms, true, unpruned)
+    limit_ms, true = TABLE.whole / 1.8, saving(1.5)
+    (found,) = find_measured(within, TABLE, limit_ms, true, unpruned)
     assert true(found) <= 1.000001 * limit_ms
     assert true(dict(list(found.items())[:-1])) > 1.000001 * limit_ms
-    assert len(found) < len(prefix_within(limit_ms))
+    assert len(found) < len(within(limit_ms)[0])
+
+
+@pytest.mark.parametrize("times", [1.5, 1.0, 0.7])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_several_are_the_best_within_the_budget_whatever_sums_say(times, count):
+    true = saving(times)
+    limit_ms = true(PREFIXES[2])
+    best = [choices for choices in PREFIXES if true(choices) <= limit_ms][:count]
+    assert find_measured(within, TABLE, limit_ms, true, unpruned, count) == best
+    assert len(best) == count
+
+
+def test_fewer_than_asked_for_where_there_are_no_more():
+    true = saving(1.0)
+    limit_ms = true(PREFIXES[4])
+    assert find_measured(within, TABLE, limit_ms, true, unpruned, 4) == PREFIXES[4:]
+
+
+def test_what_the_sum_puts_a_little_beyond_the_budget_may_be_within_it():
+    """One subnet whose blocks save more together than one by one, and that scores best."""
+    limit_ms = TABLE.cost(PREFIXES[2])
+    lucky = {**PREFIXES[0], "b5": "c"}
+    table = dataclasses.replace(TABLE, saved={**TABLE.saved, "b5": {"c": 0.0}})
+    table.saved["b5"]["c"] = TABLE.whole - 1.02 * limit_ms - TABLE.saved["b0"]["c"]
+    assert limit_ms < table.cost(lucky) < 1.03 * limit_ms
+
+    def find(sum_ms):
+        return [choices for choices in [lucky, *PREFIXES[:5]] if table.cost(choices) <= sum_ms]
+
+    def measured(choices):
+        return 0.99 * limit_ms if choices == lucky else table.cost(choices)
+
+    assert find_measured(find, table, limit_ms, measured, lambda c: c == lucky) == [lucky]
+
+
+def test_no_more_is_timed_than_need_be():
+    """The best first, and each once."""
+    true, timed = saving(1.0), []
+
+    def measured(choices):
+        timed.append(len(choices))
+        return true(choices)
+
+    find_measured(within, TABLE, true(PREFIXES[1]), measured, unpruned, 2)
+    assert timed == [2, 3]

@@ -158,6 +158,28 @@ def test_a_stopped_comparison_goes_on_to_the_same_weights(finished, tmp_path, mo
             assert got[key] == wanted[key], (name, key)
 
 
+def test_finalists_are_trained_once_and_charged_to_each_that_takes_the_best(finished, tmp_path):
+    (tmp_path / "latency.json").write_bytes((finished.out / "latency.json").read_bytes())
+    search = dataclasses.replace(finished.search, finalists=2)
+    methods = ("fit", "fit-direct", "fit-progressive", "updp")
+    config = dataclasses.replace(
+        finished, search=search, out=tmp_path, methods=methods, controls=(), seeds=(0,)
+    )
+    compare(config, "train")
+    shared = tmp_path / "seed0" / "macs-0.95"
+    trials = {name: load_json(shared / name / "trial.json") for name in methods}
+    for name, known in (("fitted", "fit-direct"), ("all", "updp")):
+        rows = load_json(shared / f"finalists_{name}.json")
+        found = load_json(shared / f"subnet_{name}.json")
+        assert [row["choices"] for row in rows] == found["finalists"] and len(rows) == 2
+        best = min(rows, key=lambda row: row["divergence"])
+        assert trials[known]["choices"] == best["choices"]
+        assert trials[known]["seconds"] > sum(row["seconds"] for row in rows) + found["seconds"]
+    assert trials["fit-progressive"]["choices"] == trials["fit-direct"]["choices"]
+    assert trials["fit"]["choices"] == load_json(shared / "subnet_fitted.json")["choices"]
+    assert not list(tmp_path.rglob("*.state"))
+
+
 def test_what_no_budget_changes_is_trained_once(finished, tmp_path, monkeypatch):
     (tmp_path / "latency.json").write_bytes((finished.out / "latency.json").read_bytes())
     trained = []

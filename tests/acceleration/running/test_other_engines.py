@@ -3,7 +3,9 @@
 import copy
 import logging
 import shutil
+import statistics
 import threading
+import time
 
 import pytest
 import torch
@@ -293,6 +295,23 @@ def test_engines_that_are_installed_compute_the_same(name):
         for i, image in enumerate(images):
             wanted = model(image)
             assert all(relative_error(y, wanted) < 1e-5 for y in found[i])
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_threads_of_an_engine_rest_after_its_call(name):
+    """Time of the processor, not of a clock: threads that went on spinning would take from what runs next."""
+    if OTHER_ENGINES[name].missing():
+        pytest.skip(f"{name} is not installed")
+    model, x = small()
+    plan = accelerate(model, x, tune="off").made
+    run = compile_plan(name, Exported(plan.module, (x,)))
+    spent = []
+    for _ in range(10):
+        run(x)
+        before = time.process_time()
+        time.sleep(0.02)
+        spent.append(time.process_time() - before)
+    assert statistics.median(spent) < 0.005
 
 
 def call_of(plan, x):

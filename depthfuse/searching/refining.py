@@ -10,6 +10,7 @@ known.
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 from collections.abc import Callable
 
@@ -47,7 +48,8 @@ def find_measured(
     timed: dict[str, tuple[float, Choices]] = {}
     most_ms = limit_ms * (1 + TOLERANCE)
     sum_ms = (1 + _BEYOND) * limit_ms
-    met_ms, missed_ms = 0.0, table.whole  # a sum whose subnets were within the budget, and one whose were not
+    # sums whose subnets were within the budget, and whose were not; neither is known yet
+    met_ms, missed_ms = 0.0, math.inf
     for attempt in range(_ATTEMPTS):
         try:
             ranked = find(sum_ms)
@@ -59,7 +61,7 @@ def find_measured(
         here = _time_until(ranked, timed, measure_ms, most_ms, count)
         within_ms = [latency_ms for latency_ms, _ in here if latency_ms <= most_ms]
         enough = len(within_ms) == count
-        if enough and max(within_ms) >= (1 - _BELOW) * limit_ms:
+        if enough and statistics.median(within_ms) >= (1 - _BELOW) * limit_ms:
             break
         if len(timed) == known and any(latency_ms <= most_ms for latency_ms, _ in timed.values()):
             break  # all that it finds is known
@@ -77,7 +79,10 @@ def find_measured(
         error = statistics.median(errors)
         sum_ms = table.whole - (table.whole - limit_ms) * error
         if not met_ms < sum_ms < missed_ms:  # other subnets err in another way
-            sum_ms = (met_ms + missed_ms) / 2 if met_ms else (1 - _BELOW) * missed_ms
+            if met_ms and missed_ms < math.inf:
+                sum_ms = (met_ms + missed_ms) / 2
+            else:
+                sum_ms = (1 + _BEYOND) * met_ms if met_ms else (1 - _BELOW) * missed_ms
         log.info(
             "%d of the %d best subnets that were found are within %.4g ms; they save %.2f of what the sum of their "
             "blocks says: the search runs again, for a sum of %.4g ms",

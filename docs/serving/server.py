@@ -34,7 +34,9 @@ class Classifier:
         """threads: of ONNX Runtime; 0 for all cores. crop_pct: share of the resized image that is kept."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # leaves the cores to the next image
+        options.add_session_config_entry(
+            "session.force_spinning_stop", "1"
+        )  # leaves the cores to the next image
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         facts = json.loads(self.session.get_modelmeta().custom_metadata_map["depthfuse"])
         self.channels, self.size, width = facts["input_size"]

@@ -33,6 +33,8 @@ class TrainConfig:
     """One training stage. The learning rate warms up linearly, may hold, and falls along a cosine, per iteration."""
 
     epochs: int = 10
+    batch_size: int | None = None
+    """Images per step and process; default: `data.batch_size`. Few images make few steps of large batches."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 1e-5
@@ -50,6 +52,8 @@ class TrainConfig:
     """Decay of the moving average of the weights; 0 keeps none."""
 
     def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, not {self.batch_size}")
         if not 0.0 <= self.hold_share < 1.0:
             raise ConfigError(f"hold_share is a share of the training, in [0, 1), not {self.hold_share}")
 
@@ -258,7 +262,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 # Entries that came later. A run of before did what their defaults do.
-_ADDED = ("task", "points", "start", "train", "features", "finalists", "finalist_epochs")
+_ADDED = {
+    "PruneConfig": ("task", "start", "train"),
+    "SearchConfig": ("points", "finalists", "finalist_epochs"),
+    "TrainConfig": ("batch_size",),
+    "FinetuneConfig": ("features",),
+}
 
 
 def from_dict(cls: type, values: Any, where: str = "config", complete: bool = False) -> Any:
@@ -275,7 +284,8 @@ def from_dict(cls: type, values: Any, where: str = "config", complete: bool = Fa
     unknown = [f"{name!s:.60}" for name in values if name not in names]
     if unknown:
         raise ConfigError(f"{where}: unknown entries {', '.join(unknown[:5])}; known: {', '.join(names)}")
-    missing = [name for name in names if name not in values and name not in _ADDED]
+    added = [name for base in cls.__mro__ for name in _ADDED.get(base.__name__, ())]
+    missing = [name for name in names if name not in values and name not in added]
     if complete and missing:
         raise ConfigError(
             f"{where}: lacks {', '.join(missing)}: it was cut short, or is of another version. Choose another "

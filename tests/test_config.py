@@ -103,11 +103,20 @@ def test_a_resolved_config_has_to_be_complete(tmp_path):
     for part, message in [
         (text[: text.index("seed:")], "config.yaml: lacks seed, amp, cpu, checkpoint_seconds"),
         (text.replace("  temperature: 2.0\n", ""), "config.yaml.finetune: lacks temperature"),
+        (text.replace("  batch_size: 128\n", ""), "config.yaml.data: lacks batch_size"),
         ("", "lacks model"),
     ]:
         path.write_text(part)
         with pytest.raises(ConfigError, match=message):
             load_yaml(path, complete=True)
+
+
+def test_entries_that_came_later_may_be_missing(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        to_yaml(PruneConfig()).replace("  batch_size: null\n", "").replace("  finalists: 1\n", "")
+    )
+    assert load_yaml(path, complete=True) == PruneConfig()
 
 
 def test_a_model_argument_that_is_no_value_costs_no_time():

@@ -1,6 +1,7 @@
 """`DataBundle`: the loaders that training, search and measurement use, the same for every kind of data."""
 
 import copy
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 
@@ -104,6 +105,19 @@ class DataBundle(ABC):
     @abstractmethod
     def calibration_loader(self, num_images: int) -> Batches:
         """A fixed choice of training images, not augmented, classes mixed, in batches of equal size."""
+
+    def batched(self, batch_size: int | None) -> "DataBundle":
+        """The same data with so many images in a training batch; None for as many as before.
+
+        Raises:
+            DataError: a size that the settings do not allow, or more images than there are.
+        """
+        if batch_size is None or batch_size == self.config.batch_size:
+            return self
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, batch_size=batch_size)
+        other.train_batches()  # raises if there is not one
+        return other
 
     def mixup(self, label_smoothing: float = 0.0) -> SeededMixup | None:
         """Mixup or cutmix where the config asks for it, else None. It does the label smoothing itself."""

@@ -115,6 +115,8 @@ class StreamBundle(DataBundle):
                 f"{self.config.data} to read: use the version of timm that depthfuse names"
             )
         reader.dist_rank, reader.dist_num_replicas = rank, world_size
+        if hasattr(reader, "batch_size"):  # to whole batches of which it rounds up
+            reader.batch_size = self.config.batch_size
         return images
 
     def _check_shares(self, world_size: int) -> None:

@@ -188,17 +188,16 @@ def layermerge(trial: Trial) -> Result:
     space, supernet = trial.space, trial.baseline_supernet()
     merges = [(path, name) for path, names in space.options.items() for name in names]
     settings = trial.run.config.supernet
-    iterations = settings.epochs * trial.run.data.train_batches() // len(merges)
     short = dataclasses.replace(trial.run.config.finetune, epochs=1, warmup_epochs=0.0)
+    data = trial.run.data.batched(short.batch_size)
+    iterations = settings.epochs * data.train_batches() // len(merges)
     whole = top1(supernet, trial.run.data.holdout_loader())
     lost: dict[str, dict[str, float]] = {}
     for path, name in merges:
         subnet = supernet.subnet(SubnetSpec.from_mapping(supernet.source, {path: name}))
         if iterations:
             objective = Objective(subnet, short.label_smoothing)
-            trial.fit(
-                objective, f"importance_{path}_{name}", short, _FirstBatches(trial.run.data, iterations)
-            )
+            trial.fit(objective, f"importance_{path}_{name}", short, _FirstBatches(data, iterations))
         calibrate(subnet, trial.run.data, trial.run.config.search.calibration_images)
         lost.setdefault(path, {})[name] = whole - top1(subnet, trial.run.data.holdout_loader())
     trial.facts["importance"] = lost
@@ -215,6 +214,9 @@ class _FirstBatches(DataBundle):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._data, name)
+
+    def batched(self, batch_size: int | None) -> DataBundle:
+        return _FirstBatches(self._data.batched(batch_size), self._batches)
 
     def train_batches(self, world_size: int = 1) -> int:
         return self._batches

@@ -134,6 +134,7 @@ class _Training:
         checkpoint_seconds: float,
         calibration_images: int,
     ) -> None:
+        data = data.batched(config.batch_size)
         self.objective, self.data, self.config, self.accelerator = objective, data, config, accelerator
         self.task = objective.task
         self.stage, self.seed, self.calibration_images = stage, seed, calibration_images

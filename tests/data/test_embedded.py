@@ -204,3 +204,21 @@ def test_imagenet_augmentation_of_embedded_images_is_reproducible():
 def test_config_refuses_nonsense(kwargs, message):
     with pytest.raises(DataError, match=message):
         DataConfig(**kwargs)
+
+
+def test_other_batches_of_the_same_images():
+    data = open_data(
+        DataConfig(max_train_images=640, batch_size=64, mixup=0.2, holdout=0.0), num_classes=None
+    )
+    other = data.batched(32)
+    assert (data.config.batch_size, other.config.batch_size) == (64, 32)
+    assert other.train_batches() == 2 * data.train_batches()
+    given, wanted = (collect(d.train_loader(seed=3, epoch=1)) for d in (other, data))
+    assert torch.equal(given[1], wanted[1]) and {len(x) for x, _ in other.train_loader(seed=0, epoch=0)} == {
+        32
+    }
+    assert data.batched(None) is data and data.batched(64) is data
+    with pytest.raises(DataError, match="33 is odd"):
+        data.batched(33)
+    with pytest.raises(DataError, match="do not fill one batch of 1000"):
+        data.batched(1000)

@@ -57,6 +57,15 @@ def test_each_process_trains_on_its_own_share_and_resumes(shards):
         bundle.train_loader(seed=1, epoch=2, rank=2, world_size=3)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_other_batches_of_the_same_shards(shards, workers):
+    data = open_data(config(shards, workers=workers), num_classes=CLASSES)
+    other = data.batched(data.config.batch_size // 2)
+    loader = other.train_loader(seed=1, epoch=0)
+    assert len(loader) >= 2 * data.train_batches()
+    assert [len(images) for images, _ in loader] == [other.config.batch_size] * len(loader)
+
+
 @pytest.mark.parametrize("workers", [0, 2, 3])
 def test_evaluation_shows_every_image_once(shards, workers):
     bundle = open_data(config(shards, workers=workers), num_classes=CLASSES)

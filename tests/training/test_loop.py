@@ -13,7 +13,7 @@ from torch import nn
 from depthfuse import DataConfig, SubnetSpec, Supernet, open_data
 from depthfuse.checkpoint import load_state
 from depthfuse.config import TrainConfig
-from depthfuse.errors import CheckpointError, ConfigError, TrainingDiverged
+from depthfuse.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from depthfuse.spec import ModelSource
 from depthfuse.training.evaluation import top1
 from depthfuse.training.loop import fit, history_csv, make_accelerator, within_chance
@@ -266,6 +266,24 @@ def test_top1_counts(data):
 
 def test_history_csv():
     assert history_csv([{"a": 1, "b": 2}, {"a": 3, "c": 4}]) == "a,b,c\n1,2,\n3,,4\n"
+
+
+def test_a_stage_may_have_batches_of_its_own(data, accelerator):
+    seen = []
+
+    class Watched(type(objective("plain"))):
+        def forward(self, images, targets, progress):
+            seen.append(len(images))
+            return super().forward(images, targets, progress)
+
+    config = TrainConfig(epochs=2, batch_size=data.config.batch_size // 2)
+    fit(Watched(objective("plain").net), data, config, accelerator)
+    images = data.train_batches() * data.config.batch_size
+    assert set(seen) == {config.batch_size} and sum(seen) >= 2 * images
+    with pytest.raises(DataError, match="do not fill one batch of 100000"):
+        fit(objective("plain"), data, dataclasses.replace(config, batch_size=100_000), accelerator)
+    with pytest.raises(ConfigError, match="batch_size must be at least 1, not 0"):
+        dataclasses.replace(config, batch_size=0)
 
 
 def test_the_learning_rate_warms_up_holds_and_falls(data, accelerator):

@@ -10,7 +10,7 @@ _QUICK_SEARCH = {"strategy": "milp", "metric": "loss"}
 # Fitted blocks start near the original ones, so a pretrained net is trained gently, and learns from its original alone:
 # from its answers, and from what its blocks give. A learning rate of 1e-3, as for training from scratch, took from it
 # all that fitting had kept; labels beside the original's answers lost a point, and a lambda that falls on the way 0.3.
-# Some thousands of images make few steps: 32 images a step were better than 64 on two subnets, by cross-entropy on the test
+# Some thousands of images make few steps: 32 images a step were better than 64 on two subnets, by cross-entropy on test
 # images. All measured in benchmarks/results/studies.md.
 _GENTLE = {
     "epochs": 6,

@@ -1,8 +1,10 @@
 """A command that is killed when a file appears, and what its run and another have to have in common."""
 
+import dataclasses
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,11 +13,20 @@ from typing import Any
 import torch
 
 from depthfuse.checkpoint import load_tensors
+from depthfuse.config import PruneConfig, to_yaml
 
 
 def environment() -> dict[str, str]:
     """With as many threads as here: other numbers of them sum up in other orders."""
     return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+def merge_command(config: PruneConfig, finished: Path, folder: Path) -> tuple[list[Any], Path]:
+    """(`depthfuse merge` of a config into a folder of its own, that folder); by the latencies of a finished run."""
+    out, file = folder / "run", folder / "config.yaml"
+    latency = dataclasses.replace(config.latency, table=finished / "latency.json")
+    file.write_text(to_yaml(dataclasses.replace(config, latency=latency)))
+    return [sys.executable, "-m", "depthfuse.cli", "merge", "--config", file, "--out", out], out
 
 
 def kill_when_there(command: Sequence[Any], file: Path, limit_s: float = 300) -> None:

@@ -2,17 +2,16 @@
 
 import dataclasses
 import math
-import sys
 
 import pytest
 import torch
-from killed_runs import assert_same_weights, kill_when_there, run_again
+from killed_runs import assert_same_weights, kill_when_there, merge_command, run_again
 from small_run import CONFIG, undisturbed
 from torch.nn import functional as F
 
 from depthfuse import load
 from depthfuse.checkpoint import load_json, save_json
-from depthfuse.config import FinetuneConfig, SearchConfig, from_dict, to_dict, to_yaml
+from depthfuse.config import FinetuneConfig, SearchConfig, from_dict, to_dict
 from depthfuse.errors import CheckpointError, ConfigError
 from depthfuse.runs import finalists
 from depthfuse.runs.run import Run
@@ -139,10 +138,7 @@ def test_the_divergence_is_that_of_the_outputs_on_training_images(finished):
 
 @pytest.mark.parametrize("file", ["finalists-1.state", "finalists-2.state"])
 def test_killed_among_them_it_ends_with_the_same_bits(finished, tmp_path, file):
-    out, config = tmp_path / "run", tmp_path / "config.yaml"
-    latency = dataclasses.replace(CONFIG.latency, table=finished / "latency.json")
-    config.write_text(to_yaml(dataclasses.replace(SEVERAL, latency=latency)))
-    command = [sys.executable, "-m", "depthfuse.cli", "merge", "--config", config, "--out", out]
+    command, out = merge_command(SEVERAL, finished, tmp_path)
     kill_when_there(command, out / file)
     assert not (out / "subnet.json").exists()
     run_again(command)

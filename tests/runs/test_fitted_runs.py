@@ -1,17 +1,15 @@
 """A run that starts from fitted blocks, with and without training after it."""
 
 import dataclasses
-import sys
 
 import pytest
 import torch
-from killed_runs import assert_same_weights, kill_when_there, run_again
+from killed_runs import assert_same_weights, kill_when_there, merge_command, run_again
 from on_request import on_request
 from small_run import CONFIG, undisturbed
 
 from depthfuse import load
 from depthfuse.checkpoint import load_json, load_tensors
-from depthfuse.config import to_yaml
 from depthfuse.errors import ConfigError, FitError
 from depthfuse.fitting.fitted import Fitted
 from depthfuse.runs.run import Run, prune
@@ -61,10 +59,7 @@ def test_fitted_blocks_are_nearer_to_the_original_than_merged_ones(finished):
 @on_request("half a minute")
 @pytest.mark.parametrize("stage", ["supernet", "subnet.json"])
 def test_killed_on_the_way_it_ends_with_the_same_bits(finished, tmp_path, stage):
-    out, file = tmp_path / "run", tmp_path / "config.yaml"
-    latency = dataclasses.replace(CONFIG.latency, table=finished / "latency.json")
-    file.write_text(to_yaml(dataclasses.replace(FIT, latency=latency)))
-    command = [sys.executable, "-m", "depthfuse.cli", "merge", "--config", file, "--out", out]
+    command, out = merge_command(FIT, finished, tmp_path)
     kill_when_there(command, out / (stage if "." in stage else f"{stage}.safetensors"))
     run_again(command)
     assert_same_weights(out, finished, ("baseline", "supernet", "finetune", "merged"))

@@ -68,6 +68,12 @@ def features_of(layer: nn.Conv2d | nn.Linear) -> int:
     return layer.weight[0].numel()
 
 
+def can_be_fitted(merged: nn.Module) -> bool:
+    """Whether a merged block has a layer of its own that is not too large."""
+    tail = tail_of(merged)
+    return tail is not None and features_of(tail.layer) <= LARGEST_FEATURES
+
+
 @torch.no_grad()
 def fit_block(
     merged: nn.Module, given: Sequence[Call], wanted: Sequence[Call], seed: int = 0

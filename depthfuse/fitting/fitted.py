@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from depthfuse.errors import SpecError
+from depthfuse.fitting.blocks import can_be_fitted
 from depthfuse.merging.adapters.base import Candidate, Lambda, fixed, mix
 from depthfuse.merging.computed_weights import compute_weights, has_computed, private_copy
 from depthfuse.merging.merged_blocks import first_of, with_first
@@ -30,6 +31,13 @@ class Fitted(Candidate):
     @classmethod
     def refusal(cls, block: nn.Module) -> str | None:
         return None  # the candidate that it takes the place of was not refused
+
+    @property
+    def form(self) -> str:
+        """Its layers: candidates that have the same start from other weights only, and learn the same."""
+        if not can_be_fitted(self.merged):
+            return self.name
+        return f"{self.merged} {[tuple(value.shape) for value in self.merged.state_dict().values()]}"
 
     def forward(
         self, block: nn.Module, x: Tensor, lam: Lambda, **others: Any

@@ -173,6 +173,10 @@ class Supernet(nn.Module):
         """{block path: names of its candidates}."""
         return {path: list(block.candidates) for path, block in self.blocks.items()}
 
+    def forms(self) -> dict[str, dict[str, str]]:
+        """{block path: {candidate: its form}}, see `Candidate.form`."""
+        return {path: {n: c.form for n, c in b.candidates.items()} for path, b in self.blocks.items()}
+
     def choices(self) -> dict[str, str]:
         """{block path: what is on now}."""
         return {path: block.choice for path, block in self.blocks.items()}

@@ -18,7 +18,8 @@ _ROUNDING = 1e-9  # of sums of percentages
 def ranked(
     space: SearchSpace, rows: Sequence[Row], value: Callable[[SubnetScore], float], axis: CostTable | None
 ) -> list[Choices]:
-    """The subnets within the budget, that of most value first; where it is a loss in points, the cheapest first.
+    """The subnets within the budget, that of most value first; where it is a loss in points, the cheapest first. Of
+    those that are of the same form, block by block, only the first.
 
     Args:
         rows: all that was scored. axis: the table that offers are told by, in milliseconds or another unit.
@@ -43,7 +44,11 @@ def ranked(
         raise BudgetError(
             f"none of the {len(rows)} scored subnets meets the budget{nearest(space, rows, axis)}"
         )
-    return [row[3] for row in sorted(order, key=lambda row: row[:3])]
+    first: dict[frozenset[tuple[str, str]], Choices] = {}
+    for *_, choices in sorted(order, key=lambda row: row[:3]):
+        form = frozenset((path, space.form(path, name)) for path, name in choices.items())
+        first.setdefault(form, choices)
+    return list(first.values())
 
 
 def unpruned(rows: Sequence[Row]) -> SubnetScore | None:

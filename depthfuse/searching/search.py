@@ -95,7 +95,8 @@ def search(
     meets (it names what comes nearest), and an unknown strategy.
     """
     strategy = find_strategy(config.strategy)
-    space = SearchSpace(supernet.options(), config, costs or latency, latency)
+    forms = supernet.forms()
+    space = SearchSpace(supernet.options(), config, costs or latency, latency, forms)
     left_out = [path for path in supernet.options() if path not in space.options]
     if left_out:
         log.info("excluded, or merging is no faster than keeping: %s", ", ".join(left_out))
@@ -132,7 +133,7 @@ def search(
 
         def find_within(sum_ms: float) -> list[Choices]:
             within = dataclasses.replace(config, speedup=None, budget_ms=sum_ms)
-            return find(SearchSpace(supernet.options(), within, latency, latency))
+            return find(SearchSpace(supernet.options(), within, latency, latency, forms))
 
         if measure_ms is None or space.unit != "ms" or latency is None:
             best = find(space)[:count]

@@ -53,6 +53,7 @@ class SearchSpace:
         options: {block path: names of its candidates}, in order.
         costs: in the unit of the budget. With a budget in blocks it may be missing.
         latency: what decides which merges pay; default `costs`.
+        forms: {block path: {candidate: form}}, as `Supernet.forms` gives them; default: each candidate has its own.
 
     Raises BudgetError for a budget that nothing meets (it names the cheapest subnet), and for blocks to force or
     exclude that are not there; CostError for a table by which subnets would cost nothing or less.
@@ -64,8 +65,9 @@ class SearchSpace:
         config: SearchConfig,
         costs: CostTable | None = None,
         latency: CostTable | None = None,
+        forms: Mapping[str, Mapping[str, str]] | None = None,
     ):
-        self.costs = costs
+        self.costs, self._forms = costs, forms or {}
         self.unit = budget_unit(config)
         excluded = _named_blocks(options, config.exclude, "exclude")
         self.forced: dict[str, list[str]] = {}
@@ -143,6 +145,10 @@ class SearchSpace:
         """Whether a subnet is in the space and, where there is one, within the budget."""
         known = all(name in self.options.get(path, ()) for path, name in choices.items())
         return known and all(self.meets(choices, level) for level in self._budget())
+
+    def form(self, path: str, name: str) -> str:
+        """Equal for candidates of a block of which a search needs but one."""
+        return self._forms.get(path, {}).get(name, name)
 
     def _budget(self) -> list[Level]:
         return [level for level in (self.blocks, self.limit) if level is not None]

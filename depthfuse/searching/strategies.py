@@ -137,8 +137,8 @@ def integer_programme(space: SearchSpace, judge: Judge, config: SearchConfig, rn
 def best_additive(space: SearchSpace, lost: Importance, level: Level, count: int = 1) -> list[Choices]:
     """The `count` feasible subnets of least summed loss, best first; exact (scipy's `milp`, the HiGHS solver).
 
-    One binary variable for each block and candidate, at most one a block. After each answer a cut excludes it. Fewer
-    come back where the space holds no more. Raises BudgetError where scipy is missing.
+    One binary variable for each block and candidate, at most one a block. After each answer a cut excludes it, and what
+    is of the same form. Fewer come back where the space holds no more. Raises BudgetError where scipy is missing.
     """
     try:
         import numpy as np
@@ -177,8 +177,10 @@ def best_additive(space: SearchSpace, lost: Importance, level: Level, count: int
             break
         taken = answer.x > 0.5
         found.append({path: name for (path, name), on in zip(pairs, taken, strict=True) if on})
-        # differ from this answer somewhere: sum over taken (1 - x) + sum over the others x >= 1
-        constraints.append(LinearConstraint(np.where(taken, -1.0, 1.0)[None], 1.0 - taken.sum(), np.inf))
+        # differ from this answer somewhere: sum over its forms (1 - x) + sum over the others x >= 1
+        forms = {(path, space.form(path, name)) for path, name in found[-1].items()}
+        alike = np.array([(path, space.form(path, name)) in forms for path, name in pairs])
+        constraints.append(LinearConstraint(np.where(alike, -1.0, 1.0)[None], 1.0 - taken.sum(), np.inf))
     return found
 
 

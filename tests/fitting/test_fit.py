@@ -160,3 +160,21 @@ def test_what_cannot_be_fitted_is_said(caplog):
     broken = [x * float("nan") for x in images(size)]
     with pytest.raises(FitError, match=r"block layer1\.0: .*finite"):
         fit_candidates(supernet, broken)
+
+
+def test_fitted_blocks_of_the_same_layers_are_of_one_form():
+    net, _ = net_of("resnet18")
+    supernet = Supernet(net)
+    assert all(len(set(forms.values())) == len(forms) for forms in supernet.forms().values())
+    forms = with_fitted(supernet).forms()["layer2.1"]
+    assert list(forms) == ["compact", "dense", "identity", "drop"]
+    assert forms["compact"] == forms["identity"]  # a 3x3 each; the other is a 5x5
+    assert len(set(forms.values())) == 3
+
+
+def test_what_is_too_large_to_be_fitted_is_of_a_form_of_its_own(monkeypatch):
+    net, _ = net_of("resnet18")
+    monkeypatch.setattr("depthfuse.fitting.blocks.LARGEST_FEATURES", 9 * 12)
+    forms = with_fitted(Supernet(net)).forms()
+    assert len(set(forms["layer1.0"].values())) == 3  # it reads the stem's 64 channels
+    assert len(set(forms["layer2.1"].values())) == 3  # 12 channels; one of the four candidates is a twin

@@ -69,6 +69,42 @@ def test_the_integer_programme_lists_the_best_few_in_order():
     assert scores == pytest.approx(sorted(scores, reverse=True))
 
 
+def test_of_each_form_the_integer_programme_lists_the_best():
+    options = synthetic_options(4, 3)
+    judge = additive_judge(options)
+    forms = {path: {"c0": "dense", "c2": "dense"} for path in options}  # c1 is like no other
+    space = SearchSpace(options, SearchConfig(blocks=2), make_table(options), forms=forms)
+    lost = importances(space, lambda c: judge(c).top1)
+    every = best_additive(space, lost, 2, count=1000)
+    assert len(every) == 6 * 2 * 2
+    for choices in every:
+        for path, name in choices.items():
+            assert name == "c1" or lost[path][name] == min(lost[path]["c0"], lost[path]["c2"])
+    scores = [judge(c).top1 for c in every]
+    assert scores == pytest.approx(sorted(scores, reverse=True))
+
+
+@pytest.mark.parametrize("strategy", ["evolution", "milp", "random"])
+def test_finalists_are_of_different_forms(supernet, strategy, monkeypatch):
+    """Fitted blocks of the same layers differ in where they start only: four trainings ended alike."""
+    options = supernet.options()
+    monkeypatch.setattr(
+        Supernet, "forms", lambda _: {p: dict.fromkeys(n, "same") for p, n in options.items()}
+    )
+    judge = additive_judge(options)
+    config = SearchConfig(strategy=strategy, blocks=3, finalists=4, losing_merges=True, **SETTINGS)
+    result = search(supernet, None, config, make_table(options), judge=judge)
+    pruned = [frozenset(choices) for choices in result.finalists]
+    assert len(pruned) == len(set(pruned)) == 4
+    assert result.spec.mapping() == result.finalists[0]
+    if strategy == "milp":  # the best of each form
+        for choices in result.finalists:
+            assert all(
+                judge({path: name}).top1 == max(judge({path: other}).top1 for other in options[path])
+                for path, name in choices.items()
+            )
+
+
 @pytest.mark.parametrize("strategy", ["evolution", "milp"])
 @pytest.mark.parametrize("budget", BUDGETS[:4], ids=str)
 def test_searches_find_the_optimum_of_additive_scores(supernet, strategy, budget):

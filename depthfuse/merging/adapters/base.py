@@ -48,6 +48,11 @@ class Candidate(nn.Module):
     def drop_border_remedy(self) -> None:
         """For an ablation: pad with zeros between convolutions, which a merge cannot follow at the border."""
 
+    @property
+    def form(self) -> str:
+        """Equal for candidates of a block that training does not tell apart: of such subnets one is trained."""
+        return self.name
+
     @abstractmethod
     def merge(self, block: nn.Module) -> nn.Module:
         """The merged module, equal to `forward(block, x, 0)` in eval mode. Computed in float64, cast once."""

@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthfuse.errors import FitError
+from depthfuse.fitting.layers import (
+    LARGEST_FEATURES,
+    Layer,
+    along,
+    channels_last,
+    features_of,
+    hooked,
+    set_weight,
+    sums_of,
+)
 from depthfuse.fitting.least_squares import Sums, fit_linear
 from depthfuse.fitting.recording import Call
 from depthfuse.merging.merged_blocks import (
@@ -32,16 +40,12 @@ from depthfuse.merging.merged_blocks import (
 
 log = logging.getLogger(__name__)
 
-LARGEST_FEATURES = 4608  # a 3x3 over 512 channels: 170 MB of sums, a minute of solving
-_ROWS_A_FEATURE = 40
-_HELD_OUT = 4  # one batch in so many decides the ridge
-
 
 @dataclass(frozen=True)
 class Tail:
     """The parts of a merged block: y = norm(act(rest + gamma * layer(a))); `act` may be nn.Identity, `norm` None."""
 
-    layer: nn.Conv2d | nn.Linear
+    layer: Layer
     act: nn.Module
     norm: nn.Module | None
 
@@ -61,11 +65,6 @@ def tail_of(merged: nn.Module) -> Tail | None:
     if isinstance(merged, MergedIdle):
         return Tail(merged.block.get_submodule(merged.branch).linear, merged.output, None)
     return None
-
-
-def features_of(layer: nn.Conv2d | nn.Linear) -> int:
-    """How many inputs an output of a layer reads."""
-    return layer.weight[0].numel()
 
 
 def can_be_fitted(merged: nn.Module) -> bool:
@@ -102,38 +101,31 @@ def fit_block(
     axis = -1 if isinstance(tail.layer, nn.Linear) else 1
     targets, scale = _targets(tail.act, wanted, axis, alone=_stands_alone(merged, tail, given[0]))
     gamma = _gamma(merged, tail, given[0], axis)
-    generator = torch.Generator().manual_seed(seed)
-    sums: dict[bool, Sums] = {}
-    most = _ROWS_A_FEATURE * max(features_of(tail.layer), 64) // len(given)
-    for index, (call, target) in enumerate(zip(given, targets, strict=True)):
-        read, rest = _run_without(merged, tail, call)
-        z = (target - rest) / _along(gamma, axis, target.ndim)
-        rows = _rows(tail.layer, read), _grouped(_channels_last(z, axis).double(), tail.layer)
-        if len(rows[0]) != len(rows[1]):
-            raise FitError("its layer works on other positions than the block gives")
-        if len(rows[0]) > most:
-            chosen = torch.randperm(len(rows[0]), generator=generator)[:most]
-            rows = rows[0][chosen], rows[1][chosen]
-        if not sums:
-            sums = {held_out: Sums.around(*rows) for held_out in (False, True)}
-        sums[index % _HELD_OUT == _HELD_OUT - 1 or (len(given) < _HELD_OUT and index == 1)].add(*rows)
-    weight, bias, ridge = _best_fit(tail.layer, scale, sums[False], sums[True])
-    _set_layer(tail.layer, weight, bias)
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for call, target in zip(given, targets, strict=True):
+            read, rest = _run_without(merged, tail, call)
+            yield read, (target - rest) / along(gamma, axis, target.ndim)
+
+    fitted, held_out = sums_of(tail.layer, pairs(), len(given), axis, seed)
+    weight, bias, ridge = _best_fit(tail.layer, scale, fitted, held_out)
+    set_weight(tail.layer, weight)
+    if tail.layer.bias is None:
+        raise FitError("its layer has no bias")
+    tail.layer.bias.copy_(bias.flatten())
     left = _set_norm(merged, tail, given, wanted, axis)
     log.debug("fitted %s: ridge %g, %.3f of the variance left", type(merged).__name__, ridge, left)
     return left
 
 
-def _best_fit(
-    layer: nn.Conv2d | nn.Linear, scale: Tensor, fitted: Sums, held_out: Sums
-) -> tuple[Tensor, Tensor, float]:
+def _best_fit(layer: Layer, scale: Tensor, fitted: Sums, held_out: Sums) -> tuple[Tensor, Tensor, float]:
     """With the prior that errs least: where data says little, a block is dropped, or stays as it was merged."""
     infinite = float("inf")
     priors = _priors(layer, scale, fitted)
     return fit_linear(fitted, held_out, min(priors, key=lambda p: held_out.error(*fitted.solve(infinite, p))))
 
 
-def _priors(layer: nn.Conv2d | nn.Linear, scale: Tensor, sums: Sums) -> list[Tensor]:
+def _priors(layer: Layer, scale: Tensor, sums: Sums) -> list[Tensor]:
     """[G, F, O] each: nothing; the layer as it is; each input to its output, scaled by what is seen of the two."""
     nothing = torch.zeros_like(sums.in_out)
     groups, wide, high = nothing.shape
@@ -189,12 +181,12 @@ def _targets(act: nn.Module, wanted: Sequence[Call], axis: int, alone: bool) -> 
     spread = (most - least).clamp_min(1e-12)
     least, spread = least - 0.1 * spread, 1.2 * spread  # some room for images that were not seen
     if alone and high == float("inf"):
-        rows = torch.cat([_channels_last(call.output, axis).double() for call in wanted])
+        rows = torch.cat([channels_last(call.output, axis).double() for call in wanted])
         scale = 1.0 / rows.std(0).clamp_min(1e-12)
     elif alone:
         scale = (high - low) / spread
     shift = low - least * scale
-    scale_along, shift_along = _along(scale, axis, dims), _along(shift, axis, dims)
+    scale_along, shift_along = along(scale, axis, dims), along(shift, axis, dims)
     return [call.output.double() * scale_along + shift_along for call in wanted], scale
 
 
@@ -215,21 +207,12 @@ def _run(
     def before_act(_act: nn.Module, args: tuple[Any, ...]) -> None:
         seen["z"] = args[0].clone()
 
-    with _hooks(
+    with hooked(
         tail.layer.register_forward_hook(after_layer), tail.act.register_forward_pre_hook(before_act)
     ):
         # a copy, as activations may work in place
         merged(*(a.clone() if isinstance(a, Tensor) else a for a in call.args), **call.kwargs)
     return seen["read"], seen["z"]
-
-
-@contextmanager
-def _hooks(*handles: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _stands_alone(merged: nn.Module, tail: Tail, call: Call) -> bool:
@@ -242,42 +225,11 @@ def _gamma(merged: nn.Module, tail: Tail, call: Call, axis: int) -> Tensor:
     Raises FitError where the layer does not lie before the activation, channel by channel.
     """
     given = _run(merged, tail, call, torch.ones_like)[1] - _run_without(merged, tail, call)[1]
-    rows = _channels_last(given.double(), axis)
+    rows = channels_last(given.double(), axis)
     gamma = rows.mean(0)
     if not bool(((rows - gamma).abs() <= 1e-3 * gamma.abs().clamp_min(1e-6)).all()):
         raise FitError("more than a scale lies between its layer and its activation")
     return torch.where(gamma.abs() < 1e-12, torch.ones_like(gamma), gamma)
-
-
-def _along(values: Tensor, axis: int, dims: int) -> Tensor:
-    """[C], to be multiplied with a tensor of `dims` axes along one of them."""
-    return values.reshape([-1 if d == axis % dims else 1 for d in range(dims)])
-
-
-def _channels_last(x: Tensor, axis: int) -> Tensor:
-    """[..., C, ...] -> [positions, C]"""
-    return x.movedim(axis, -1).reshape(-1, x.shape[axis])
-
-
-def _rows(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
-    """What the layer reads at each position: [positions, groups, features]."""
-    if isinstance(layer, nn.Linear):
-        return x.reshape(-1, 1, x.shape[-1]).double()
-    windows = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # [N, I * k * k, L]
-    return windows.movedim(1, 2).reshape(-1, layer.groups, features_of(layer)).double()
-
-
-def _grouped(rows: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
-    """[positions, O] -> [positions, groups, O / groups]"""
-    return rows.reshape(len(rows), getattr(layer, "groups", 1), -1)
-
-
-def _set_layer(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> None:
-    """weight: [G, F, O]; bias: [G, O]."""
-    if layer.bias is None:
-        raise FitError("its layer has no bias")
-    layer.weight.copy_(weight.movedim(1, 2).reshape(layer.weight.shape))
-    layer.bias.copy_(bias.flatten())
 
 
 def _set_norm(
@@ -287,13 +239,13 @@ def _set_norm(
     before: list[Tensor] = []
 
     def keep(_norm: nn.Module, args: tuple[Any, ...]) -> None:
-        before.append(_channels_last(args[0], axis).double())
+        before.append(channels_last(args[0], axis).double())
 
     last = tail.act if tail.norm is None else tail.norm
-    with _hooks(last.register_forward_pre_hook(keep)):
+    with hooked(last.register_forward_pre_hook(keep)):
         for call in given:
             merged(*(a.clone() if isinstance(a, Tensor) else a for a in call.args), **call.kwargs)
-    s, y = torch.cat(before), torch.cat([_channels_last(call.output, axis).double() for call in wanted])
+    s, y = torch.cat(before), torch.cat([channels_last(call.output, axis).double() for call in wanted])
     mean_s, mean_y = s.mean(0), y.mean(0)
     var_s, var_y = s.var(0, unbiased=False), y.var(0, unbiased=False)
     all_y = var_y.sum().clamp_min(1e-300)

@@ -53,9 +53,11 @@ class Calibration:
         """Fit each candidate alone, for the search."""
         fit_candidates(self.supernet, self.batches, options)
 
-    def fit_chosen(self) -> None:
-        """Fit the chosen candidates one after another."""
-        fit_chosen(self.supernet, self.batches)
+    def fit_chosen(self, kept: bool = True) -> None:
+        """Fit the chosen candidates one after another, and, if `kept`, the last layers of the blocks between and after
+        them."""
+        _ = self._moments  # of the original net, whose blocks change
+        fit_chosen(self.supernet, self.batches, kept)
 
     def settle(self) -> None:
         """Make the batch norms of the chosen subnet give what those of the original net gave."""

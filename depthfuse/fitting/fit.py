@@ -16,8 +16,10 @@ from torch import Tensor
 from depthfuse.errors import FitError
 from depthfuse.fitting.blocks import fit_block
 from depthfuse.fitting.fitted import Fitted
+from depthfuse.fitting.kept import fit_kept, settle_kept
 from depthfuse.fitting.recording import Call, record
 from depthfuse.log import progress
+from depthfuse.merging.computed_weights import has_computed, private_copy
 from depthfuse.merging.supernet import Supernet, SwitchBlock
 from depthfuse.spec import KEEP
 
@@ -53,23 +55,50 @@ def fit_candidates(
     return lost
 
 
-def fit_chosen(supernet: Supernet, images: Sequence[Tensor]) -> dict[str, float]:
-    """Fit the chosen candidates, in place, in the order in which the net runs them; see `fit_candidates`."""
+def fit_chosen(supernet: Supernet, images: Sequence[Tensor], kept: bool = True) -> dict[str, float]:
+    """Fit the chosen candidates, in place, in the order in which the net runs them, each on what the net pruned so far
+    gives; see `fit_candidates`.
+
+    kept: fit the last layers of the kept blocks after the first of them, too. They then are no longer right where the
+    blocks before them are not pruned (lambda 1).
+    """
     chosen = {path: name for path, name in supernet.choices().items() if name != KEEP}
     lost: dict[str, float] = {}
     _prepare(supernet)
+    original = private_copy(supernet)  # before its kept blocks change
+    original.set_choices({})
     so_far: dict[str, str] = {}
-    for path, name in chosen.items():
-        supernet.set_choices({})
-        wanted = record(supernet.model, path, images)
-        supernet.set_choices(so_far)
-        given = record(supernet.model, path, images[: len(wanted)])
-        share = _fit(supernet.blocks[path], name, given, wanted[: len(given)])
-        if share is not None:
-            lost[path] = share
-        so_far[path] = name
+    with progress("fit", total=len(supernet.blocks)) as bar:
+        for path, block in supernet.blocks.items():
+            if path in chosen or so_far:
+                wanted = record(original.model, path, images)
+                supernet.set_choices(so_far)
+                given = record(supernet.model, path, images[: len(wanted)])
+                wanted = wanted[: len(given)]
+                if path in chosen:
+                    share = _fit(block, chosen[path], given, wanted)
+                    if share is not None:
+                        lost[path] = share
+                    so_far[path] = chosen[path]
+                elif kept and not has_computed(block.block) and not _shares(supernet, block):
+                    try:
+                        settle_kept(block.block, original.blocks[path].block, given, wanted)
+                        fit_kept(block.block, given, wanted)
+                    except FitError as error:
+                        raise FitError(f"block {path}: {error}") from error
+            bar.advance()
     supernet.set_choices(chosen)
     return lost
+
+
+def _shares(supernet: Supernet, block: SwitchBlock) -> bool:
+    """Whether a block has a weight that another block reads, too."""
+    own = set(block.block.parameters())
+    return any(
+        not own.isdisjoint(other.block.parameters())
+        for other in supernet.blocks.values()
+        if other is not block
+    )
 
 
 def _prepare(supernet: Supernet) -> None:

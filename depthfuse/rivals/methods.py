@@ -85,21 +85,24 @@ def direct(trial: Trial) -> Result:
     return trial.finetune(supernet, trial.search(supernet), lambda_schedule="none")
 
 
-def _fitted(trial: Trial, trained: bool = True) -> tuple[Supernet, Choices]:
-    """The best subnet of fitted blocks, these fitted once more, one after another. trained: see `Trial.search`."""
+def _fitted(trial: Trial, trained: bool = True, gradual: bool = False) -> tuple[Supernet, Choices]:
+    """The best subnet of fitted blocks, these fitted once more, one after another.
+
+    trained: see `Trial.search`. gradual: it is to be pruned progressively, from the original net on.
+    """
     calibration = trial.calibration()
     net = calibration.supernet
     alone = copy.deepcopy(net.state_dict())
 
-    def start(choices: Choices) -> Supernet:
+    def start(choices: Choices, gradual: bool = False) -> Supernet:
         net.load_state_dict(alone)
         net.set_choices(choices)
-        calibration.fit_chosen()
+        calibration.fit_chosen(kept=not gradual)
         calibration.settle()
         return net
 
     choices = trial.search(net, "fitted", calibration.settle, start, trained)
-    return start(choices), choices
+    return start(choices, gradual), choices
 
 
 @method("fit")
@@ -119,14 +122,14 @@ def fit_direct(trial: Trial) -> Result:
 @method("fit-progressive")
 def fit_progressive(trial: Trial) -> Result:
     """As fit, then all epochs for progressive training."""
-    net, choices = _fitted(trial)
+    net, choices = _fitted(trial, gradual=True)
     return trial.finetune(net, choices, epochs=trial.total_epochs())
 
 
 @method("fit-replacing")
 def fit_replacing(trial: Trial) -> Result:
     """As fit-progressive, but lambda is a block's chance to be the original in a step."""
-    net, choices = _fitted(trial)
+    net, choices = _fitted(trial, gradual=True)
     return trial.finetune(net, choices, mixing="random", epochs=trial.total_epochs())
 
 

@@ -98,9 +98,7 @@ def expected_seconds(
         else training(config.supernet, subnets * pace.training, scores=2),
         "search": _scored(options, config.search) * (calibrating + held * pace.forward)
         + (config.search.finalists * finalist if decides else 0.0),
-        "finetune": training(config.finetune, taught_step)
-        if config.train
-        else len(options) * calibrating / 2,
+        "finetune": training(config.finetune, taught_step) if config.train else len(options) * calibrating,
         "compare": _NETS_COMPARED * len(data.val_loader()) * data.config.val_batch_size * pace.forward,
     }
     return {stage: seconds[stage] for stage in left(config, until)}

@@ -274,7 +274,7 @@ class Run:
         spec, settings = self.search(), self.config.finetune
         if self._is_done(path):
             return self._load_weights(self.supernet().subnet(spec, lam=0.0), path)
-        subnet = self._started(spec)
+        subnet = self._started(spec, self.config.train and settings.lambda_schedule != "none")
         if self.config.train:
             self._train(subnet, "finetune", settings)
         elif self.config.start == "supernet":
@@ -283,13 +283,14 @@ class Run:
         self._save_weights(subnet, path)
         return self.finetune()
 
-    def _started(self, spec: SubnetSpec) -> Supernet:
-        """A subnet that is to be trained: its blocks as the supernet has them, or fitted one after another."""
+    def _started(self, spec: SubnetSpec, gradual: bool = False) -> Supernet:
+        """A subnet that is to be trained: its blocks as the supernet has them, or fitted one after another. gradual:
+        from the original net on."""
         supernet = self.supernet()
         if self.config.start == "fit":
             fitted = self.calibration(supernet)
             supernet.set_choices(spec)
-            fitted.fit_chosen()
+            fitted.fit_chosen(kept=not gradual)
             fitted.settle()
         return supernet.subnet(spec, lam=0.0)
 

@@ -56,7 +56,7 @@ def test_what_is_fitted_and_not_trained_takes_no_epochs(run):
     seconds = expected(run, "merge")
     assert seconds["supernet"] == BLOCKS * 64
     assert seconds["search"] == (1 + CANDIDATES + 3) * (64 + held(run))
-    assert seconds["finetune"] == BLOCKS * 64 / 2
+    assert seconds["finetune"] == BLOCKS * 64
     assert "compare" not in seconds
 
 

@@ -30,6 +30,7 @@ from depthfuse.fitting.recording import Call, record
 from depthfuse.fitting.statistics import match_moments, output_moments
 
 _LEAST_SCALE = 1e-6  # what is scaled by less is lost
+_MOST_GROWTH = 10.0  # of what a channel gives
 _ROUNDING = 1e-4  # of float32, through a block
 
 
@@ -56,13 +57,30 @@ def fit_kept(block: nn.Module, given: Sequence[Call], wanted: Sequence[Call]) ->
         pairs = _pairs(replay, layer, gamma, axis, given, wanted)
         fitted, held_out = sums_of(layer, pairs, len(given), axis)
         weight, bias, _ridge = fit_linear(fitted, held_out, weight_of(layer))
-        set_weight(layer, weight)
-        if after is None:
-            layer.bias.copy_(bias.flatten())
-        else:  # norm(z + b) has b taken off its mean
-            after.running_mean.sub_(bias.flatten())
+        _take(layer, after, weight, bias.flatten(), replay.run(given[0], layer, None)[0])
         return True
     return False
+
+
+def _take(layer: Layer, norm: _BatchNorm | None, weight: Tensor, bias: Tensor, read: Tensor) -> None:
+    """Set weight [G, F, O] and bias [C] of a layer, or of the norm after it, but for channels that would give much
+    more than before on what it reads: such as count for next to nothing at the block's end, and would overflow in
+    float16 to count for something."""
+
+    def given() -> Tensor:
+        return channels_last(layer(read), _axis(layer)).double()
+
+    held = layer.bias if norm is None else norm.running_mean
+    old_weight, old_held, before = layer.weight.clone(), held.clone(), given().norm(dim=0)
+    set_weight(layer, weight)
+    if norm is None:
+        held.copy_(bias)
+        now = given()
+    else:  # norm(z + b) has b taken off its mean
+        held.sub_(bias)
+        now = given() + bias
+    grown = now.norm(dim=0) > _MOST_GROWTH * before
+    layer.weight[grown], held[grown] = old_weight[grown], old_held[grown]
 
 
 def settle_kept(block: nn.Module, original: nn.Module, given: Sequence[Call], wanted: Sequence[Call]) -> None:

@@ -105,9 +105,26 @@ def test_the_last_of_several_layers_is_fitted():
 
     def error(net):
         fresh = inputs_of(block, 4, seed=7)
-        return sum(float((net(x + 0.2) - original(x)).square().mean()) for x in fresh)
+        return sum(float((net(x + 0.2) - original(x)).detach().square().mean()) for x in fresh)
 
     assert error(block) < 0.2 * error(original)
+
+
+def test_a_channel_that_counts_for_nothing_is_not_blown_up():
+    """To take back an error through a scale of 1e-5 its weights would have to be 1e5."""
+    torch.manual_seed(0)
+    block = Tokens().double().eval()
+    with torch.no_grad():
+        block.gamma[:2] = torch.tensor([1e-5, -1e-5])
+    original = copy.deepcopy(block)
+    wanted = calls(original, inputs_of(block, 24))
+    given = calls(block, [call.args[0] + 0.2 for call in wanted])
+    assert fit_kept(block, given, wanted)
+    for name in ("weight", "bias"):
+        now, before = (getattr(net.fc2, name) for net in (block, original))
+        assert torch.equal(now[:2], before[:2])
+        assert all(not torch.equal(now[i], before[i]) for i in range(2, CHANNELS))
+    assert block.fc2.weight.abs().max() < 10 * original.fc2.weight.abs().max()
 
 
 def test_right_inputs_change_nothing():

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from depthfuse.fitting.layers import (
-    LARGEST_FEATURES,
     Layer,
     along,
     channels_last,
@@ -29,6 +28,9 @@ from depthfuse.fitting.least_squares import fit_linear
 from depthfuse.fitting.recording import Call, record
 from depthfuse.fitting.statistics import match_moments, output_moments
 
+LARGEST_FEATURES = (
+    1536  # some seconds each; of kept blocks there are many, and a 3x3 over 512 channels takes a minute
+)
 _LEAST_SCALE = 1e-6  # what is scaled by less is lost
 _MOST_GROWTH = 10.0  # of what a channel gives
 _ROUNDING = 1e-4  # of float32, through a block
@@ -44,8 +46,8 @@ def fit_kept(block: nn.Module, given: Sequence[Call], wanted: Sequence[Call]) ->
         wanted: the calls whose outputs it shall give, for the same images: of the original net.
 
     Returns whether it was fitted: not where no layer lies before the block's end, or before its last activation, with
-    no more than a scale of each channel after it, or where nothing could take up the layer's bias. Raises FitError for
-    numbers that are not finite.
+    no more than a scale of each channel after it and `LARGEST_FEATURES` inputs an output at most, or where nothing
+    could take up the layer's bias. Raises FitError for numbers that are not finite.
     """
     replay = Replay(block)
     for layer in reversed(_layers(replay, given[0])):

@@ -105,6 +105,7 @@ def _grouped(rows: Tensor, layer: Layer) -> Tensor:
 
 @contextmanager
 def hooked(*handles: Any) -> Iterator[None]:
+    """Hooks that are there for a while, from their handles."""
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 from depthfuse import Supernet
 from depthfuse.errors import FitError
-from depthfuse.fitting import fit
+from depthfuse.fitting import fit, kept
 from depthfuse.fitting.fit import fit_chosen
 from depthfuse.fitting.fitted import with_fitted
 from depthfuse.fitting.kept import Replay, fit_kept
@@ -158,6 +158,18 @@ def test_what_is_no_regression_is_left_alone(name):
     assert all(torch.equal(value, before[key]) for key, value in block.state_dict().items())
 
 
+def test_layers_that_would_take_long_are_left_alone(monkeypatch):
+    block = Residual(norm=batch_norm()).double().eval()
+    before = copy.deepcopy(block.state_dict())
+    wanted = calls(block, inputs_of(block))
+    given = calls(block, [mixed(call.args[0]) for call in wanted])
+    monkeypatch.setattr(kept, "LARGEST_FEATURES", CHANNELS - 1)
+    assert not fit_kept(block, given, wanted)
+    assert all(torch.equal(value, before[key]) for key, value in block.state_dict().items())
+    monkeypatch.setattr(kept, "LARGEST_FEATURES", CHANNELS)
+    assert fit_kept(block, given, wanted)
+
+
 def test_what_is_not_finite_is_an_error():
     block = Residual().double().eval()
     wanted = calls(block, inputs_of(block))
@@ -198,9 +210,9 @@ def test_the_block_after_a_pruned_one_comes_nearer_to_what_it_gave(name, monkeyp
     gain = float((before - wanted).norm() / (after - wanted).norm())
     # where images that are held out show no gain, weights stay, and the bias is a mean over other images
     assert gain > (1.02 if name in GAINING else 0.999)
-    kept = found.blocks[first].block.state_dict()
+    same = found.blocks[first].block.state_dict()
     assert all(
-        torch.equal(value, kept[key]) for key, value in original.blocks[first].block.state_dict().items()
+        torch.equal(value, same[key]) for key, value in original.blocks[first].block.state_dict().items()
     )
 
 

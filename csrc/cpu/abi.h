@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 
-constexpr int32_t kAbiVersion = 7;
+constexpr int32_t kAbiVersion = 8;
 
 #define DF_API __attribute__((visibility("default")))
 
@@ -35,7 +35,7 @@ enum df_op : int32_t {
   DF_MULTIPLY = 11,    // y = act(x * x2), as DF_ADD: the gate of a channel or a pixel
   DF_MAP = 12,         // y = act(weight * x + bias), both [c] or none
   DF_AVERAGE_POOL = 13,
-  DF_PAD = 14,         // y(p, q) = x(p - p[0], q - p[1]), `f` where that is outside
+  DF_PAD = 14,         // y(p, q) = x(p p[2] - p[0], q p[3] - p[1]), `f` where that is outside
   DF_GROUP_NORM = 15,  // over h, w and c / p[0] of its p[0] groups, weight and bias in `weight`, `bias`
   DF_RESIZE = 16,      // p[0]: see df_resize
 };
@@ -58,7 +58,7 @@ struct df_node {
   int32_t p[10];   // conv, pool: kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w
                    // and then: conv: groups. average pool: 1 where padding counts as pixels. max pool: 0
                    // and then: pools: 1 where the output's size is rounded up
-                   // attention: heads. pad: rows above, columns to the left
+                   // attention: heads. pad: rows above, columns to the left, steps down and along x: 1 takes all
                    // copy: y's first pixel and channel, x's first pixel and channel, how many pixels and channels
   float f;         // norms: epsilon. attention: scale of the scores. pad: value. leaky ReLU: slope
   int64_t weight;  // conv [c_out, kernel_h, kernel_w, c_in / groups]; depthwise [kernel_h, kernel_w, c]

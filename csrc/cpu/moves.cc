@@ -42,29 +42,33 @@ void Plan::add_copy(const df_node& node, int index) {
 void Plan::add_pad(const df_node& node, int index) {
   const Tensor &x = read(node.x, index), &y = write(node.y, index);
   if (node.x == node.y) refuse("a node writes over what it reads");
-  const int above = node.p[0], before = node.p[1];
+  const int above = node.p[0], before = node.p[1], down = node.p[2], along = node.p[3];
   if (x.shape.n != y.shape.n || x.shape.c != y.shape.c || std::abs(int64_t(above)) > kMostSize ||
       std::abs(int64_t(before)) > kMostSize)
     refuse("a padding's shapes");
+  if (down < 1 || along < 1 || down > kMostSize || along > kMostSize) refuse("a padding's steps");
   if (y.pixels() > INT_MAX / 2) refuse("a tensor has too many pixels");
   const int rows = y.shape.n * y.shape.h, from_index = node.x, to_index = node.y;
   const float value = node.f;
   steps_.push_back({[=](Run& run) {
     const View from = run.view(from_index), to = run.view(to_index);
     const int pieces = pieces_for(rows, run.threads, 8);
-    // Columns of y that x has.
-    const int left = std::clamp(before, 0, to.w), right = std::clamp(before + from.w, left, to.w);
+    // Columns of y that x has: from the first that is not before it to the first that is beyond it.
+    auto first = [&](int64_t column) { return std::clamp((column + along - 1) / along, int64_t(0), int64_t(to.w)); };
+    const int left = first(before), right = std::max<int>(left, first(int64_t(before) + from.w));
     parallel_for(pieces, run.threads, [&](int piece, int) {
       for (int row = cut(rows, pieces, piece); row < cut(rows, pieces, piece + 1); ++row) {
-        const int n = row / to.h, p = row % to.h, source = p - above;
+        const int n = row / to.h, p = row % to.h;
+        const int64_t source = int64_t(p) * down - above;
         float* target = to.data + n * to.image + p * to.row;
         const bool outside = source < 0 || source >= from.h;
         const int until = outside ? to.w : left, again = outside ? to.w : right;
         std::fill(target, target + int64_t(until) * to.pixel, value);
-        if (again > until)
-          std::memcpy(target + int64_t(until) * to.pixel,
-                      from.data + n * from.image + source * from.row + int64_t(until - before) * from.pixel,
-                      sizeof(float) * (again - until) * to.pixel);
+        const int run = along == 1 ? again - until : 1;  // pixels of x side by side
+        for (int q = until; q < again; q += run)
+          std::memcpy(target + int64_t(q) * to.pixel,
+                      from.data + n * from.image + source * from.row + (int64_t(q) * along - before) * from.pixel,
+                      sizeof(float) * run * to.pixel);
         std::fill(target + int64_t(again) * to.pixel, target + int64_t(to.w) * to.pixel, value);
       }
     });

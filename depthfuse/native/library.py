@@ -16,7 +16,7 @@ from pathlib import Path
 from depthfuse.measured_cache import cache_folder
 from depthfuse.native.building import BUILT, NAME, Missing, compile_engine, compiler, digest, made
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 
 
 class TensorSpec(ctypes.Structure):

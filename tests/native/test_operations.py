@@ -174,11 +174,18 @@ def test_resize(size, mode):
     "padding", [(0, 1, 0, 1), (2, 0, 1, 3), (-1, 2, -2, -1), (-3, 0, 0, 0), (0, 0, 40, 0)]
 )
 @pytest.mark.parametrize("value", [0.0, -2.5])
-def test_pad(padding, value):
+@pytest.mark.parametrize("steps", [(1, 1), (2, 2), (1, 3), (7, 50)])
+def test_pad(padding, value, steps):
     x = image(2, 5, 9, 8)
-    wanted = nhwc(F.pad(x, padding, value=value))
-    given = single(native.PAD, x, wanted.shape, border=1, numbers=(padding[2], padding[0]), f=value)
+    wanted = nhwc(F.pad(x, padding, value=value)[:, :, :: steps[0], :: steps[1]])
+    given = single(native.PAD, x, wanted.shape, border=1, numbers=(padding[2], padding[0], *steps), f=value)
     assert torch.equal(given, wanted)
+
+
+@pytest.mark.parametrize("steps", [(0, 1), (1, 0), (-1, 1), (1, 2**31 - 1)])
+def test_steps_that_lead_nowhere_are_refused(steps):
+    with pytest.raises(ValueError, match="steps"):
+        single(native.PAD, image(2, 5, 9, 8), (2, 9, 8, 5), numbers=(0, 0, *steps))
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -181,7 +181,7 @@ def all_kinds():
         Node(native.ADD, c, e, x2=d),
         Node(native.LAYER_NORM, e, f),
         Node(native.CONSTANT, -1, g),
-        Node(native.PAD, f, padded, numbers=(1, 2)),
+        Node(native.PAD, f, padded, numbers=(1, 2, 1, 1)),
     ]
     for i, part in enumerate((e, f, g)):
         builder.copy(part, joined, y_channel=16 * i)

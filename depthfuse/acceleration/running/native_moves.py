@@ -97,13 +97,15 @@ def _contiguous(_draft, x, memory_format=torch.contiguous_format) -> Value:
     return need(x, "contiguous")
 
 
-def _part(draft: Draft, x: Any, dim: int, first: int, count: int) -> Value:
-    """`count` of x from `first` on, along an axis."""
+def _part(draft: Draft, x: Any, dim: int, first: int, count: int, step: int = 1) -> Value:
+    """`count` of x along an axis, the first at `first` and each `step` further on."""
     x = need(x, "a part", IMAGE, ("n", "h", "w", "c"), TOKENS, ROWS)
     axis, builder = x.axes[dim], draft.builder
     n, h, w, c = draft.shape(x)
     if count == draft.size(x)[dim]:
         return x
+    if step != 1 and axis not in ("h", "w"):
+        raise Unsupported(f"a part of {count} along {axis} in steps of {step}")
     if axis == "c":
         y = builder.tensor((n, h, w, count))
         builder.copy(x.tensor, y, x_channel=first, channels=count)
@@ -112,7 +114,7 @@ def _part(draft: Draft, x: Any, dim: int, first: int, count: int) -> Value:
         builder.copy(x.tensor, y, x_pixel=first, pixels=count)
     elif axis in ("h", "w"):
         y = builder.tensor((n, count, w, c) if axis == "h" else (n, h, count, c))
-        numbers = (-first, 0) if axis == "h" else (0, -first)
+        numbers = (-first, 0, step, 1) if axis == "h" else (0, -first, 1, step)
         builder.nodes.append(Node(native.PAD, x.tensor, y, numbers=numbers))
     else:
         raise Unsupported(f"a part along {axis}")
@@ -121,10 +123,10 @@ def _part(draft: Draft, x: Any, dim: int, first: int, count: int) -> Value:
 
 def _slice(draft, x, dim=0, start=None, end=None, step=1) -> Value:
     size = draft.size(need(x, "a slice"))[dim]
-    first, last, _ = slice(start, end).indices(size)
-    if step != 1 or last <= first:
-        raise Unsupported(f"a slice of {last - first} in steps of {step}")
-    return _part(draft, x, dim, first, last - first)
+    taken = range(*slice(start, end, step).indices(size))
+    if not taken:
+        raise Unsupported("an empty slice")
+    return _part(draft, x, dim, taken.start, len(taken), step)
 
 
 def _split_sizes(draft, x, sizes, dim=0) -> list[Value]:
@@ -207,7 +209,7 @@ def _pad(draft, x, padding, mode="constant", value=None) -> Value:
     fill = 0.0 if value is None else float(value)
     if (left, right, above, below) != (0, 0, 0, 0):
         y = draft.builder.tensor((n, h + above + below, w + left + right, c))
-        x = draft.add(Node(native.PAD, x.tensor, y, numbers=(above, left), f=fill), IMAGE)
+        x = draft.add(Node(native.PAD, x.tensor, y, numbers=(above, left, 1, 1), f=fill), IMAGE)
     if any(more):  # channels
         before, after = more
         if before < 0 or after < 0:

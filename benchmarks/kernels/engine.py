@@ -42,7 +42,13 @@ _NAMES = {
     native.RESIZE: "resize",
 }
 _NOTHING_MS = 2e-4
-_ALGORITHMS = {native.DIRECT: "", native.WINOGRAD_2: "F(2,3)", native.WINOGRAD_4: "F(4,3)"}
+_ALGORITHMS = {
+    native.DIRECT: "",
+    native.WINOGRAD_2: "F(2,3)",
+    native.WINOGRAD_4: "F(4,3)",
+    native.TILES: "tiles",
+    native.TILES_BF16: "tiles of bfloat16",
+}
 
 
 def macs(builder: Builder, node: Node) -> int:

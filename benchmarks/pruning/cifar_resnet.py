@@ -1,8 +1,10 @@
-"""The ResNets for CIFAR-10 of He et al. (CVPR 2016, section 4.2), and published weights for them as a file for --weights.
+"""The ResNets for CIFAR-10 of He et al. (CVPR 2016, section 4.2), and published weights for them as a file.
 
 git clone https://github.com/akamaster/pytorch_resnet_cifar10
-python -m benchmarks.pruning.cifar_resnet pytorch_resnet_cifar10/pretrained_models/resnet56-4bfd9763.th --out resnet56.safetensors
-depthfuse prune --model benchmarks.pruning.cifar_resnet:resnet56 --weights resnet56.safetensors --data.data FOLDER --search.speedup 1.5
+python -m benchmarks.pruning.cifar_resnet pytorch_resnet_cifar10/pretrained_models/resnet56-4bfd9763.th \
+    --out resnet56.safetensors
+depthfuse prune --model benchmarks.pruning.cifar_resnet:resnet56 --weights resnet56.safetensors \
+    --data.data FOLDER --search.speedup 1.5
 
 The net that papers on pruning layers report on. Its widths change without a convolution in the shortcut (option A of
 the paper): every second pixel, and zeros for the new channels.
@@ -26,7 +28,7 @@ WIDTHS = (16, 32, 64)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters: (N, before, H, W) to (N, width, H / stride, W / stride)."""
+    """Two 3x3 convolutions, and a shortcut without weights: (N, before, H, W) to (N, width, H / stride, W / stride)."""
 
     def __init__(self, before: int, width: int, stride: int) -> None:
         super().__init__()
@@ -40,7 +42,10 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.padded_channels:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padded_channels, self.padded_channels))
+            x = F.pad(
+                x[:, :, :: self.stride, :: self.stride],
+                (0, 0, 0, 0, self.padded_channels, self.padded_channels),
+            )
         return F.relu(x + y)
 
 

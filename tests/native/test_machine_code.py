@@ -1,5 +1,6 @@
 """What the compiler made of the innermost loops: accumulators stay in registers."""
 
+import platform
 import re
 import shutil
 import subprocess
@@ -41,10 +42,31 @@ def spills(loop):
     ]
 
 
-def test_no_product_keeps_its_sums_in_memory():
-    text = subprocess.run(
+def disassembly():
+    return subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", _built()], check=True, capture_output=True, text=True
     ).stdout
+
+
+def compiler_version():
+    version = subprocess.run(["g++", "-dumpversion"], check=True, capture_output=True, text=True).stdout
+    return int(version.split(".")[0])
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instructions of x86")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="which compiler built the engine is not known")
+def test_each_instruction_set_has_its_own_products():
+    """Whatever this processor has: a file that was compiled without them would compute by others, and as right."""
+    text = disassembly()
+    assert "vfmadd" in text
+    if compiler_version() >= 10:
+        assert len(re.findall("vdpbf16ps", text)) >= 8
+    if compiler_version() >= 12:
+        assert len(re.findall("tdpbf16ps", text)) >= 24 + 4  # of a step of three parts, and of one
+
+
+def test_no_product_keeps_its_sums_in_memory():
+    text = disassembly()
     found = loops(text)
     # They alone fetch weights ahead.
     products = [loop for loop in found if any(name == "prefetcht1" for name, _ in loop)]
@@ -54,7 +76,7 @@ def test_no_product_keeps_its_sums_in_memory():
             > least
         )
     of_bfloat16 = [loop for loop in found if any(name == "vdpbf16ps" for name, _ in loop)]
-    if "vdpbf16ps" in text:  # the compiler knows it: a loop for each number of rows
+    if "vdpbf16ps" in text:  # the compiler knew it: a loop for each number of rows
         assert len(of_bfloat16) >= 8
     assert [spills(loop) for loop in products + of_bfloat16 if spills(loop)] == []
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from benchmarks.pruning import cifar_resnet
 from safetensors.torch import load_file
 from torch import nn
 
+from benchmarks.pruning import cifar_resnet
 from depthfuse import Supernet
 from depthfuse.errors import CheckpointError
 

@@ -77,6 +77,9 @@ struct TileKernels {
   // weights [c_out][taps][c_in] -> as TileTask has them. Returns how many, or 0 where one of them has no parts; `packed`
   // nullptr: only counts.
   int64_t (*weights)(const float* weights, int c_out, int taps, int c_in, int parts, uint16_t* packed);
+  // As those of `Kernels`; nullptr where tiles gain nothing.
+  void (*attention)(const AttentionTask&, int parts, int n, int head, int first, int last, float* memory);
+  int64_t (*attention_scratch)(const AttentionTask&, int parts);
 };
 
 struct Kernels {

@@ -414,6 +414,11 @@ void Plan::add_node(const df_node& node, int index) {
       if (heads < 1 || s.h != out.shape.h || s.w != out.shape.w || s.n != out.shape.n || s.border || out.shape.border ||
           int64_t(s.c) != 3 * int64_t(out.shape.c) || out.shape.c % heads || pixels > kMostSize)
         refuse("an attention's shapes");
+      if (node.algorithm != DF_DIRECT && !is_by_tiles(node.algorithm))
+        refuse("an attention's algorithm is " + std::to_string(node.algorithm));
+      const TileKernels* tiles = is_by_tiles(node.algorithm) ? kernels().tiles : nullptr;
+      if (tiles && !tiles->attention) tiles = nullptr;
+      const int in_parts = node.algorithm == DF_TILES ? 3 : 1;
       AttentionTask task{};
       task.heads = heads, task.d = out.shape.c / heads, task.scale = node.f;
       steps_.push_back({[=](Run& run) {
@@ -424,9 +429,12 @@ void Plan::add_node(const df_node& node, int index) {
         const int parts = groups % run.threads == 0 && groups >= run.threads ? 1 : std::min(run.threads, tokens);
         parallel_for(groups * parts, run.threads, [&](int piece, int) {
           const int group = piece / parts, part = piece % parts;
-          float* memory = scratch(kernels().attention_scratch(t) + kSlack);
-          kernels().attention(t, group / t.heads, group % t.heads, cut(tokens, parts, part), cut(tokens, parts, part + 1),
-                              memory);
+          const int n = group / t.heads, head = group % t.heads;
+          const int first = cut(tokens, parts, part), last = cut(tokens, parts, part + 1);
+          if (tiles)
+            tiles->attention(t, in_parts, n, head, first, last, scratch(tiles->attention_scratch(t, in_parts) + kSlack));
+          else
+            kernels().attention(t, n, head, first, last, scratch(kernels().attention_scratch(t) + kSlack));
         });
       }, y});
       return;

@@ -217,28 +217,6 @@ def test_layer_norm(channels, affine):
     assert_within(given, *value)
 
 
-@pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 1, 1), (7, 2, 16), (197, 3, 64), (50, 1, 33)])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_attention(tokens, heads, dim, threads):
-    qkv = torch.randn(2, tokens, 3 * heads * dim)
-    builder = Builder()
-    x = builder.tensor((2, 1, tokens, 3 * heads * dim), native.INPUT)
-    y = builder.tensor((2, 1, tokens, heads * dim), native.OUTPUT)
-    builder.nodes.append(Node(native.ATTENTION, x, y, numbers=(heads,), f=dim**-0.5))
-    given = run(builder, [qkv], y, threads).view(2, tokens, heads * dim)
-    assert_within(given, *oracle.attention(qkv, heads, sums=torch.float32))
-
-
-def test_attention_of_large_scores():
-    qkv = 30 * torch.randn(1, 20, 3 * 32)
-    builder = Builder()
-    x, y = builder.tensor((1, 1, 20, 96), native.INPUT), builder.tensor((1, 1, 20, 32), native.OUTPUT)
-    builder.nodes.append(Node(native.ATTENTION, x, y, numbers=(1,), f=32**-0.5))
-    q, k, v = qkv.double().view(1, 20, 3, 1, 32).permute(2, 0, 3, 1, 4)
-    wanted = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(1, 20, 32)
-    torch.testing.assert_close(run(builder, [qkv], y).view(1, 20, 32).double(), wanted, rtol=0, atol=2e-3)
-
-
 def test_tokens_are_joined_selected_and_added_to_constants():
     x, first, places = torch.randn(3, 4, 2, 5), torch.randn(1, 1, 4), torch.randn(1, 11, 4)
     builder = Builder()

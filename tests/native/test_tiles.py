@@ -50,6 +50,14 @@ DENSE = {name: case for name, case in (CASES | LARGE).items() if case[8] == 1}
 
 
 @both
+def test_products_are_taken_by_tiles(algorithm):
+    """Else all that follows would be of the direct way. Their sums are in another order, or of rounded factors."""
+    x, weight = torch.randn(1, 256, 8, 8), torch.randn(64, 256, 1, 1)
+    ways = [convolve(x, weight, POINT, Tail(), way) for way in (algorithm, native.DIRECT)]
+    assert not torch.equal(*ways)
+
+
+@both
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("case", DENSE.values(), ids=DENSE)
 def test_exact_on_integers(case, threads, algorithm):

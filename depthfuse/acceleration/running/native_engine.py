@@ -62,9 +62,10 @@ def compiled(
     if len(dtypes) != 1 or not dtypes <= set(DTYPES):
         raise Unsupported(f"inputs of {', '.join(sorted(map(str, dtypes)))}")
     (dtype,) = dtypes
+    rounded = dtype is torch.bfloat16
     if algorithms is None:
-        algorithms = fastest_of_bfloat16 if dtype is torch.bfloat16 else fastest_algorithm
-    lowering = Lowering(graph, algorithms)
+        algorithms = fastest_of_bfloat16 if rounded else fastest_algorithm
+    lowering = Lowering(graph, algorithms, native.TILES_BF16 if rounded else native.TILES)
     shapes, single = lowering.lower(inputs)
     names = [tuple(node.names) for node in lowering.builder.nodes]
     return NativeCallable(lowering.builder.build(), shapes, single, dtype, names)

@@ -29,9 +29,9 @@ from depthfuse.native.plan import Node
 class Lowering(fx.Interpreter):
     """Walks the graph with values of the engine in the place of tensors; `native_rules` has each operation."""
 
-    def __init__(self, graph: fx.GraphModule, algorithms: Algorithms) -> None:
+    def __init__(self, graph: fx.GraphModule, algorithms: Algorithms, tiles: int = native.TILES) -> None:
         super().__init__(graph)
-        self.draft = Draft(algorithms)
+        self.draft = Draft(algorithms, tiles)
         self.builder = self.draft.builder
         self._made: dict[fx.Node, Node] = {}  # by which node of the engine a node's result was written
 

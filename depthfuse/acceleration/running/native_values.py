@@ -71,11 +71,12 @@ def need(value: Any, what: str, *axes: Axes) -> Value:
 class Draft:
     """A plan in the making.
 
+    tiles: the products of bfloat16 that stand for these factors' products where an attention has enough of them.
     writer: what wrote the current operation's first input, where no other operation reads that; else None.
     """
 
-    def __init__(self, algorithms: Algorithms) -> None:
-        self.builder, self.algorithms = Builder(), algorithms
+    def __init__(self, algorithms: Algorithms, tiles: int) -> None:
+        self.builder, self.algorithms, self.tiles = Builder(), algorithms, tiles
         self.writer: Node | None = None
 
     def shape(self, value: Value) -> tuple[int, int, int, int]:

@@ -13,13 +13,13 @@ TESTS = Path(__file__).resolve().parent
 # flags, the libraries that must be loaded before all others, settings
 SANITIZERS = {
     "address and undefined behaviour": (
-        "-g -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+        "-g1 -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
         ("libasan.so", "libubsan.so"),
         {"ASAN_OPTIONS": "detect_leaks=0:quarantine_size_mb=1"},
     ),
     # PyTorch and Python are not built for it: only what the engine itself does is judged.
     "threads": (
-        "-g -fsanitize=thread",
+        "-g1 -O1 -fsanitize=thread",
         ("libtsan.so",),
         {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1 halt_on_error=1 die_after_fork=0"},
     ),

@@ -22,7 +22,7 @@ from depthfuse.merging.model_inputs import input_size
 from depthfuse.native import plan as native
 from depthfuse.native.plan import Builder, Node
 
-_NAMES = {
+OPERATIONS = {
     native.CONV: "conv",
     native.DEPTHWISE: "depthwise",
     native.MAX_POOL: "max pool",
@@ -42,7 +42,7 @@ _NAMES = {
     native.RESIZE: "resize",
 }
 _NOTHING_MS = 2e-4
-_ALGORITHMS = {
+ALGORITHMS = {
     native.DIRECT: "",
     native.WINOGRAD_2: "F(2,3)",
     native.WINOGRAD_4: "F(4,3)",
@@ -108,7 +108,7 @@ def main() -> None:
             "x".join(map(str, node.numbers[:2])) + f"/{node.numbers[2]}" if len(node.numbers) == 8 else ""
         )
         source = builder.shape(node.x)[3] if node.x >= 0 else 0
-        what = f"{_NAMES[node.op]} {kernel} {_ALGORITHMS[node.algorithm]}"
+        what = f"{OPERATIONS[node.op]} {kernel} {ALGORITHMS[node.algorithm]}"
         tail = node.act + (" + residual" if node.x2 >= 0 else "")
         waiting += macs(builder, node)
         figures = "in strips, with the next"

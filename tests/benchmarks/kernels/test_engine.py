@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 from native_ops import needs_engine
 
 from benchmarks.kernels import engine
@@ -19,7 +20,16 @@ def test_every_operation_and_algorithm_has_a_name():
 @needs_engine
 @pytest.mark.parametrize("variant", ["plain", "merged"])
 def test_a_network_is_shown(variant, monkeypatch, capsys):
-    arguments = ["--model", "mobilenetv2_050", "--variant", variant, "--threads", "1", "--runs", "1"]
+    arguments = [
+        "--model",
+        "mobilenetv2_050",
+        "--variant",
+        variant,
+        "--threads",
+        str(torch.get_num_threads()),
+        "--runs",
+        "1",
+    ]
     monkeypatch.setattr(sys, "argv", ["engine", *arguments])
     engine.main()
     shown = capsys.readouterr().out.splitlines()

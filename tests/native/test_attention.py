@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from depthfuse import accelerate
 from depthfuse.acceleration.running.native_engine import compile_plan
 from depthfuse.native import plan as native
-from depthfuse.native.library import isa
+from depthfuse.native.library import isa, why_missing
 from depthfuse.native.plan import Builder, NativePlan, Node
 from depthfuse.selftest import oracle
 from depthfuse.selftest.oracle import assert_within
@@ -51,7 +51,7 @@ def test_every_way_is_right(tokens, heads, dim, algorithm, threads):
     assert_within(attend(qkv, heads, algorithm, threads), value, error)
 
 
-@pytest.mark.skipif(isa() != "amx", reason="this processor has no tiles")
+@pytest.mark.skipif(why_missing() is not None or isa() != "amx", reason="this processor has no tiles")
 def test_tiles_are_what_runs():
     qkv = torch.randn(1, 197, 3 * 64)
     ways = [attend(qkv, 1, way) for way in (native.DIRECT, native.TILES, native.TILES_BF16)]
